@@ -1,0 +1,230 @@
+"""Feature maps phi: R^d -> R^r with phi(x).phi(y) standing for exp(x.y).
+
+A map acts on ``x = sqrt(scale) * query`` (and on ``sqrt(scale) * key`` when a state is built), so that
+phi(q).phi(c) stands for exp(scale * q.c), whatever the scale of the model.
+
+exp overflows easily, so every map returns its features in two parts, ``phi(x) = exp(log_scale) * features``, with one
+log scale per row. The two parts are exact together: no logit is too large and none is rounded to zero too early.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class ScaledFeatures(NamedTuple):
+    """phi(x) = exp(log_scale)[..., None] * features."""
+
+    features: Tensor  # [..., r]
+    log_scale: Tensor  # [...], a constant for autograd: only the product of both parts has a meaning
+
+
+class FeatureMap(nn.Module):
+    """Base class of the feature maps.
+
+    Args:
+        constant: append the feature 1, which lets a centred state fold back into plain (Z, k).
+    """
+
+    name: str
+
+    def __init__(self, *, constant: bool = False):
+        super().__init__()
+        self.constant = constant
+        self.options: dict[str, Any] = {}
+
+    def num_features(self, head_dim: int) -> int:
+        """r as a function of d, the constant feature included."""
+        return self._num_features(head_dim) + self.constant
+
+    def nonnegative(self, head_dim: int) -> Tensor:
+        """Which features are >= 0 for every x: bool [r]. Only these may carry the normaliser of a trained state."""
+        own = self._nonnegative(head_dim)
+        return torch.cat([own, own.new_ones(1)]) if self.constant else own
+
+    def scaled(self, x: Tensor) -> ScaledFeatures:
+        """The features of x [..., d] in two parts, in the dtype of x (float32 or float64)."""
+        features, log_scale = self._scaled(x)
+        if self.constant:
+            # The constant is exp(-log_scale) in units of the row's scale: keep that from overflowing.
+            lifted = log_scale.clamp_min(0.0)
+            features = features * torch.exp(log_scale - lifted)[..., None]
+            features = torch.cat([features, torch.exp(-lifted)[..., None]], dim=-1)
+            log_scale = lifted
+        return ScaledFeatures(features, log_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """phi(x) [..., r] itself: for reading and for tests; it may overflow where `scaled` does not."""
+        features, log_scale = self.scaled(x)
+        return features * torch.exp(log_scale)[..., None]
+
+    def bind(self, head_dim: int) -> "FeatureMap":
+        """Draw what depends on d (only random maps hold such a tensor); called before the first use."""
+        return self
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in {**self.options, "constant": self.constant}.items())
+
+    def _num_features(self, head_dim: int) -> int:
+        raise NotImplementedError
+
+    def _nonnegative(self, head_dim: int) -> Tensor:
+        return torch.ones(self._num_features(head_dim), dtype=torch.bool)
+
+    def _scaled(self, x: Tensor) -> ScaledFeatures:
+        raise NotImplementedError
+
+
+class Elu(FeatureMap):
+    """phi(x) = elu(x) + 1, r = d: the map of the published implementation.
+
+    It is exp(x) for x < 0 and x + 1 above. It does not approximate exp(x.y); it is cheap, positive and trains well.
+    """
+
+    name = "elu"
+
+    def _num_features(self, head_dim: int) -> int:
+        return head_dim
+
+    def _scaled(self, x: Tensor) -> ScaledFeatures:
+        log_scale = x.detach().amax(dim=-1).clamp_max(0.0)  # below zero only where every feature is exp(x_i)
+        # elu(x) + 1 would cancel to 0 below -17 in float32; exp(x) does not.
+        features = torch.where(x < 0, torch.exp(x.clamp_max(0.0) - log_scale[..., None]), x + 1)
+        return ScaledFeatures(features, log_scale)
+
+
+class Taylor(FeatureMap):
+    """All monomials of degree <= g, merged, so that phi(x).phi(y) = sum_{j <= g} (x.y)^j / j!; r = C(d + g, g).
+
+    Section 4 of the paper (Theorem 4.1) by the polynomial method. The monomial x^a has the coefficient 1 / sqrt(a!),
+    since (x.y)^j = sum_{|a| = j} (j! / a!) x^a y^a. Even degrees keep the polynomial positive, hence the normaliser.
+
+    Args:
+        degree: g, even and positive.
+    """
+
+    name = "taylor"
+
+    def __init__(self, degree: int = 2, *, constant: bool = False):
+        super().__init__(constant=constant)
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 2 or degree % 2:
+            raise ValueError(
+                f"taylor needs an even degree >= 2, got {degree!r}: an odd one can make the normaliser negative"
+            )
+        self.degree = degree
+        self.options = {"degree": degree}
+        self._monomials: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _num_features(self, head_dim: int) -> int:
+        return math.comb(head_dim + self.degree, self.degree)
+
+    def _nonnegative(self, head_dim: int) -> Tensor:
+        return self._tables(head_dim, torch.device("cpu"))[2]
+
+    def _tables(self, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Variable indices [r, g] (0 stands for the number 1), coefficients [r] and all-exponents-even [r]."""
+        if (head_dim, device) not in self._monomials:
+            variables = torch.combinations(torch.arange(head_dim + 1), self.degree, with_replacement=True)
+            run = torch.ones(len(variables), dtype=torch.long)  # how often the current variable has stood in a row
+            factorial = torch.ones(len(variables), dtype=torch.float64)
+            for j in range(1, self.degree):
+                run = torch.where(variables[:, j] == variables[:, j - 1], run + 1, 1)
+                factorial *= torch.where(variables[:, j] > 0, run, 1)
+            # Sorted and even in number: all exponents are even when the variables stand in equal pairs.
+            is_even = (variables[:, 0::2] == variables[:, 1::2]).all(dim=1)
+            self._monomials[head_dim, device] = (
+                variables.to(device),
+                factorial.rsqrt().to(device),
+                is_even.to(device),
+            )
+        return self._monomials[head_dim, device]
+
+    def _scaled(self, x: Tensor) -> ScaledFeatures:
+        variables, coefficient, _ = self._tables(x.shape[-1], x.device)
+        # phi is homogeneous of degree g in (1, x): divide by t >= 1 and carry g log t in the log scale.
+        t = x.detach().abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
+        one_x = torch.cat([torch.ones_like(t), x], dim=-1) / t
+        features = coefficient.to(x.dtype).expand(*x.shape[:-1], -1)
+        for j in range(self.degree):
+            features = features * one_x[..., variables[:, j]]
+        return ScaledFeatures(features, self.degree * torch.log(t.squeeze(-1)))
+
+
+class PositiveRandom(FeatureMap):
+    """Orthogonal positive random features: phi_i(x) = exp(w_i.x - |x|^2 / 2) / sqrt(r), unbiased for exp(x.y).
+
+    Choromanski et al. 2021 (arXiv 2009.14794), FAVOR+. The directions w_i are drawn from `seed` in float64 and are
+    stored with the state.
+
+    Args:
+        num_features: r; 4 d by default.
+        seed: of the directions.
+    """
+
+    name = "positive_random"
+
+    def __init__(self, num_features: int | None = None, seed: int = 0, *, constant: bool = False):
+        super().__init__(constant=constant)
+        if num_features is not None and (not isinstance(num_features, int) or num_features < 1):
+            raise ValueError(f"positive_random needs num_features >= 1, got {num_features!r}")
+        self.size = num_features
+        self.seed = seed
+        self.options = {"num_features": num_features, "seed": seed}
+        self.register_parameter("projection", None)  # [r, d], a parameter so that every loader finds it; never trained
+
+    def _num_features(self, head_dim: int) -> int:
+        return self.size if self.size is not None else 4 * head_dim
+
+    def bind(self, head_dim: int) -> "PositiveRandom":
+        if self.projection is None:
+            projection = orthogonal_gaussian(self._num_features(head_dim), head_dim, self.seed)
+            self.projection = nn.Parameter(projection.to(torch.get_default_dtype()), requires_grad=False)
+        elif self.projection.shape[-1] != head_dim:
+            raise ValueError(
+                f"this positive_random map was drawn for head_dim {self.projection.shape[-1]}, got {head_dim}"
+            )
+        return self
+
+    def _scaled(self, x: Tensor) -> ScaledFeatures:
+        self.bind(x.shape[-1])
+        logits = x @ self.projection.to(x).T - 0.5 * x.square().sum(dim=-1, keepdim=True)
+        peak = logits.detach().amax(dim=-1, keepdim=True)
+        return ScaledFeatures(torch.exp(logits - peak), peak.squeeze(-1) - 0.5 * math.log(len(self.projection)))
+
+
+def orthogonal_gaussian(rows: int, columns: int, seed: int) -> Tensor:
+    """Gaussian rows made orthogonal in blocks of `columns`, their lengths kept: float64 [rows, columns]."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = []
+    for _ in range(math.ceil(rows / columns)):
+        gaussian = torch.randn(columns, columns, dtype=torch.float64, generator=generator)
+        lengths = torch.randn(columns, columns, dtype=torch.float64, generator=generator).norm(dim=-1)
+        blocks.append(torch.linalg.qr(gaussian).Q * lengths[:, None])
+    return torch.cat(blocks)[:rows]
+
+
+FEATURE_MAPS: dict[str, type[FeatureMap]] = {cls.name: cls for cls in (Elu, Taylor, PositiveRandom)}
+
+
+def feature_map(name: str | FeatureMap, **options: Any) -> FeatureMap:
+    """Make a feature map by name, e.g. ``feature_map("taylor", degree=4)``; a map passes through unchanged.
+
+    Args:
+        name: one of `FEATURE_MAPS`, or a `FeatureMap` (then without options).
+        options: of that map; every map also takes ``constant=True``.
+
+    Raises:
+        ValueError: if the name or an option is unknown, or an option's value does not fit.
+    """
+    if isinstance(name, FeatureMap):
+        if options:
+            raise ValueError(f"options {sorted(options)} were given together with a ready-made map {name!r}")
+        return name
+    if name not in FEATURE_MAPS:
+        raise ValueError(f"unknown feature map {name!r}: expected one of {sorted(FEATURE_MAPS)} or a FeatureMap")
+    try:
+        return FEATURE_MAPS[name](**options)
+    except TypeError as error:
+        raise ValueError(f"feature map {name!r} does not take the options {sorted(options)}: {error}") from None

