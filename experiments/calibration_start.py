@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ntk_attention.calibration as calibration
 from ntk_attention import NTKAttentionConfig, calibrate
+from ntk_attention.layer import PrefixAdapter
 from ntk_attention.data import EMBEDDED_TASKS, Item, collate, encode_all, is_correct, render_prompt
 
 
@@ -48,6 +49,26 @@ def mean_loss(model, rows, pad):
 
 
 @torch.no_grad()
+def log_probabilities(model, rows, pad):
+    """Of the completion tokens: what the start of an adapter changes is measured against the frozen model's."""
+    model.eval()
+    out = []
+    for i in range(0, len(rows), 64):
+        batch = {k: v.cuda() for k, v in collate(rows[i : i + 64], pad).items()}
+        counted = batch.pop("labels")[:, 1:] != -100
+        out.append(torch.log_softmax(model(**batch).logits[:, :-1][counted].float(), dim=-1).cpu())
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def start_at_mean_output(model):
+    """The start measured before: the prefix's value is the head's mean output, whatever the query."""
+    for module in model.modules():
+        if isinstance(module, PrefixAdapter):
+            module.Z[:, :-1] = 0.0
+
+
+@torch.no_grad()
 def accuracy(model, tokenizer, items, max_new_tokens):
     model.eval()
     tokenizer.padding_side = "left"
@@ -71,6 +92,7 @@ def run(arm: dict, args) -> dict:
     train_rows, valid_rows = (encode_all(items, tokenizer, 1024) for items in (train, valid))
     pad = tokenizer.pad_token_id
     frozen_loss = mean_loss(model, valid_rows, pad)
+    frozen = log_probabilities(model, valid_rows, pad)
     started = time.time()
     if arm["method"] == "lora":
         config = LoraConfig(r=arm["r"], lora_alpha=2 * arm["r"], target_modules=arm["target"], task_type="CAUSAL_LM")
@@ -83,10 +105,14 @@ def run(arm: dict, args) -> dict:
             rows = train_rows[-128:]
             batches = [collate(rows[i : i + 32], pad) for i in range(0, 128, 32)]
             calibrate(model, batches, **arm.get("options", {}))
+            if arm.get("start") == "mean":
+                start_at_mean_output(model)
     start_loss = mean_loss(model, valid_rows, pad)
+    start = log_probabilities(model, valid_rows, pad)
+    start_kl = (frozen.exp() * (frozen - start)).sum(dim=-1).mean().item()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=arm["lr"], weight_decay=0.0)
-    steps, batch_size = args.steps, 32
+    steps, batch_size = args.steps, args.batch_size
     curve = []
     order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(arm.get("seed", 0))).tolist()
     model.train()
@@ -105,8 +131,8 @@ def run(arm: dict, args) -> dict:
     valid_loss = mean_loss(model, valid_rows, pad) if math.isfinite(loss.item()) else float("nan")
     return {
         **arm, "task": args.task, "trainable": sum(p.numel() for p in parameters), "frozen_loss": frozen_loss,
-        "start_loss": start_loss, "valid_loss": valid_loss, "accuracy": accuracy(model, tokenizer, test, args.max_new_tokens),
-        "curve": curve, "steps": steps, "seconds": time.time() - started, "torch": torch.__version__,
+        "start_loss": start_loss, "start_kl": start_kl, "valid_loss": valid_loss, "accuracy": accuracy(model, tokenizer, test, args.max_new_tokens),
+        "curve": curve, "steps": steps, "batch_size": batch_size, "seconds": time.time() - started, "torch": torch.__version__,
         "transformers": transformers.__version__, "gpu": torch.cuda.get_device_name(), "python": platform.python_version(),
     }  # fmt: skip
 
@@ -120,6 +146,7 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--model")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=12)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from .layer import NTKAttentionLayer, PrefixAdapter
 from .operation import Block
+from .sdpa import HIDDEN
 
-EIGENVALUE_FLOOR = 1e-4  # of the whitening, relative to the largest: below it features are noise
+EIGENVALUE_FLOOR = 1e-2  # of the whitening, relative to the largest: below it features are noise
 RIDGE = 1e-3  # of the start, in white coordinates
 
 
@@ -36,7 +37,7 @@ def calibrate(
     batches: Iterable[Mapping[str, Any]],
     *,
     adapter_name: str = "default",
-    share: float = 0.05,
+    share: float = 0.15,
 ) -> None:
     """Start an adapter close to the frozen model, in coordinates that train well.
 
@@ -137,7 +138,7 @@ class HeadStatistics:
         """phi [H, N, r], its log scale, lse [H, N] and out [H, N, d_v] of the N rows of each state head that count."""
         H = len(self.adapter.log_k)
         phi, row_scale = self.adapter.feature_map.scaled(query.float() * factor)
-        counts = torch.isfinite(frozen.lse) & (frozen.lse > torch.finfo(query.dtype).min / 4)
+        counts = torch.isfinite(frozen.lse) & (frozen.lse > max(HIDDEN, torch.finfo(query.dtype).min) / 2)
         counts = counts.all(dim=1)  # [B, L]: masks are the same for all heads
         if real is not None:
             counts = counts & real

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sdpa import additive_mask, attend_sdpa, context_forward, supports_sdpa
+from .sdpa import additive_mask, attend_sdpa, blank_rows, context_forward, supports_sdpa
 from .state import PrefixState
 
 BACKENDS = ("auto", "eager", "sdpa")
@@ -186,7 +186,8 @@ def context_block(
             nothing = sink_block(sink, query, value)
             return attend_eager(query, key, value, nothing, attn_mask, 0.0, is_causal, scale, softcap)
         mask = None if attn_mask is None else additive_mask(attn_mask, query)
-        return Block(*context_forward(query, key, value, mask, 0.0, is_causal, scale)[:2])
+        out, lse, _, _ = context_forward(query, key, value, mask, 0.0, is_causal, scale)
+        return Block(out if attn_mask is None else out.masked_fill(blank_rows(attn_mask), 0.0), lse)
 
 
 def hide_prefix(prefix: Block, attn_mask: Tensor | None, num_keys: int) -> Block:

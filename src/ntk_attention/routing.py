@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .operation import attend, context_block
 
-CHILD = "ntk_attention_states"  # name of the NTKAttentionLayer in its attention module
+CHILD = "ntk_states"  # name of the NTKAttentionLayer in its attention module
 ROUTE = "ntk_attention"  # name of our function in the attention interface
 BASE_IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -76,19 +76,33 @@ def geometry_of(module: nn.Module, name: str) -> Geometry:
     return Geometry(num_heads, num_heads // groups, head_dim, find("v_head_dim", default=head_dim))
 
 
-def check_implementation(module: nn.Module, name: str) -> None:
-    """Raise ValueError if the module's attention implementation is not one whose masks we read."""
-    implementation = module.config._attn_implementation
-    if implementation not in (*BASE_IMPLEMENTATIONS, ROUTE):
+def check_routes(module: nn.Module, name: str) -> None:
+    """Raise ValueError if a module that was named as a target does not route."""
+    if not routes(module):
+        raise ValueError(
+            f"target {name} ({type(module).__name__}) does not route through the attention interface of transformers: "
+            "leave target_modules out, or name modules that do"
+        )
+
+
+def check_implementation(module: nn.Module, name: str) -> str:
+    """The attention implementation that the module would use without us.
+
+    Raises:
+        ValueError: if it is not one whose masks we read.
+    """
+    layer = getattr(module, CHILD, None)
+    implementation = (module.config if layer is None else layer.base_config)._attn_implementation
+    if implementation not in BASE_IMPLEMENTATIONS:
         raise ValueError(
             f"{name} uses the attention implementation {implementation!r}; NTK-Attention takes the place of one of "
             f"{BASE_IMPLEMENTATIONS}: load the model with attn_implementation='sdpa'"
         )
+    return implementation
 
 
 def attach(module: nn.Module, layer: nn.Module) -> None:
     """Hang a layer on an attention module and route the module through it."""
-    AttentionInterface.register(ROUTE, ntk_attention_forward)
     routed = copy.copy(module.config)
     routed._attn_implementation_internal = ROUTE
     # Read at every call: the user may switch the model between sdpa and eager, and the masks change with it.
@@ -140,11 +154,11 @@ def ntk_attention_forward(
 ) -> tuple[Tensor, None]:
     """Our entry of the attention interface: query [B, H, L, d], KV heads not repeated; returns [B, L, H, d_v]."""
     layer = getattr(module, CHILD)
-    implementation = layer.base_config._attn_implementation
     if layer.observer is None and not layer.has_active_state():
-        base = base_attention(module, implementation)
+        base = base_attention(module, layer.base_config._attn_implementation)
         return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
+    implementation = check_implementation(module, type(module).__name__)
     scale, factor = query_scale(module, scaling, query.shape[-1])
     key, value, mask, is_causal = visible_tokens(module, query, key, value, attention_mask, implementation, **kwargs)
     if query.shape[0] != key.shape[0]:  # learned queries, the same for every item
@@ -202,3 +216,7 @@ def visible_tokens(
     else:
         mask = position_bias + attention_mask
     return key, value, mask, False
+
+
+# At import, since a model that was pickled is never attached again.
+AttentionInterface.register(ROUTE, ntk_attention_forward)

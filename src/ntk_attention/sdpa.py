@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 # What `torch._fused_sdp_choice` returns (torch.nn.attention.SDPBackend)
 MATH, FLASH, EFFICIENT, CUDNN = 0, 1, 2, 3
+HIDDEN = -1e30  # added to a logit that must not count; still finite after the kernels' change to base 2
 
 
 def supports_sdpa(query: Tensor, attn_mask: Tensor | None, dropout_p: float) -> bool:
@@ -35,18 +36,22 @@ def attend_sdpa(query, key, value, prefix, attn_mask, dropout_p, is_causal, scal
 class _MergedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, prefix_out, prefix_lse, attn_mask, dropout_p, is_causal, scale):
+        blank = None
         if attn_mask is not None:
+            blank = blank_rows(attn_mask)
             attn_mask = additive_mask(attn_mask, query)
         out, lse, seed, offset = context_forward(query, key, value, attn_mask, dropout_p, is_causal, scale)
         lse_all = torch.logaddexp(lse, prefix_lse)
-        # Rows without a prefix keep the kernel's own output and lse, whatever it writes for rows it sees nothing in.
+        # Rows without a prefix keep the kernel's own output and lse.
         alone = prefix_lse == -math.inf
         lse_all = torch.where(alone, lse, lse_all)
         context_share = torch.where(alone, 1.0, torch.exp(lse - lse_all))[..., None]
         prefix_share = torch.where(alone, 0.0, torch.exp(prefix_lse - lse_all))[..., None]
         merged = (out * context_share + prefix_out * prefix_share).to(query.dtype)
+        if blank is not None:
+            merged = merged.masked_fill(blank, 0.0)
         ctx.save_for_backward(
-            query, key, value, prefix_out, prefix_share, merged, lse_all, attn_mask, seed, offset
+            query, key, value, prefix_out, prefix_share, merged, lse_all, attn_mask, blank, seed, offset
         )
         ctx.options = dropout_p, is_causal, scale
         return merged
@@ -54,8 +59,10 @@ class _MergedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        query, key, value, prefix_out, prefix_share, out, lse, attn_mask, seed, offset = ctx.saved_tensors
+        query, key, value, prefix_out, prefix_share, out, lse, attn_mask, blank, seed, offset = ctx.saved_tensors
         dropout_p, is_causal, scale = ctx.options
+        if blank is not None:
+            grad_out = grad_out.masked_fill(blank, 0.0)
         grad_query = grad_key = grad_value = grad_prefix_out = grad_prefix_lse = None
         if any(ctx.needs_input_grad[:3]):
             grad_query, grad_key, grad_value = context_backward(
@@ -68,10 +75,23 @@ class _MergedAttention(torch.autograd.Function):
 
 
 def additive_mask(attn_mask: Tensor, query: Tensor) -> Tensor:
-    """As the kernels want it: additive, in the dtype of query, with four dimensions."""
+    """As the kernels want it: additive, in the dtype of query, with four dimensions and without -inf.
+
+    A row of nothing but -inf, or of the smallest number of its dtype, is NaN in some kernels. With HIDDEN instead, it
+    is an even average over all keys, as it is for plain attention with the smallest number.
+    """
+    hidden = max(HIDDEN, torch.finfo(query.dtype).min)
     if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
-    return attn_mask.to(query.dtype).reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, hidden)
+    attn_mask = attn_mask.clamp_min(hidden).to(query.dtype)
+    return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+
+
+def blank_rows(attn_mask: Tensor) -> Tensor:
+    """Rows [..., L, 1] with nothing but False or -inf: there plain attention returns 0."""
+    if attn_mask.dtype == torch.bool:
+        return ~attn_mask.any(dim=-1, keepdim=True)
+    return attn_mask.amax(dim=-1, keepdim=True) == -math.inf
 
 
 # Custom operators, so that torch.compile takes the kernels as they are and compiles what stands around them.
@@ -170,7 +190,10 @@ def context_backward(
             grad_out, query, key, value, out, lse, None, None, L, S, dropout_p, is_causal, seed, offset, scale=scale
         )
     elif kernel == EFFICIENT:
-        lse = F.pad(lse, (0, -L % 32), value=math.inf)  # the padding of the kernel's own forward
+        # What the kernel's own forward makes: rows padded to 32, and out laid out as [B, L, H, d] (in half precision
+        # the kernel reads another layout wrongly).
+        lse = F.pad(lse, (0, -L % 32), value=math.inf)
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
         grads = aten._scaled_dot_product_efficient_attention_backward(
             grad_out, query, key, value, attn_mask, out, lse, seed, offset, dropout_p,
             [True, True, True, False], is_causal, scale=scale,
@@ -202,10 +225,10 @@ def _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale) ->
     choice = torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa, **options
     )
-    if choice == MATH and enable_gqa:  # the efficient kernel takes repeated KV heads
+    if choice not in (FLASH, EFFICIENT, CUDNN) and enable_gqa:  # the efficient kernel takes repeated KV heads
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    return choice
+    return choice if choice in (FLASH, EFFICIENT, CUDNN) else MATH
 
 
 def _fit_kernel(kernel, query, key, value, attn_mask):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from peft.functional import delete_adapter
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from .config import NTKAttentionConfig
 from .layer import NTKAttentionLayer
 from .registration import NAME
-from .routing import CHILD, attach, check_implementation, detach, geometry_of, routes, unrouted_attention
+from .routing import CHILD, attach, check_implementation, check_routes, detach, geometry_of, routes, unrouted_attention
 
 
 class NTKAttentionModel(BaseTuner):
@@ -22,7 +23,8 @@ class NTKAttentionModel(BaseTuner):
         ValueError: if the model, or a module that was named, does not route its attention.
     """
 
-    prefix = "ntk_attention_"
+    # Not "ntk_attention_...": transformers' delete_adapter looks past modules whose name holds the method's name.
+    prefix = CHILD
     tuner_layer_cls = NTKAttentionLayer
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -37,7 +39,8 @@ class NTKAttentionModel(BaseTuner):
         if peft_config.target_modules is None:
             others = [name for name, module in self.model.named_modules() if name and not routes(module)]
             peft_config.target_modules = shortest_suffixes(routed, others)
-        self._check_targets([name for name in routed if self._check_target_module_exists(peft_config, name)], peft_config)
+        names = [name for name, _ in self.model.named_modules() if name and CHILD not in name.split(".")]
+        self._check_targets([n for n in names if self._check_target_module_exists(peft_config, n)], peft_config)
         return peft_config
 
     def _check_targets(self, names: list[str], peft_config: NTKAttentionConfig) -> None:
@@ -45,6 +48,7 @@ class NTKAttentionModel(BaseTuner):
         sizes = set()
         for name in names:
             module = self.model.get_submodule(name)
+            check_routes(module, name)
             check_implementation(module, name)
             sizes.add(tuple(asdict(geometry_of(module, name)).values()))
         geometry = {"num_modules": len(names), "sizes": [list(size) for size in sorted(sizes)]}
@@ -58,17 +62,21 @@ class NTKAttentionModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **_: Any
     ) -> None:
-        if not routes(target):
-            raise ValueError(
-                f"target {current_key} ({type(target).__name__}) does not route through the attention interface of "
-                "transformers: leave target_modules out, or name modules that do"
-            )
+        check_routes(target, current_key)
         layer = getattr(target, CHILD, None)
         if layer is None:
             layer = NTKAttentionLayer(target, geometry_of(target, current_key))
             layer.set_adapter(self.active_adapters)
             attach(target, layer)
         layer.add_adapter(adapter_name, peft_config)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As every tuner does it, which would look past modules whose name holds the prefix, and so past ours."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        del self.peft_config[adapter_name]
+        inside = f"{CHILD}."
+        self.active_adapter = delete_adapter(self.model, adapter_name, inside, NTKAttentionLayer) or []
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
