@@ -1,168 +1,132 @@
 """How an adapter should start: arms of the calibration against each other and against LoRA, at equal parameters.
 
-Writes one JSON line per arm. Example, on one GPU:
+Writes one JSON line per arm: how far the start is from the frozen model (loss, and KL divergence on the completions of
+validation items), and loss and exact match after training. An arm is a JSON object: name, method ("ntk" or "lora"),
+lr, seed, and for "ntk" the options of the config and of `calibrate`.
 
-    python -m experiments.calibration_start --arms arms.json --data DIR --model FOLDER --out results.jsonl
-
-DIR holds train.jsonl, valid.jsonl and test.jsonl (made by `python -m experiments.calibration_start --make-data DIR`).
+    python -m experiments.calibration_start experiments/calibration_arms.json results/calibration_start.jsonl
 """
 
-import argparse
 import json
-import math
 import platform
 import time
 from pathlib import Path
+from typing import Annotated, Any
 
+import peft
 import torch
 import transformers
+import typer
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import ntk_attention.calibration as calibration
 from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.layer import PrefixAdapter
-from ntk_attention.data import EMBEDDED_TASKS, Item, collate, encode_all, is_correct, render_prompt
+from ntk_attention.data import EMBEDDED_TASKS, IGNORED, collate, encode_all
+from ntk_attention.evaluation import exact_match, mean_loss
+from ntk_attention.models import EMBEDDED, load_model
+from ntk_attention.observation import evaluating
 
-
-def make_data(folder: Path, task: str) -> None:
-    for name, size, seed in (("train", 13_000, 1), ("valid", 256, 1_000_003), ("test", 1_000, 2_000_003)):
-        items = EMBEDDED_TASKS[task](size, seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(vars(i)) + "\n" for i in items))
-
-
-def read(path: Path) -> list[Item]:
-    return [Item(**json.loads(line)) for line in path.read_text().splitlines()]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HARDWARE = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+VERSIONS = {m.__name__: m.__version__ for m in (torch, transformers, peft)} | {"python": platform.python_version()}
+CALIBRATION_BATCHES, WARMUP_STEPS = 4, 20
 
 
 @torch.no_grad()
-def mean_loss(model, rows, pad):
-    model.eval()
-    total = count = 0
-    for i in range(0, len(rows), 64):
-        batch = {k: v.cuda() for k, v in collate(rows[i : i + 64], pad).items()}
-        n = (batch["labels"][:, 1:] != -100).sum().item()
-        total += model(**batch).loss.item() * n
-        count += n
-    return total / count
-
-
-@torch.no_grad()
-def log_probabilities(model, rows, pad):
-    """Of the completion tokens: what the start of an adapter changes is measured against the frozen model's."""
-    model.eval()
+def log_probabilities(model: Any, rows: list, pad: int) -> torch.Tensor:
+    """Of the next token at every completion token: [N, vocabulary]."""
     out = []
-    for i in range(0, len(rows), 64):
-        batch = {k: v.cuda() for k, v in collate(rows[i : i + 64], pad).items()}
-        counted = batch.pop("labels")[:, 1:] != -100
-        out.append(torch.log_softmax(model(**batch).logits[:, :-1][counted].float(), dim=-1).cpu())
+    with evaluating(model):
+        for i in range(0, len(rows), 32):
+            batch = {k: v.to(DEVICE) for k, v in collate(rows[i : i + 32], pad).items()}
+            counted = batch.pop("labels")[:, 1:] != IGNORED
+            out.append(torch.log_softmax(model(**batch).logits[:, :-1][counted].float(), dim=-1).cpu())
     return torch.cat(out)
 
 
-@torch.no_grad()
-def start_at_mean_output(model):
-    """The start measured before: the prefix's value is the head's mean output, whatever the query."""
-    for module in model.modules():
-        if isinstance(module, PrefixAdapter):
-            module.Z[:, :-1] = 0.0
-
-
-@torch.no_grad()
-def accuracy(model, tokenizer, items, max_new_tokens):
-    model.eval()
-    tokenizer.padding_side = "left"
-    correct = 0
-    for i in range(0, len(items), 250):
-        part = items[i : i + 250]
-        prompts = [render_prompt(item.prompt, tokenizer) for item in part]
-        batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to("cuda")
-        out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        correct += sum(is_correct(text, item.completion) for text, item in zip(texts, part, strict=True))
-    return correct / len(items)
-
-
-def run(arm: dict, args) -> dict:
-    torch.manual_seed(arm.get("seed", 0))
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).cuda()
-    train, valid, test = (read(Path(args.data) / f"{n}.jsonl") for n in ("train", "valid", "test"))
-    train_rows, valid_rows = (encode_all(items, tokenizer, 1024) for items in (train, valid))
-    pad = tokenizer.pad_token_id
-    frozen_loss = mean_loss(model, valid_rows, pad)
-    frozen = log_probabilities(model, valid_rows, pad)
-    started = time.time()
+def make_adapter(arm: dict, model: Any, batches: list[dict]) -> Any:
     if arm["method"] == "lora":
-        config = LoraConfig(r=arm["r"], lora_alpha=2 * arm["r"], target_modules=arm["target"], task_type="CAUSAL_LM")
-        model = get_peft_model(model, config)
-    elif arm["method"] == "ntk":
-        model = get_peft_model(model, NTKAttentionConfig(task_type="CAUSAL_LM", **arm.get("config", {})))
-        for name, value in arm.get("constants", {}).items():
-            setattr(calibration, name, value)
-        if arm.get("calibrate", True):
-            rows = train_rows[-128:]
-            batches = [collate(rows[i : i + 32], pad) for i in range(0, 128, 32)]
-            calibrate(model, batches, **arm.get("options", {}))
-            if arm.get("start") == "mean":
-                start_at_mean_output(model)
-    start_loss = mean_loss(model, valid_rows, pad)
-    start = log_probabilities(model, valid_rows, pad)
-    start_kl = (frozen.exp() * (frozen - start)).sum(dim=-1).mean().item()
+        config = LoraConfig(r=arm["r"], lora_alpha=2 * arm["r"], target_modules=arm["targets"], task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
+    model = get_peft_model(model, NTKAttentionConfig(task_type="CAUSAL_LM", **arm.get("config", {})))
+    if arm.get("calibrate", True):
+        calibrate(model, batches, **arm.get("options", {}))
+    return model
+
+
+def train(arm: dict, model: Any, rows: list, pad: int, steps: int, batch_size: int) -> list[float]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=arm["lr"], weight_decay=0.0)
-    steps, batch_size = args.steps, args.batch_size
-    curve = []
-    order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(arm.get("seed", 0))).tolist()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(arm["seed"])).tolist()
+    losses = []
     model.train()
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = arm["lr"] * min(1.0, (step + 1) / 20) * (1 - step / steps)
-        rows = [train_rows[i] for i in order[step * batch_size : (step + 1) * batch_size]]
-        batch = {k: v.cuda() for k, v in collate(rows, pad).items()}
-        loss = model(**batch).loss
+        optimizer.param_groups[0]["lr"] = arm["lr"] * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / steps)
+        chosen = [rows[i] for i in order[step * batch_size : (step + 1) * batch_size]]
+        loss = model(**{k: v.to(DEVICE) for k, v in collate(chosen, pad).items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 19:
-            curve.append(round(loss.item(), 4))
-    valid_loss = mean_loss(model, valid_rows, pad) if math.isfinite(loss.item()) else float("nan")
+        losses.append(round(loss.item(), 4))
+    return losses
+
+
+def run(arm: dict, base: str, task: str, steps: int, batch_size: int, held_out: int) -> dict:
+    torch.manual_seed(arm["seed"])
+    started = time.time()
+    model, tokenizer = load_model(base)
+    model.to(DEVICE)
+    pad = tokenizer.pad_token_id
+    train_items = EMBEDDED_TASKS[task](steps * batch_size, 1)
+    seen = {item.prompt for item in train_items}
+    others = [item for item in EMBEDDED_TASKS[task](4 * held_out, 1_000_003) if item.prompt not in seen]
+    valid, test = others[: held_out // 2], others[held_out // 2 : held_out + held_out // 2]
+    rows, valid_rows = (encode_all(items, tokenizer, 2048) for items in (train_items, valid))
+    frozen_loss, frozen = mean_loss(model, valid_rows, pad), log_probabilities(model, valid_rows, pad)
+
+    batches = [collate(rows[i * batch_size : (i + 1) * batch_size], pad) for i in range(CALIBRATION_BATCHES)]
+    model = make_adapter(arm, model, batches)
+    start_loss, start = mean_loss(model, valid_rows, pad), log_probabilities(model, valid_rows, pad)
+    curve = train(arm, model, rows, pad, steps, batch_size)
     return {
-        **arm, "task": args.task, "trainable": sum(p.numel() for p in parameters), "frozen_loss": frozen_loss,
-        "start_loss": start_loss, "start_kl": start_kl, "valid_loss": valid_loss, "accuracy": accuracy(model, tokenizer, test, args.max_new_tokens),
-        "curve": curve, "steps": steps, "batch_size": batch_size, "seconds": time.time() - started, "torch": torch.__version__,
-        "transformers": transformers.__version__, "gpu": torch.cuda.get_device_name(), "python": platform.python_version(),
-    }  # fmt: skip
+        **arm,
+        "task": task,
+        "base": base,
+        "steps": steps,
+        "batch_size": batch_size,
+        "trainable": model.get_nb_trainable_parameters()[0],
+        "frozen_loss": frozen_loss,
+        "start_loss": start_loss,
+        "start_kl": (frozen.exp() * (frozen - start)).sum(dim=-1).mean().item(),
+        "valid_loss": mean_loss(model, valid_rows, pad),
+        "exact_match": exact_match(model, tokenizer, test),
+        "test_items": len(test),
+        "curve": curve,
+        "seconds": time.time() - started,
+        "hardware": HARDWARE,
+        "versions": VERSIONS,
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--make-data", type=Path)
-    parser.add_argument("--task", default="gsm-symbolic", choices=sorted(EMBEDDED_TASKS))
-    parser.add_argument("--arms", type=Path)
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th arm from i on, to share a GPU")
-    parser.add_argument("--data")
-    parser.add_argument("--model")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=12)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if args.make_data:
-        return make_data(args.make_data, args.task)
-    index, parts = map(int, args.part.split("/"))
-    for arm in json.loads(args.arms.read_text())[index::parts]:
-        try:
-            result = run(arm, args)
-        except Exception as error:
-            result = {**arm, "error": repr(error)[:500]}
-        with args.out.open("a") as f:
-            f.write(json.dumps(result) + "\n")
-        print({k: v for k, v in result.items() if k not in ("curve", "torch", "transformers", "gpu", "python")}, flush=True)
-        torch.cuda.empty_cache()
+def main(
+    arms: Annotated[Path, typer.Argument(help="JSON list of arms.")],
+    out: Annotated[Path, typer.Argument(help="JSON lines are appended here; arms that stand there are skipped.")],
+    base: str = EMBEDDED,
+    task: str = "chain-sum",
+    steps: int = 400,
+    batch_size: int = 32,
+    held_out: int = 500,
+) -> None:
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    for arm in json.loads(arms.read_text()):
+        if any(all(result.get(k) == v for k, v in arm.items()) for result in done):
+            continue
+        result = run(arm, base, task, steps, batch_size, held_out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print({k: v for k, v in result.items() if k not in ("curve", "versions")}, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,6 +1,7 @@
 """A tiny random model of every family that is supported, and what its attention computes, written down by hand."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,11 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     PreTrainedModel,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ntk_attention.routing import ROUTE
+
+from .reference import elu_phi
 
 # Sequences of different parts of a model differ in length, so that a length tells which part an attention belongs to.
 TEXT, SOURCE, TARGET = 11, 13, 9
@@ -114,6 +120,59 @@ class Family:
 
     def logit_scale(self, module: nn.Module) -> float:
         return self.scale[module.layer_idx] if isinstance(self.scale, tuple) else self.scale
+
+
+def naive_attention(
+    family: Family, inputs: Mapping[str, Tensor], shares: list[Tensor] | None = None
+) -> Callable[..., tuple[Tensor, None]]:
+    """An attention function as transformers calls it: Algorithm 2 as printed, in plain torch, for elu + 1.
+
+    Z, k and b are those that a saved file would hold.
+
+    Args:
+        family: whose scales, windows and caps are applied, whatever the model passes.
+        inputs: of the model, with the padding masks.
+        shares: where given, the output is the one without the prefix, and the share [B, H, L, 1] that the prefix
+            would have is appended here.
+    """
+
+    def forward(module, query, key, value, attention_mask, position_bias=None, **_):
+        saved = module.ntk_states["default"].state_dict()
+        Z, log_k, b = (saved[name].to(query.dtype) for name in ("Z", "log_k", "log_scale"))
+        Z, k = (x * b.exp().view(-1, 1, 1) for x in (Z, log_k.exp()[..., None]))
+        H, s = query.shape[1], family.logit_scale(module)
+        q = query / s if family.prescaled else query
+        K, V = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
+
+        logits = s * q @ K.mT
+        if family.softcap is not None:
+            logits = family.softcap * torch.tanh(logits / family.softcap)
+        if position_bias is not None:
+            logits = logits + position_bias
+        A = torch.exp(logits) * family.visible(module, *logits.shape[-2:], inputs)
+        mass = A.sum(dim=-1, keepdim=True)
+        if hasattr(module, "sinks"):
+            mass = mass + torch.exp(module.sinks).view(-1, 1, 1)
+        phi = elu_phi(s**0.5 * q)
+        phi = torch.cat([phi, torch.ones_like(phi[..., :1])], dim=-1)
+        if shares is None:
+            out = (A @ V + phi @ Z) / (mass + phi @ k)
+        else:
+            shares.append(phi @ k / (mass + phi @ k))
+            out = A @ V / mass.clamp_min(1e-30)
+        return out.transpose(1, 2), None
+
+    return forward
+
+
+@contextmanager
+def attention_function(function: Callable[..., Any]) -> Iterator[None]:
+    """In the place of the package's own, for routed modules."""
+    ALL_ATTENTION_FUNCTIONS[ROUTE] = function
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[ROUTE]
 
 
 LLAMA = {

@@ -30,11 +30,11 @@ def log_elu_phi(x):
 
 
 def in_logarithms(query, key, value, Z, k, b, log_phi, *, mask=None, is_causal=False, scale=None):
-    """The same for positive features at any scale: each feature is a token of logit log(phi_i k_i) + b and value Z_i / k_i.
+    """The same for positive features at any scale: feature i is a token of logit log(phi_i k_i) + b, value Z_i / k_i.
 
     Rows that no real token is visible to are not told apart here.
     """
-    B, H, L, d = query.shape
+    B, H, _, d = query.shape
     s = d**-0.5 if scale is None else scale
     K, V = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
     Z, k, b = (x.repeat_interleave(H // x.shape[0], dim=0) for x in (Z, k, b))

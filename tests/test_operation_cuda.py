@@ -12,6 +12,13 @@ from .reference import relative_error
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # The bound for bf16: rounding of the inputs is shared with the reference, that of the output and of P is not.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+KERNELS = [
+    None,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
 CASES = [  # B, H, H_kv, L, S, d, d_v, causal, mask
     (2, 4, 4, 64, 64, 64, 64, True, None),
     (1, 8, 2, 63, 63, 128, 128, True, None),
@@ -20,11 +27,13 @@ CASES = [  # B, H, H_kv, L, S, d, d_v, causal, mask
     (2, 6, 2, 33, 65, 96, 64, False, "additive"),
     (1, 2, 1, 40, 40, 36, 20, False, "padding"),
     (1, 2, 2, 130, 130, 256, 256, True, None),
+    (3, 9, 3, 1, 47, 64, 64, False, "left"),  # decoding of a left-padded batch
+    (3, 9, 3, 46, 46, 64, 64, False, "left"),
 ]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("kernel", [None, *(SDPBackend.__members__[n] for n in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"))], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_fp64(case, kernel, dtype):
     B, H, H_kv, L, S, d, d_v, is_causal, mask_kind = case
@@ -36,12 +45,17 @@ def test_against_fp64(case, kernel, dtype):
         None: None,
         "bool": torch.rand(B, 1, L, S, device="cuda") > 0.3,
         "additive": torch.randn(1, H, L, S, device="cuda", dtype=dtype),
-        "padding": (torch.arange(S, device="cuda") >= 5)[None, None, None] & torch.ones(L, S, dtype=torch.bool, device="cuda").tril(),  # fmt: skip
+        "padding": (torch.arange(S, device="cuda") >= 5)[None, None, None]
+        & torch.ones(L, S, dtype=torch.bool, device="cuda").tril(),
+        "left": (torch.arange(S, device="cuda") >= torch.arange(B, device="cuda")[:, None, None, None])
+        & torch.ones(L, S, dtype=torch.bool, device="cuda").tril(S - L),
     }[mask_kind]
     grad = torch.randn(B, H, L, d_v, device="cuda", dtype=dtype)
 
     def run(backend, dtype, state_dtype):
-        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)] + [x.to(state_dtype).requires_grad_() for x in (Z, kk, b)]
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)] + [
+            x.to(state_dtype).requires_grad_() for x in (Z, kk, b)
+        ]
         state = PrefixState(*inputs[3:])
         m = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
         out = ntk_attention(*inputs[:3], state, attn_mask=m, is_causal=is_causal, enable_gqa=True, backend=backend)

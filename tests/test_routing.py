@@ -1,18 +1,15 @@
 """Every family against a naive attention that takes masks, scales and windows from families.py, not from the model."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ntk_attention import NTKAttentionConfig
 from ntk_attention.routing import ROUTE, routes
 
-from .families import FAMILIES, REFUSED, TARGET, Family
-from .reference import elu_phi, relative_error
+from .families import FAMILIES, REFUSED, TARGET, attention_function, naive_attention
+from .reference import relative_error
 
 # Norms and rotary embeddings of many families run in float32, also in a float64 model.
 FP64, FP32 = 1e-6, 1e-4
@@ -21,44 +18,7 @@ FP64, FP32 = 1e-6, 1e-4
 def cases(fits=lambda family: True):
     """Every family that fits, with every implementation that it supports."""
     chosen = [(name, i) for name, family in FAMILIES.items() if fits(family) for i in family.implementations]
-    return pytest.mark.parametrize("name, implementation", chosen, ids=["-".join(case) for case in chosen])
-
-
-def naive_attention(family: Family, inputs):
-    """An attention function as transformers calls it: Algorithm 2 as printed, in plain torch."""
-
-    def forward(module, query, key, value, attention_mask, position_bias=None, **_):
-        adapter = module.ntk_states["default"]
-        Z, log_k, b = (x.to(query.dtype) for x in (adapter.Z, adapter.log_k, adapter.log_scale))
-        Z, k = (x * b.exp().view(-1, 1, 1) for x in (Z, log_k.exp()[..., None]))
-        H, s = query.shape[1], family.logit_scale(module)
-        q = query / s if family.prescaled else query
-        K, V = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
-
-        logits = s * q @ K.mT
-        if family.softcap is not None:
-            logits = family.softcap * torch.tanh(logits / family.softcap)
-        if position_bias is not None:
-            logits = logits + position_bias
-        A = torch.exp(logits) * family.visible(module, *logits.shape[-2:], inputs)
-        phi = elu_phi(s**0.5 * q)
-        phi = torch.cat([phi, torch.ones_like(phi[..., :1])], dim=-1)
-        D = A.sum(dim=-1, keepdim=True) + phi @ k
-        if hasattr(module, "sinks"):
-            D = D + torch.exp(module.sinks).view(-1, 1, 1)
-        return ((A @ V + phi @ Z) / D).transpose(1, 2), None
-
-    return forward
-
-
-@contextmanager
-def attention_function(function):
-    """In the place of the package's own, for routed modules."""
-    ALL_ATTENTION_FUNCTIONS[ROUTE] = function
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[ROUTE]
+    return pytest.mark.parametrize(("name", "implementation"), chosen, ids=["-".join(case) for case in chosen])
 
 
 def adapted(base, **options):
@@ -240,7 +200,7 @@ def test_model_that_does_not_route_is_refused(model_type):
 
 
 @pytest.mark.parametrize(
-    "implementation, options, message",
+    ("implementation", "options", "message"),
     [
         ("flex_attention", {}, "flex_attention"),
         ("sdpa", {"target_modules": ["q_proj"]}, "does not route"),

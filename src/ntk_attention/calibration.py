@@ -8,8 +8,7 @@ others. Two passes of a few batches through the frozen model measure, per head,
    the attention;
 2. the moments of g(q) = d out / d Z = phi(q) e^{b - lse}, which say how an output answers to a change of Z. They give
    - coordinates in which the features are centred on the constant one and white, in units of the head's output;
-   - the Z that changes the outputs of the frozen model least: the least-squares fit of the prefix's own value
-     phi(q)Z / phi(q)k to the head's output.
+   - the prefix's value at the start: the head's mean output, which changes the frozen model least.
 
 All of it is a change of coordinates and a start: saved files hold plain Z, k and b.
 """
@@ -17,19 +16,22 @@ All of it is a change of coordinates and a start: saved files hold plain Z, k an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layer import NTKAttentionLayer, PrefixAdapter
+from .layer import PrefixAdapter
+from .observation import adapted_layers, observe
 from .operation import Block
-from .sdpa import HIDDEN
 
 EIGENVALUE_FLOOR = 1e-2  # of the whitening, relative to the largest: below it features are noise
-RIDGE = 1e-3  # of the start, in white coordinates
+# A step of log k moves the output by `share` times as much as a step of Z does, so its unit is made larger by
+# 1 / share, with this factor: a small share is close to the frozen model and trains like a large one.
+LOG_K_STEP = 0.15
 
 
 def calibrate(
@@ -37,7 +39,7 @@ def calibrate(
     batches: Iterable[Mapping[str, Any]],
     *,
     adapter_name: str = "default",
-    share: float = 0.15,
+    share: float = 0.05,
 ) -> None:
     """Start an adapter close to the frozen model, in coordinates that train well.
 
@@ -56,13 +58,7 @@ def calibrate(
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"share must be between 0 and 1, got {share}")
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, NTKAttentionLayer) and adapter_name in module
-    }
-    if not layers:
-        raise ValueError(f"the model has no NTK-Attention adapter {adapter_name!r}: call get_peft_model first")
+    layers = adapted_layers(model, adapter_name)
     if not all(layer[adapter_name].feature_map.constant for layer in layers.values()):
         raise ValueError("calibrate needs the constant feature: make the config with constant_feature=True")
     batches = list(batches)
@@ -70,56 +66,15 @@ def calibrate(
         raise ValueError("calibrate got no batches: a few batches of training data are expected")
 
     statistics = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
-    observe(model, layers, batches, {name: s.observe_scale for name, s in statistics.items()})
-    for name, s in statistics.items():
-        s.set_scale(share, name)
-    observe(model, layers, batches, {name: s.observe_moments for name, s in statistics.items()})
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(layer.resting())
+        observe(model, layers, batches, {name: s.observe_scale for name, s in statistics.items()})
+        for name, s in statistics.items():
+            s.set_scale(share, name)
+        observe(model, layers, batches, {name: s.observe_moments for name, s in statistics.items()})
     for s in statistics.values():
-        s.set_coordinates_and_start()
-
-
-Observer = Callable[[Tensor, Block, float, Tensor | None], None]
-
-
-def observe(
-    model: nn.Module,
-    layers: Mapping[str, NTKAttentionLayer],
-    batches: list[Mapping[str, Any]],
-    observers: Mapping[str, Observer],
-) -> None:
-    """Run the frozen model over the batches and show its attention to the observers, one for each layer."""
-    device = next(p.device for p in model.parameters())
-    with evaluating(model), torch.no_grad():
-        for batch in batches:
-            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            masks = [batch[k] for k in ("attention_mask", "decoder_attention_mask") if batch.get(k) is not None]
-            for name, layer in layers.items():
-                layer.observer = lambda query, frozen, factor, see=observers[name], masks=masks: see(
-                    query, frozen, factor, real_tokens(query, masks)
-                )
-            try:
-                model(**batch)
-            finally:
-                for layer in layers.values():
-                    layer.observer = None
-
-
-@contextmanager
-def evaluating(model: nn.Module):
-    """Without dropout, leaving every module's mode as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def real_tokens(query: Tensor, masks: list[Tensor]) -> Tensor | None:
-    """The padding mask [B, L] that belongs to the queries [B, H, L, d], if one has their shape."""
-    shape = (query.shape[0], query.shape[2])
-    return next((mask.bool() for mask in masks if tuple(mask.shape) == shape), None)
+        s.set_coordinates_and_start(LOG_K_STEP / share)
 
 
 class HeadStatistics:
@@ -127,21 +82,18 @@ class HeadStatistics:
 
     def __init__(self, adapter: PrefixAdapter):
         self.adapter = adapter
+        H, r = len(adapter.log_k), getattr(adapter, adapter.leading).shape[1]
+        zeros = partial(torch.zeros, dtype=torch.float64, device=adapter.log_k.device)
         self.num_rows = 0
-        self.sum_lse: Tensor | float = 0.0
-        self.sum_log_mass: Tensor | float = 0.0
-        self.gram: Tensor | float = 0.0
-        self.cross: Tensor | float = 0.0
-        self.sum_square: Tensor | float = 0.0
+        self.sum_lse, self.sum_log_mass, self.sum_square = zeros(H), zeros(H), zeros(H)
+        self.gram = zeros(H, r, r)  # sum of g g^T
+        self.wanted: Tensor | float = 0.0  # [H, d_v], sum of g_constant * share * output
+        self.log_k = zeros(H)  # set between the passes, the same for all features
 
-    def rows(self, query: Tensor, frozen: Block, factor: float, real: Tensor | None) -> tuple[Tensor, ...]:
+    def rows(self, query: Tensor, frozen: Block, factor: float, counts: Tensor) -> tuple[Tensor, ...]:
         """phi [H, N, r], its log scale, lse [H, N] and out [H, N, d_v] of the N rows of each state head that count."""
         H = len(self.adapter.log_k)
         phi, row_scale = self.adapter.feature_map.scaled(query.float() * factor)
-        counts = torch.isfinite(frozen.lse) & (frozen.lse > max(HIDDEN, torch.finfo(query.dtype).min) / 2)
-        counts = counts.all(dim=1)  # [B, L]: masks are the same for all heads
-        if real is not None:
-            counts = counts & real
 
         def select(x: Tensor) -> Tensor:
             per_head = x.transpose(0, 1)[:, counts]  # [H_query, N, ...]
@@ -154,11 +106,11 @@ class HeadStatistics:
         features = self.adapter.normaliser_features
         return (phi if features is None else phi[..., features.to(phi.device)]).sum(dim=-1)
 
-    def observe_scale(self, query: Tensor, frozen: Block, factor: float, real: Tensor | None) -> None:
-        phi, row_scale, lse, _ = self.rows(query, frozen, factor, real)
+    def observe_scale(self, query: Tensor, frozen: Block, prefix: Block | None, factor: float, counts: Tensor) -> None:
+        phi, row_scale, lse, _ = self.rows(query, frozen, factor, counts)
         self.num_rows += lse.shape[1]
-        self.sum_lse = self.sum_lse + lse.double().sum(dim=1)
-        self.sum_log_mass = self.sum_log_mass + (torch.log(self.normaliser(phi)) + row_scale).double().sum(dim=1)
+        self.sum_lse += lse.double().sum(dim=1)
+        self.sum_log_mass += (torch.log(self.normaliser(phi)) + row_scale).double().sum(dim=1)
 
     @torch.no_grad()
     def set_scale(self, share: float, name: str) -> None:
@@ -166,40 +118,38 @@ class HeadStatistics:
             raise ValueError(f"no token of the batches reached {name}: are all of them padding?")
         # the prefix holds `share` where log(phi.k) + b - lse = log(share / (1 - share))
         self.adapter.log_scale.copy_(self.sum_lse / self.num_rows)
-        log_k = math.log(share / (1 - share)) - self.sum_log_mass / self.num_rows
-        self.adapter.log_k.copy_(log_k[:, None].expand_as(self.adapter.log_k))
+        self.log_k = math.log(share / (1 - share)) - self.sum_log_mass / self.num_rows
 
-    def observe_moments(self, query: Tensor, frozen: Block, factor: float, real: Tensor | None) -> None:
-        phi, row_scale, lse, out = self.rows(query, frozen, factor, real)
+    def observe_moments(
+        self, query: Tensor, frozen: Block, prefix: Block | None, factor: float, counts: Tensor
+    ) -> None:
+        phi, row_scale, lse, out = self.rows(query, frozen, factor, counts)
         weight = row_scale + self.adapter.log_scale[:, None]
-        log_k = self.adapter.log_k[:, :1]
-        prefix_lse = torch.log(self.normaliser(phi)) + log_k + weight
+        prefix_lse = torch.log(self.normaliser(phi)) + self.log_k[:, None].to(weight) + weight
         lse_all = torch.logaddexp(lse, prefix_lse)
         g = phi * torch.exp(weight - lse_all)[..., None]
-        wanted = out * torch.exp(prefix_lse - lse_all)[..., None]
-        self.gram = self.gram + (g.transpose(1, 2) @ g).double()
-        self.cross = self.cross + (g.transpose(1, 2) @ wanted).double()
-        self.sum_square = self.sum_square + out.double().square().mean(dim=2).sum(dim=1)
+        share = torch.exp(prefix_lse - lse_all)
+        self.gram += (g.transpose(1, 2) @ g).double()
+        self.wanted = self.wanted + ((g[..., -1] * share)[..., None] * out).double().sum(dim=1)
+        self.sum_square += out.double().square().mean(dim=2).sum(dim=1)
 
     @torch.no_grad()
-    def set_coordinates_and_start(self) -> None:
-        gram, cross = self.gram / self.num_rows, self.cross / self.num_rows
-        output_rms = (self.sum_square / self.num_rows).sqrt()
-        coordinates = whitening(gram)
-        white_gram = coordinates.transpose(1, 2) @ gram @ coordinates
-        ridge = RIDGE * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        start = torch.linalg.solve(white_gram + ridge, coordinates.transpose(1, 2) @ cross)
-        coordinates = coordinates * output_rms[:, None, None]
-        start = start / output_rms[:, None, None]
-        self.adapter.set_coordinates(coordinates)
-        if self.adapter.leading == "Z":
-            self.adapter.Z.copy_(start)
-        else:
-            rank = self.adapter.Z_A.shape[-1]
-            U, S, Vh = torch.linalg.svd(start, full_matrices=False)
-            root = S[:, :rank].sqrt()
-            self.adapter.Z_A.copy_(U[..., :rank] * root[:, None])
-            self.adapter.Z_B.copy_(root[..., None] * Vh[:, :rank])
+    def set_coordinates_and_start(self, log_k_unit: float) -> None:
+        adapter = self.adapter
+        output_rms = (self.sum_square / self.num_rows).sqrt()[:, None, None]
+        adapter.set_coordinates(whitening(self.gram / self.num_rows) * output_rms, log_k_unit)
+        # Least squares in the outputs for a prefix whose value is the same for all queries
+        value = self.wanted / self.gram[:, -1, -1, None]
+        Z = torch.zeros_like(self.gram[..., :1]).expand(-1, -1, value.shape[-1]).clone()
+        Z[:, -1] = value
+        if adapter.leading == "Z_A":  # the first direction holds the start, the others are free to train
+            r, rank = adapter.Z_A.shape[1:]
+            Z = adapter.coordinates.double() @ torch.randn(len(Z), r, rank, dtype=Z.dtype).to(Z) * r**-0.5
+            Z[..., 0] = 0.0
+            Z[:, -1, 0] = 1.0
+            adapter.Z_B.zero_()
+            adapter.Z_B[:, 0] = value.to(adapter.Z_B)
+        adapter.set_plain(Z, self.log_k[:, None].expand_as(adapter.log_k))
 
 
 def whitening(gram: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ IGNORED = -100  # label of tokens that the loss does not count
 TEXT_CHUNK = 256  # tokens of one item of a plain text
 
 
+Row = dict[str, list[int]]  # input_ids and labels of one item
+
+
 @dataclass(frozen=True)
 class Item:
     """One example: the model reads `prompt` and is trained to write `completion`. Plain text has no prompt."""
@@ -125,7 +128,7 @@ def render_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
-def encode(item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
+def encode(item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Row:
     """Tokens of prompt and completion, closed by the end token; the loss counts the completion.
 
     Raises:
@@ -142,7 +145,7 @@ def encode(item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int) -> d
     return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
 
 
-def encode_all(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, list[int]]]:
+def encode_all(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
     """`encode` for every item; the error names the item by its place."""
     encoded = []
     for number, item in enumerate(items, start=1):
@@ -153,7 +156,7 @@ def encode_all(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, max_le
     return encoded
 
 
-def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
     """Rows as one batch, padded on the right."""
     length = max(len(row["input_ids"]) for row in rows)
 

@@ -8,7 +8,7 @@ log scale per row. The two parts are exact together: no logit is too large and n
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,7 @@ class PositiveRandom(FeatureMap):
         self.size = num_features
         self.seed = seed
         self.options = {"num_features": num_features, "seed": seed}
+        self.projection: nn.Parameter | None
         self.register_parameter("projection", None)  # [r, d], a parameter so that every loader finds it; never trained
 
     def _num_features(self, head_dim: int) -> int:
@@ -188,10 +189,10 @@ class PositiveRandom(FeatureMap):
         return self
 
     def _scaled(self, x: Tensor) -> ScaledFeatures:
-        self.bind(x.shape[-1])
-        logits = x @ self.projection.to(x).T - 0.5 * x.square().sum(dim=-1, keepdim=True)
+        projection = cast(Tensor, self.bind(x.shape[-1]).projection)
+        logits = x @ projection.to(x).T - 0.5 * x.square().sum(dim=-1, keepdim=True)
         peak = logits.detach().amax(dim=-1, keepdim=True)
-        return ScaledFeatures(torch.exp(logits - peak), peak.squeeze(-1) - 0.5 * math.log(len(self.projection)))
+        return ScaledFeatures(torch.exp(logits - peak), peak.squeeze(-1) - 0.5 * math.log(len(projection)))
 
 
 def orthogonal_gaussian(rows: int, columns: int, seed: int) -> Tensor:
@@ -201,7 +202,9 @@ def orthogonal_gaussian(rows: int, columns: int, seed: int) -> Tensor:
     for _ in range(math.ceil(rows / columns)):
         gaussian = torch.randn(columns, columns, dtype=torch.float64, generator=generator)
         lengths = torch.randn(columns, columns, dtype=torch.float64, generator=generator).norm(dim=-1)
-        blocks.append(torch.linalg.qr(gaussian).Q * lengths[:, None])
+        Q, R = torch.linalg.qr(gaussian)
+        # Without the signs of R, which LAPACK fixes, Q would not be uniform over rotations and the features biased.
+        blocks.append(Q * R.diagonal().sign() * lengths[:, None])
     return torch.cat(blocks)[:rows]
 
 

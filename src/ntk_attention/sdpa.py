@@ -7,6 +7,7 @@ a score matrix and without a second Q K^T. What is left, the gradient to the pre
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,17 +29,24 @@ def supports_sdpa(query: Tensor, attn_mask: Tensor | None, dropout_p: float) -> 
 
 def attend_sdpa(query, key, value, prefix, attn_mask, dropout_p, is_causal, scale):
     """Arguments as in `operation.attend_eager`; returns the merged output."""
-    return _MergedAttention.apply(
-        query, key, value, prefix.out, prefix.lse, attn_mask, dropout_p, is_causal, scale
-    )
+    B, H, L, d = query.shape
+    H_kv, d_v = key.shape[1], value.shape[-1]
+    out, lse = prefix
+    packed = L == 1 and H_kv != H and not is_causal
+    if packed:  # decoding: the query heads of a KV head become its rows, so that its keys are read once
+        query, out, lse = query.reshape(B, H_kv, -1, d), out.reshape(B, H_kv, -1, d_v), lse.reshape(B, H_kv, -1)
+        if attn_mask is not None and attn_mask.dim() >= 3 and attn_mask.shape[-3] == H:
+            attn_mask = attn_mask.unflatten(-3, (H_kv, -1)).squeeze(-2)
+    merged = _MergedAttention.apply(query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale)
+    return merged.view(B, H, L, d_v) if packed else merged
 
 
 class _MergedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, prefix_out, prefix_lse, attn_mask, dropout_p, is_causal, scale):
-        blank = None
+        dead = None
         if attn_mask is not None:
-            blank = blank_rows(attn_mask)
+            dead, blank = (rows[..., None] for rows in hidden_rows(attn_mask))
             attn_mask = additive_mask(attn_mask, query)
         out, lse, seed, offset = context_forward(query, key, value, attn_mask, dropout_p, is_causal, scale)
         lse_all = torch.logaddexp(lse, prefix_lse)
@@ -48,10 +56,10 @@ class _MergedAttention(torch.autograd.Function):
         context_share = torch.where(alone, 1.0, torch.exp(lse - lse_all))[..., None]
         prefix_share = torch.where(alone, 0.0, torch.exp(prefix_lse - lse_all))[..., None]
         merged = (out * context_share + prefix_out * prefix_share).to(query.dtype)
-        if blank is not None:
+        if dead is not None:
             merged = merged.masked_fill(blank, 0.0)
         ctx.save_for_backward(
-            query, key, value, prefix_out, prefix_share, merged, lse_all, attn_mask, blank, seed, offset
+            query, key, value, prefix_out, prefix_share, out, context_share, lse_all, attn_mask, dead, seed, offset
         )
         ctx.options = dropout_p, is_causal, scale
         return merged
@@ -59,18 +67,20 @@ class _MergedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        query, key, value, prefix_out, prefix_share, out, lse, attn_mask, blank, seed, offset = ctx.saved_tensors
-        dropout_p, is_causal, scale = ctx.options
-        if blank is not None:
-            grad_out = grad_out.masked_fill(blank, 0.0)
+        query, key, value, prefix_out, prefix_share, out, context_share, lse_all, *rest = ctx.saved_tensors
+        attn_mask, dead, seed, offset = rest
+        if dead is not None:
+            grad_out = grad_out.masked_fill(dead, 0.0)
         grad_query = grad_key = grad_value = grad_prefix_out = grad_prefix_lse = None
         if any(ctx.needs_input_grad[:3]):
+            merged = (out * context_share + prefix_out * prefix_share).to(query.dtype)
             grad_query, grad_key, grad_value = context_backward(
-                grad_out, query, key, value, out, lse, attn_mask, seed, offset, dropout_p, is_causal, scale
+                grad_out, query, key, value, merged, lse_all, attn_mask, seed, offset, *ctx.options
             )
         if any(ctx.needs_input_grad[3:5]):
             grad_prefix_out = prefix_share * grad_out
-            grad_prefix_lse = (grad_prefix_out * (prefix_out - out)).sum(dim=-1)
+            # prefix_out - merged, without the rounding of merged
+            grad_prefix_lse = (grad_prefix_out * context_share * (prefix_out - out)).sum(dim=-1)
         return grad_query, grad_key, grad_value, grad_prefix_out, grad_prefix_lse, None, None, None, None
 
 
@@ -87,11 +97,19 @@ def additive_mask(attn_mask: Tensor, query: Tensor) -> Tensor:
     return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
 
 
-def blank_rows(attn_mask: Tensor) -> Tensor:
-    """Rows [..., L, 1] with nothing but False or -inf: there plain attention returns 0."""
+class HiddenRows(NamedTuple):
+    """Rows that see no real token: bool, broadcastable to [B, H, L]."""
+
+    dead: Tensor  # everything is False, -inf or, as transformers hides keys, the smallest number of the mask's dtype
+    blank: Tensor  # everything is False or -inf: there plain attention returns 0
+
+
+def hidden_rows(attn_mask: Tensor) -> HiddenRows:
     if attn_mask.dtype == torch.bool:
-        return ~attn_mask.any(dim=-1, keepdim=True)
-    return attn_mask.amax(dim=-1, keepdim=True) == -math.inf
+        dead = ~attn_mask.any(dim=-1)
+        return HiddenRows(dead, dead)
+    peak = attn_mask.detach().amax(dim=-1)
+    return HiddenRows(peak <= torch.finfo(attn_mask.dtype).min / 2, peak == -math.inf)
 
 
 # Custom operators, so that torch.compile takes the kernels as they are and compiles what stands around them.
@@ -107,8 +125,8 @@ def context_forward(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention over real tokens: out [B, H, L, d_v], lse [B, H, L] in float32 (float64), seed and offset of dropout."""
-    B, H, L, d = query.shape
+    """Attention over real tokens: out [B, H, L, d_v], lse [B, H, L] in float32 (float64), seed and offset."""
+    B, H, L, _ = query.shape
     d_v = value.shape[-1]
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     no_seed = torch.empty(0, dtype=torch.long, device=query.device)
@@ -174,9 +192,7 @@ def context_backward(
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     kernel = _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale)
     if kernel == MATH:
-        return _math_backward(
-            grad_out, query, key, value, out, lse, attn_mask, seed, dropout_p, is_causal, scale
-        )
+        return _math_backward(grad_out, query, key, value, out, lse, attn_mask, seed, dropout_p, is_causal, scale)
     L, S, d, d_v = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
     kv_shape = key.shape
     query, key, value, attn_mask = _fit_kernel(kernel, query, key, value, attn_mask)
@@ -195,13 +211,38 @@ def context_backward(
         lse = F.pad(lse, (0, -L % 32), value=math.inf)
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
         grads = aten._scaled_dot_product_efficient_attention_backward(
-            grad_out, query, key, value, attn_mask, out, lse, seed, offset, dropout_p,
-            [True, True, True, False], is_causal, scale=scale,
+            grad_out,
+            query,
+            key,
+            value,
+            attn_mask,
+            out,
+            lse,
+            seed,
+            offset,
+            dropout_p,
+            [True, True, True, False],
+            is_causal,
+            scale=scale,
         )[:3]
     else:
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            grad_out, query, key, value, out, lse[..., None], seed, offset, attn_mask, None, None, L, S,
-            dropout_p, is_causal, scale=scale,
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            lse[..., None],
+            seed,
+            offset,
+            attn_mask,
+            None,
+            None,
+            L,
+            S,
+            dropout_p,
+            is_causal,
+            scale=scale,
         )
     grad_query, grad_key, grad_value = grads
     if grad_key.shape[1] != kv_shape[1]:  # the kernel saw repeated KV heads

@@ -30,8 +30,8 @@ class PrefixState:
 
     Z: Tensor
     k: Tensor
-    log_scale: Tensor | None = None
-    feature_map: FeatureMap | str = "elu"
+    log_scale: Tensor = None  # type: ignore[assignment]  # zeros by default
+    feature_map: FeatureMap = "elu"  # type: ignore[assignment]  # a name becomes a map
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "feature_map", feature_map(self.feature_map))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.functional import delete_adapter
 from peft.tuners.tuners_utils import BaseTuner
@@ -26,7 +26,7 @@ class NTKAttentionModel(BaseTuner):
     # Not "ntk_attention_...": transformers' delete_adapter looks past modules whose name holds the method's name.
     prefix = CHILD
     tuner_layer_cls = NTKAttentionLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: NTKAttentionConfig, model_config: dict) -> NTKAttentionConfig:
         routed = [name for name, module in self.model.named_modules() if name and routes(module)]

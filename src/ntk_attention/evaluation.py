@@ -1,0 +1,67 @@
+"""How good a model is at items: loss of the completions, and exact match of generated answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import IGNORED, Item, Row, collate, is_correct, render_prompt
+from .observation import evaluating
+
+MAX_NEW_TOKENS = 48
+BATCH_SIZE = 32
+Progress = Callable[[int], None]  # called with the number of items done since the last call
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int) -> float:
+    """Cross-entropy in nats, averaged over all tokens that count."""
+    total, count = 0.0, 0
+    with evaluating(model):
+        for i in range(0, len(rows), BATCH_SIZE):
+            batch = collate(rows[i : i + BATCH_SIZE], pad_token_id)
+            n = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += n * model(**{k: v.to(model.device) for k, v in batch.items()}).loss.item()
+            count += n
+    return total / count
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Progress = lambda n: None,
+) -> list[str]:
+    """What the model writes after each prompt, greedily."""
+    texts = []
+    with evaluating(model):
+        for i in range(0, len(prompts), BATCH_SIZE):
+            part = [render_prompt(prompt, tokenizer) for prompt in prompts[i : i + BATCH_SIZE]]
+            batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+            batch = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask")}
+            out = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            texts += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            progress(len(part))
+    return texts
+
+
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Progress = lambda n: None,
+) -> float:
+    """Share of the items whose generated answer is the expected one."""
+    texts = answers(model, tokenizer, [item.prompt for item in items], max_new_tokens, progress)
+    return sum(is_correct(text, item.completion) for text, item in zip(texts, items, strict=True)) / len(items)

@@ -1,0 +1,102 @@
+"""Looking at the attention of an adapted model while it runs: for calibration and for reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import NTKAttentionLayer
+from .operation import Block
+from .sdpa import HIDDEN
+
+# query [B, H, L, d], block of the real tokens, block of the prefix or None, factor of phi's input, and which rows
+# [B, L] count
+Observer = Callable[[Tensor, Block, Block | None, float, Tensor], None]
+
+
+def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, NTKAttentionLayer]:
+    """The layers that hold the adapter, by module name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, NTKAttentionLayer) and adapter_name in module
+    }
+    if not layers:
+        raise ValueError(f"the model has no NTK-Attention adapter {adapter_name!r}: call get_peft_model first")
+    return layers
+
+
+def observe(
+    model: nn.Module,
+    layers: Mapping[str, NTKAttentionLayer],
+    batches: Iterable[Mapping[str, Any]],
+    observers: Mapping[str, Observer],
+) -> None:
+    """Run the model over the batches, without gradients and dropout, and show its attention to one observer a layer.
+
+    Rows of padding do not count: those whose `attention_mask` is 0, and those that see no token.
+    """
+    device = next(p.device for p in model.parameters())
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            masks = [batch[k] for k in ("attention_mask", "decoder_attention_mask") if batch.get(k) is not None]
+            for name, layer in layers.items():
+                layer.observer = lambda query, context, prefix, factor, see=observers[name], masks=masks: see(
+                    query, context, prefix, factor, rows_that_count(query, context, masks)
+                )
+            try:
+                model(**batch)
+            finally:
+                for layer in layers.values():
+                    layer.observer = None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, leaving every module's mode as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def rows_that_count(query: Tensor, context: Block, masks: list[Tensor]) -> Tensor:
+    """Rows [B, L] of real tokens: by the padding mask of their shape, if there is one, and by what they see."""
+    lowest = max(HIDDEN, torch.finfo(query.dtype).min) / 2
+    counts = (context.lse > lowest).all(dim=1)  # masks are the same for all heads
+    shape = (query.shape[0], query.shape[2])
+    real = next((mask.bool() for mask in masks if tuple(mask.shape) == shape), None)
+    return counts if real is None else counts & real
+
+
+def prefix_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default") -> Tensor:
+    """The share of attention that the active prefixes take: [layers, H], averaged over the real tokens."""
+    layers = adapted_layers(model, adapter_name)
+    sums: dict[str, Any] = dict.fromkeys(layers, 0.0)
+    rows = dict.fromkeys(layers, 0)
+
+    def see(name: str) -> Observer:
+        def add(query: Tensor, context: Block, prefix: Block | None, factor: float, counts: Tensor) -> None:
+            if prefix is not None:
+                share = torch.sigmoid(prefix.lse - context.lse).transpose(0, 1)[:, counts]  # [H, N]
+                sums[name] = sums[name] + share.double().sum(dim=1)
+                rows[name] += share.shape[1]
+
+        return add
+
+    observe(model, layers, batches, {name: see(name) for name in layers})
+    if not all(rows.values()):
+        raise ValueError("no token reached the adapter: is it active, and is the text empty?")
+    return torch.stack([sums[name] / rows[name] for name in layers]).cpu()

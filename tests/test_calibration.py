@@ -1,0 +1,282 @@
+"""The calibrated start: near the frozen model, in its own coordinates, and nothing of it in the files but plain Z."""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ntk_attention import NTKAttentionConfig, calibrate
+from ntk_attention.calibration import whitening
+from ntk_attention.layer import NTKAttentionLayer
+
+from .families import FAMILIES, LLAMA, attention_function, naive_attention
+from .reference import relative_error
+from .tiny import INPUTS, adapted, adapters, logits, loss_of, tiny, trainable
+
+SHARE = 0.1
+
+
+def repeats(seed, batch=16):
+    """A pattern of three tokens again and again: what comes next is known from the second round on."""
+    pattern = torch.randint(3, 16, (batch, 3), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": pattern.repeat(1, 5)}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tiny Llama that has learned to repeat; weight decay keeps its attention from being all or nothing."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.5)
+    for step in range(300):
+        optimizer.zero_grad()
+        loss_of(model, repeats(step)).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def held_out_loss(model):
+    return loss_of(model, repeats(1000, batch=64)).item()
+
+
+OPTIONS = {
+    "default": {},
+    "rank": {"rank": 4},
+    "kv heads": {"state_heads": "kv"},
+    "taylor": {"feature_map": "taylor"},
+    "positive random": {"feature_map": "positive_random"},
+    "one layer": {"layers_to_transform": [1]},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+
+
+def calibrated(base=None, batches=(INPUTS,), share=SHARE, **options):
+    model = adapted(base, **{"init_weights": True, **options})
+    calibrate(model, batches, share=share)
+    return model
+
+
+def saved(model):
+    """What a file would hold of every layer."""
+    return [adapter.state_dict() for adapter in adapters(model)]
+
+
+@every_option
+def test_start_is_near_the_frozen_model(trained, options):
+    model = adapted(copy.deepcopy(trained), init_weights=True, **options)
+    frozen, uncalibrated = held_out_loss(trained), held_out_loss(model)
+    calibrate(model, [repeats(seed) for seed in range(2000, 2008)], share=0.05)
+    assert abs(held_out_loss(model) - frozen) < min(0.15, uncalibrated - frozen)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_share_of_the_attention_against_naive(name, share):
+    # the mean over the tokens of logit(share), per head, with every layer seeing what it sees in the frozen model
+    family = FAMILIES[name]
+    inputs = family.inputs()
+    model = get_peft_model(family.build(), NTKAttentionConfig()).eval()
+    calibrate(model, [inputs], share=share)
+    shares = []
+    with attention_function(naive_attention(family, inputs, shares)):
+        model(**inputs)
+    assert len(shares) >= len(adapters(model))
+    if name == "albert":  # two layers share one module: the mean is over both
+        shares = [torch.cat(shares)]
+        inputs = {n: torch.cat([x, x]) for n, x in inputs.items()}
+    masks = {x.shape[1]: x.bool() for n, x in inputs.items() if n.endswith("mask")}
+    for of_layer in shares:
+        B, _, L, _ = of_layer.shape
+        real = masks.get(L, torch.ones(B, L, dtype=torch.bool))
+        actual = torch.logit(of_layer.squeeze(-1)).transpose(1, 2)[real].mean(dim=0)
+        torch.testing.assert_close(actual, torch.full_like(actual, math.log(share / (1 - share))), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_start_changes_the_outputs_least():
+    # of the first layer, whose inputs are those of the frozen model
+    model = calibrated()
+    attention = model.base_model.model.model.layers[0].self_attn
+    outputs = []
+    hook = attention.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    real = INPUTS["attention_mask"].bool()
+
+    def change(Z=None):
+        if Z is not None:
+            adapters(model)[0].Z.copy_(Z)
+        model(**INPUTS)
+        with model.disable_adapter():
+            model(**INPUTS)
+        frozen, adapted = outputs.pop(), outputs.pop()
+        return (adapted - frozen)[real].square().sum()
+
+    start = adapters(model)[0].Z.clone()
+    least = change()
+    for other in (0 * start, 0.9 * start, 1.1 * start, start.flip(0), start + 0.1 * torch.randn_like(start)):
+        assert change(other) > least
+    assert change(0 * start) > 2 * least
+    hook.remove()
+
+
+def test_whitening_against_the_identity():
+    features = torch.cat(
+        [torch.randn(2, 50, 5, dtype=torch.float64) + 3, torch.ones(2, 50, 1, dtype=torch.float64)], -1
+    )
+    gram = features.mT @ features
+    C = whitening(gram)
+    torch.testing.assert_close(C.mT @ gram @ C, torch.eye(6, dtype=torch.float64).expand(2, 6, 6))
+    assert C[:, :-1, -1].abs().max() == 0  # the constant feature stays itself
+
+
+@every_option
+def test_file_holds_plain_values(options, tmp_path):
+    model = calibrated(**options)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("coordinates" in name for name in tensors)
+    trained = [getattr(a, a.leading) for a in adapters(model)]
+    stored = [x for name, x in sorted(tensors.items()) if name.endswith((".Z", ".Z_A"))]
+    assert all(not torch.allclose(a, b) for a, b in zip(trained, stored, strict=True))
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert all(a.coordinates is None for a in adapters(loaded))
+    assert relative_error(logits(loaded), expected) < 1e-5
+
+
+@every_option
+def test_loading_into_a_calibrated_model(options):
+    source, target = adapted(**options), calibrated(batches=[repeats(0)], **options)
+    assert relative_error(logits(target), logits(source)) > 1e-2
+    set_peft_model_state_dict(target, get_peft_model_state_dict(source))
+    assert all(a.coordinates is not None for a in adapters(target))
+    assert relative_error(logits(target), logits(source)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("llama", "right"), ("llama", "left"), ("bert", "right"), ("t5", "right"), ("t5", "left")],
+    ids=["llama-right", "llama-left", "bert-right", "t5-right", "t5-left"],
+)
+def test_padded_batch_against_each_item_alone(name, side):
+    family = FAMILIES[name]
+    inputs = family.inputs()
+    for mask in [n for n in inputs if n.endswith("mask")]:
+        inputs[mask][1] = inputs[mask][1].sort(descending=side == "right").values
+    if name == "llama":  # phi sees the query after its rotation, so positions must count from the first real token
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    models = []
+    for batches in ([inputs], [alone(inputs, item) for item in (0, 1)]):
+        models.append(get_peft_model(family.build(), NTKAttentionConfig()).eval())
+        calibrate(models[-1], batches, share=SHARE)
+    for padded, single in zip(*map(saved, models), strict=True):
+        torch.testing.assert_close(padded["log_k"], single["log_k"])
+        torch.testing.assert_close(padded["log_scale"], single["log_scale"])
+    with torch.no_grad():
+        padded, single = (family.run(model, inputs) for model in models)
+    assert relative_error(padded, single) < 1e-3
+
+
+def alone(inputs, item):
+    """One item without its padding."""
+    source, target = (inputs.get(m) for m in ("attention_mask", "decoder_attention_mask"))
+    keep = {n: target if n.startswith("decoder") else source for n in inputs}
+    return {n: x[item, keep[n][item].bool()][None] for n, x in inputs.items()}
+
+
+def test_training_after_calibration_lowers_the_loss():
+    model = calibrated().train()
+    assert {name.rsplit(".", 1)[1] for name in trainable(model)} == {"Z", "log_k"}
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.03)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_calibrating_twice_against_once():
+    once, twice = calibrated(), calibrated(batches=[repeats(0)])
+    assert relative_error(logits(twice), logits(once)) > 1e-2
+    calibrate(twice, [INPUTS], share=SHARE)
+    assert relative_error(logits(twice), logits(once)) < 1e-4
+
+
+def test_only_the_named_adapter_changes():
+    model = adapted(adapter_name="first")
+    model.add_adapter("second", NTKAttentionConfig())
+    before = {n: x.clone() for n, x in model.state_dict().items()}
+    modes = {}
+    for index, (name, module) in enumerate(model.named_modules()):
+        module.training = modes[name] = index % 2 == 0
+    calibrate(model, iter([INPUTS]), adapter_name="second")
+    changed = {n for n, x in model.state_dict().items() if not torch.equal(x, before[n])}
+    assert changed
+    assert all(".second." in name for name in changed)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert model.active_adapters == ["first"]
+    assert all(m.observer is None for m in model.modules() if isinstance(m, NTKAttentionLayer))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_dtype_of_the_base_against_float32(dtype):
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
+    for actual, expected in zip(saved(calibrated(tiny(dtype))), saved(calibrated()), strict=True):
+        assert relative_error(actual["log_k"], expected["log_k"]) < tolerance
+        assert relative_error(actual["log_scale"], expected["log_scale"]) < tolerance
+        assert all(x.dtype == torch.float32 and torch.isfinite(x).all() for x in actual.values())
+
+
+def test_copy_keeps_the_coordinates():
+    model = calibrated()
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other), logits(model))
+    for a, b in zip(adapters(other), adapters(model), strict=True):
+        assert torch.equal(a.coordinates, b.coordinates)
+        assert a.coordinates is not b.coordinates
+
+
+NO_TOKENS = {**INPUTS, "attention_mask": torch.zeros_like(INPUTS["attention_mask"])}
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({}, {"batches": []}, "no batches"),
+        ({}, {"batches": [NO_TOKENS]}, "padding"),
+        ({}, {"share": 0.0}, "share"),
+        ({}, {"share": 1.0}, "share"),
+        ({}, {"share": -0.1}, "share"),
+        ({}, {"adapter_name": "other"}, "no NTK-Attention adapter 'other'"),
+        ({"constant_feature": False}, {}, "constant"),
+    ],
+    ids=[
+        "no batches",
+        "padding alone",
+        "share 0",
+        "share 1",
+        "negative share",
+        "no such adapter",
+        "no constant feature",
+    ],
+)
+def test_what_calibrate_refuses(options, arguments, message):
+    model = adapted(**options)
+    before = logits(model)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, **{"batches": [INPUTS], **arguments})
+    assert torch.equal(logits(model), before)
+
+
+def test_model_without_an_adapter_is_refused():
+    with pytest.raises(ValueError, match="call get_peft_model first"):
+        calibrate(tiny(), [INPUTS])

@@ -1,0 +1,143 @@
+"""The command line on a tiny model: what a user sees, and one line with exit code 2 for bad input."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from ntk_attention.cli import app
+
+FINETUNE = ["--items", "60", "--held-out", "6", "--batch-size", "8", "--max-new-tokens", "4"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "letters.jsonl"
+    lines = [{"prompt": f"{a}{b}", "completion": a} for a in "abcdef" for b in "0123456789"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finetuned(model_folder, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    return invoke("finetune", folder, "--model", model_folder, "--data", data, *FINETUNE), folder
+
+
+def test_finetune(finetuned):
+    result, folder = finetuned
+    assert result.exit_code == 0, result.output
+    for text in ("held-out items before", "calibrate", "fine-tune", "exact match", "trained 648 parameters", "saved to"):
+        assert text in result.output
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate(finetuned, data):
+    result = invoke("evaluate", finetuned[1], "--data", data, "--items", 6, "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
+    assert "base" in result.output
+    assert "adapter" in result.output
+    record = json.loads((finetuned[1] / "finetune.json").read_text())
+    assert record["after"]["loss"] < record["before"]["loss"]
+
+
+def test_generate(finetuned):
+    result = invoke("generate", finetuned[1], "a7", "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
+    assert "base model:" in result.output
+    assert "with adapter:" in result.output
+
+
+def test_info(finetuned, tmp_path):
+    picture = tmp_path / "shares.png"
+    result = invoke("info", finetuned[1], "--text", "some words to look at", "--picture", picture)
+    assert result.exit_code == 0, result.output
+    for text in ("attention modules", "648", "as many numbers has 10 tokens", "of the attention, from"):
+        assert text in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def broken(kind, finetuned, tmp_path, model_folder):
+    """A copy of the adapter that something is wrong with, and the options that go with it."""
+    folder = tmp_path / "adapter"
+    if kind == "missing":
+        return folder
+    shutil.copytree(finetuned[1], folder)
+    weights = folder / "adapter_model.safetensors"
+    if kind == "no weights":
+        weights.unlink()
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-50])
+    elif kind == "nan":
+        tensors = load_file(weights)
+        save_file({n: x * float("nan") if n.endswith(".Z") else x for n, x in tensors.items()}, weights)
+    elif kind == "lora":
+        base = AutoModelForCausalLM.from_pretrained(model_folder)
+        get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    elif kind == "no json":
+        (folder / "adapter_config.json").write_text("{")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "has no adapter_config.json: expected the folder of a saved adapter"),
+        ("no weights", "has no adapter_model.safetensors"),
+        ("truncated", "adapter_model.safetensors is damaged"),
+        ("nan", "holds NaN or infinite values"),
+        ("lora", "holds a LORA adapter, expected NTK_ATTENTION"),
+        ("no json", "adapter_config.json is not an adapter's"),
+    ],
+)
+def test_bad_adapters(kind, message, finetuned, tmp_path, model_folder):
+    expect_refusal(invoke("info", broken(kind, finetuned, tmp_path, model_folder)), message)
+
+
+def test_another_base_is_refused(finetuned, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(finetuned[1] / name, tmp_path)
+    expect_refusal(invoke("info", finetuned[1], "--model", tmp_path), "the adapter was made for a model with 2 attention")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nothing.jsonl"], "no data at 'nothing.jsonl'"),
+        (["--items", "-5"], "items must be positive, got -5"),
+        (["--feature-map", "cosine"], "unknown feature map 'cosine'"),
+        (["--state-heads", "both"], "state_heads must be 'query' or 'kv', got 'both'"),
+        (["--rank", "0"], "rank must be a positive integer"),
+        (["--model", "./nowhere"], "./nowhere is not a folder"),
+    ],
+    ids=lambda x: str(x),
+)
+def test_bad_finetune(arguments, message, model_folder, data, tmp_path):
+    options = ["--model", model_folder, "--data", data, *FINETUNE, *arguments]
+    expect_refusal(invoke("finetune", tmp_path / "out", *options), message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["generate", "x", " "], ["info", "x", "--text", ""]], ids=lambda x: x[0])
+def test_empty_text(arguments):
+    expect_refusal(invoke(*arguments), "is empty")
+
+
+def expect_refusal(result, message):
+    assert result.exit_code == 2, result.output
+    error = [line for line in result.output.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert "Traceback" not in result.output

@@ -1,0 +1,161 @@
+"""The main job on a tiny model: figures, files, resume, and what is refused before any work."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from ntk_attention import training
+from ntk_attention.training import RECORD, Settings, finetune
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "letters.jsonl"
+    lines = [{"prompt": f"{a}{b}", "completion": a} for a in "abcdefghij" for b in "0123456789"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(model_folder, data):
+    return Settings(
+        str(model_folder), str(data), items=100, held_out=10, epochs=2, batch_size=8, learning_rate=0.1, max_new_tokens=4
+    )
+
+
+@pytest.fixture(scope="module")
+def run(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    return finetune(settings, folder), folder
+
+
+def test_it_learns_and_says_so(run):
+    record, folder = run
+    assert record["after"]["loss"] < record["before"]["loss"] - 0.1
+    losses = [loss for _, loss in record["train_loss"]]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    assert record["before"]["exact_match"] <= record["after"]["exact_match"]
+    assert record["train_items"] + 20 == 100
+    assert record["test_items"] == 10
+    assert record["steps"] == 20
+    assert record == json.loads((folder / RECORD).read_text())
+    r = 8 + 1
+    assert record["trainable_parameters"] == 2 * 4 * (r * 8 + r)
+
+
+def test_the_folder_is_an_ordinary_adapter(run):
+    record, folder = run
+    names = {path.name for path in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", RECORD} <= names
+    assert "checkpoints" not in names
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    saved = load_file(folder / "adapter_model.safetensors")
+    name, Z = next((n, x) for n, x in saved.items() if n.endswith(".Z"))
+    assert torch.equal(model.get_parameter(name.removesuffix(".Z") + ".default.Z"), Z)
+
+
+def test_an_interrupted_run_resumes_to_the_same_end(run, settings, tmp_path):
+    """Stopped in the middle and resumed, against the run that was not: loss curve and adapter."""
+    record, folder = run
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 11:
+                raise KeyboardInterrupt
+
+    make_trainer = training.make_trainer
+    with pytest.MonkeyPatch.context() as patch:
+
+        def interrupted(*args):
+            trainer = make_trainer(*args)
+            trainer.add_callback(Stop())
+            return trainer
+
+        patch.setattr(training, "make_trainer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings, tmp_path / "out")
+    assert (tmp_path / "out" / "checkpoints").is_dir()
+    with pytest.raises(ValueError, match="already holds a run: add --resume"):
+        finetune(settings, tmp_path / "out")
+    resumed = finetune(settings, tmp_path / "out", resume=True)
+    assert resumed["before"] == record["before"]
+    torch.testing.assert_close(torch.tensor(resumed["train_loss"]), torch.tensor(record["train_loss"]), rtol=1e-2, atol=0)
+    expected, actual = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / "out"))
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-2, atol=1e-3)
+
+
+def test_text_has_no_exact_match(model_folder, tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("It was the best of times, it was the worst of times. " * 60)
+    small = Settings(str(model_folder), str(path), items=8, held_out=2, batch_size=2)
+    with pytest.raises(ValueError, match="item 1: an item has 256 tokens, the model takes 128"):
+        finetune(small, tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ntk_attention.data.TEXT_CHUNK", 64)
+        record = finetune(small, tmp_path / "out")
+    assert set(record["after"]) == {"loss"}
+    assert record["after"]["loss"] < record["before"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"items": 0}, "items must be positive, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+    ],
+)
+def test_bad_settings(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{**vars(settings), **changes})
+
+
+def test_folders_that_are_not_ours(settings, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        finetune(settings, tmp_path / "file")
+    with pytest.raises(ValueError, match="not empty and not a run"):
+        finetune(settings, tmp_path, overwrite=True)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_other_settings_and_damage_are_named(run, settings, tmp_path):
+    _, folder = run
+    shutil.copytree(folder, tmp_path / "out")
+    other = Settings(**{**vars(settings), "seed": 1})
+    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+        finetune(other, tmp_path / "out", resume=True)
+    (tmp_path / "out" / RECORD).write_text('{"settings": ')
+    with pytest.raises(ValueError, match="is damaged"):
+        finetune(settings, tmp_path / "out", resume=True)
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(run, settings, tmp_path):
+    _, folder = run
+    shutil.copytree(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="no data at"):
+        finetune(Settings(**{**vars(settings), "data": "nothing.jsonl"}), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_full_disk_is_seen_at_the_start(settings, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    with pytest.raises(ValueError, match="1 MiB of free disk space, 200 are needed"):
+        finetune(settings, tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "calibrate", lambda model, batches: poison(model))
+    with pytest.raises(ValueError, match="the loss is not finite at step 1: lower the learning rate"):
+        finetune(settings, tmp_path / "out")
+
+
+def poison(model):
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if n.endswith(".Z")).fill_(float("nan"))
