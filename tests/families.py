@@ -123,7 +123,11 @@ class Family:
 
 
 def naive_attention(
-    family: Family, inputs: Mapping[str, Tensor], shares: list[Tensor] | None = None
+    family: Family,
+    inputs: Mapping[str, Tensor],
+    *,
+    shares: dict[nn.Module, list[Tensor]] | None = None,
+    with_prefix: bool = True,
 ) -> Callable[..., tuple[Tensor, None]]:
     """An attention function as transformers calls it: Algorithm 2 as printed, in plain torch, for elu + 1.
 
@@ -132,8 +136,8 @@ def naive_attention(
     Args:
         family: whose scales, windows and caps are applied, whatever the model passes.
         inputs: of the model, with the padding masks.
-        shares: where given, the output is the one without the prefix, and the share [B, H, L, 1] that the prefix
-            would have is appended here.
+        shares: collects the share [B, H, L, 1] of the prefix in each call, by attention module.
+        with_prefix: whether the prefix changes the output.
     """
 
     def forward(module, query, key, value, attention_mask, position_bias=None, **_):
@@ -155,11 +159,10 @@ def naive_attention(
             mass = mass + torch.exp(module.sinks).view(-1, 1, 1)
         phi = elu_phi(s**0.5 * q)
         phi = torch.cat([phi, torch.ones_like(phi[..., :1])], dim=-1)
-        if shares is None:
-            out = (A @ V + phi @ Z) / (mass + phi @ k)
-        else:
-            shares.append(phi @ k / (mass + phi @ k))
-            out = A @ V / mass.clamp_min(1e-30)
+        D = mass + phi @ k
+        if shares is not None:
+            shares.setdefault(module, []).append(phi @ k / D)
+        out = (A @ V + phi @ Z) / D if with_prefix else A @ V / mass.clamp_min(1e-30)
         return out.transpose(1, 2), None
 
     return forward

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.calibration import whitening
 from ntk_attention.layer import NTKAttentionLayer
+from ntk_attention.observation import adapted_layers, prefix_shares
 
 from .families import FAMILIES, LLAMA, attention_function, naive_attention
 from .reference import relative_error
@@ -30,6 +31,7 @@ def repeats(seed, batch=16):
 @pytest.fixture(scope="module")
 def trained():
     """A tiny Llama that has learned to repeat; weight decay keeps its attention from being all or nothing."""
+    torch.set_num_threads(1)  # the same numbers everywhere, and faster for a model as small as this
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.5)
@@ -84,19 +86,37 @@ def test_share_of_the_attention_against_naive(name, share):
     inputs = family.inputs()
     model = get_peft_model(family.build(), NTKAttentionConfig()).eval()
     calibrate(model, [inputs], share=share)
-    shares = []
-    with attention_function(naive_attention(family, inputs, shares)):
+    shares = {}
+    with attention_function(naive_attention(family, inputs, shares=shares, with_prefix=False)):
         model(**inputs)
-    assert len(shares) >= len(adapters(model))
-    if name == "albert":  # two layers share one module: the mean is over both
-        shares = [torch.cat(shares)]
-        inputs = {n: torch.cat([x, x]) for n, x in inputs.items()}
-    masks = {x.shape[1]: x.bool() for n, x in inputs.items() if n.endswith("mask")}
-    for of_layer in shares:
-        B, _, L, _ = of_layer.shape
-        real = masks.get(L, torch.ones(B, L, dtype=torch.bool))
-        actual = torch.logit(of_layer.squeeze(-1)).transpose(1, 2)[real].mean(dim=0)
+    assert len(shares) == len(adapters(model))
+    for calls in shares.values():
+        actual = torch.logit(of_real_tokens(calls, inputs)).mean(dim=0)
         torch.testing.assert_close(actual, torch.full_like(actual, math.log(share / (1 - share))), atol=1e-4, rtol=0)
+
+
+def of_real_tokens(calls, inputs):
+    """From [B, H, L, 1] of every call of one attention module to [N, H]."""
+    masks = {x.shape[1]: x.bool() for name, x in inputs.items() if name.endswith("mask")}
+    rows = []
+    for share in calls:
+        B, _, L, _ = share.shape
+        rows.append(share.squeeze(-1).transpose(1, 2)[masks.get(L, torch.ones(B, L, dtype=torch.bool))])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2", "t5", "clip", "albert"])
+@torch.no_grad()
+def test_prefix_shares_against_naive(name):
+    family = FAMILIES[name]
+    inputs, shares = family.inputs(), {}
+    model = get_peft_model(family.build(), NTKAttentionConfig(init_weights=False)).eval()
+    actual = prefix_shares(model, [inputs])
+    with attention_function(naive_attention(family, inputs, shares=shares)):
+        model(**inputs)
+    for layer, of_layer in zip(adapted_layers(model).values(), actual, strict=True):
+        expected = of_real_tokens(shares[layer.get_base_layer()], inputs).mean(dim=0)
+        torch.testing.assert_close(of_layer, expected, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -202,6 +222,27 @@ def test_training_after_calibration_lowers_the_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_training_goes_on_after_loading_into_a_model_calibrated_alike():
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+
+    whole = calibrated()
+    optimizer = torch.optim.AdamW(trainable(whole).values(), lr=0.03)
+    steps(whole, optimizer, 3)
+    adapter, moments = get_peft_model_state_dict(whole), copy.deepcopy(optimizer.state_dict())
+    steps(whole, optimizer, 3)
+
+    resumed = calibrated()
+    set_peft_model_state_dict(resumed, adapter)
+    optimizer = torch.optim.AdamW(trainable(resumed).values(), lr=0.03)
+    optimizer.load_state_dict(moments)
+    steps(resumed, optimizer, 3)
+    assert relative_error(logits(resumed), logits(whole)) < 1e-3
 
 
 def test_calibrating_twice_against_once():

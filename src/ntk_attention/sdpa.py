@@ -152,7 +152,7 @@ def context_forward(
         )
     else:
         out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-            query, key, value, attn_mask, True, dropout_p, is_causal, False, scale=scale
+            query, key, value, None, True, dropout_p, is_causal, False, scale=scale
         )
     lse = lse.reshape(B, H, -1)[..., :L].to(lse_dtype)  # cuDNN adds a dimension, the efficient kernel pads L
     # A custom operator may not return its inputs' memory or views of one another.
@@ -256,19 +256,25 @@ def _(grad_out, query, key, value, out, lse, attn_mask, seed, offset, dropout_p,
 
 
 def _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale) -> int:
-    """The kernel that torch itself would take, `torch.nn.attention.sdpa_kernel` respected."""
+    """The kernel that torch itself would take, `torch.nn.attention.sdpa_kernel` respected; MATH where it has none.
+
+    With a mask it is the efficient one: cuDNN, torch's choice on Hopper, reads some masks wrongly (wrong answers from
+    left-padded batches with torch 2.11).
+    """
     if query.device.type == "cpu":
         return FLASH
-    enable_gqa = query.shape[1] != key.shape[1]
-    options = {"scale": scale}
     d_max = max(query.shape[-1], value.shape[-1])
     query, key, value = (F.pad(x, (0, d_max + -d_max % 8 - x.shape[-1])) for x in (query, key, value))
-    choice = torch._fused_sdp_choice(
-        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa, **options
-    )
-    if choice not in (FLASH, EFFICIENT, CUDNN) and enable_gqa:  # the efficient kernel takes repeated KV heads
+    if attn_mask is not None:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        choice = torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        params = torch.backends.cuda.SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, False)
+        return EFFICIENT if torch.backends.cuda.can_use_efficient_attention(params) else MATH
+    try:
+        choice = torch._fused_sdp_choice(
+            query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    except RuntimeError:  # none of those that sdpa_kernel allows
+        return MATH
     return choice if choice in (FLASH, EFFICIENT, CUDNN) else MATH
 
 
@@ -283,8 +289,6 @@ def _fit_kernel(kernel, query, key, value, attn_mask):
         if attn_mask is not None:
             S = key.shape[2]
             attn_mask = F.pad(attn_mask.expand(*query.shape[:2], query.shape[2], S), (0, -S % 16))[..., :S]
-    elif kernel == CUDNN and attn_mask is not None:
-        attn_mask = attn_mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
     return query, key, value, attn_mask
 
 

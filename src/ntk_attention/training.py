@@ -257,7 +257,7 @@ def make_trainer(
     model: Any, rows: dict[str, list], pad_token_id: int, settings: Settings, output: Path, reporter: Reporter
 ) -> Trainer:
     steps = math.ceil(len(rows["train"]) / settings.batch_size * settings.epochs)
-    every = max(1, steps // 10)
+    every = max(1, steps // 5)
     arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         max_steps=steps,

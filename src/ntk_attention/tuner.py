@@ -84,9 +84,6 @@ class NTKAttentionModel(BaseTuner):
             "phi(q), which no projection matrix can hold. Keep the adapter, or call unload() to remove it."
         )
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self._check_merge_allowed()
-
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
