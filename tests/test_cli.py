@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from ntk_attention.cli import app
+from ntk_attention.cli import app, console
 
 FINETUNE = ["--items", "60", "--held-out", "6", "--batch-size", "8", "--max-new-tokens", "4"]
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    console.width = 200
+    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,14 @@ def finetuned(model_folder, data, tmp_path_factory):
 def test_finetune(finetuned):
     result, folder = finetuned
     assert result.exit_code == 0, result.output
-    for text in ("held-out items before", "calibrate", "fine-tune", "exact match", "trained 648 parameters", "saved to"):
+    for text in (
+        "held-out items before",
+        "calibrate",
+        "fine-tune",
+        "exact match",
+        "trained 648 parameters",
+        "saved to",
+    ):
         assert text in result.output
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -105,11 +113,15 @@ def test_bad_adapters(kind, message, finetuned, tmp_path, model_folder):
 
 def test_another_base_is_refused(finetuned, tmp_path):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(finetuned[1] / name, tmp_path)
-    expect_refusal(invoke("info", finetuned[1], "--model", tmp_path), "the adapter was made for a model with 2 attention")
+    expect_refusal(
+        invoke("info", finetuned[1], "--model", tmp_path), "the adapter was made for a model with 2 attention"
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ In a real model the log-normalisers of the heads differ by many nats, the featur
 and values differ in size between layers. With one start for all, the prefix is invisible in some heads and drowns
 others. Two passes of a few batches through the frozen model measure, per head,
 
-1. b, the mean log-sum-exp of its attention, and the size of phi(q).1: they set k so that the prefix holds `share` of
-   the attention;
+1. b, the mean log-sum-exp of its attention, and phi(q).1 against it: they set k so that the prefix holds `share` of the
+   attention on average;
 2. the moments of g(q) = d out / d Z = phi(q) e^{b - lse}, which say how an output answers to a change of Z. They give
    - coordinates in which the features are centred on the constant one and white, in units of the head's output;
-   - the prefix's value at the start: the head's mean output, which changes the frozen model least.
+   - the prefix's value at the start: the head's mean output, of all fixed values the one that changes outputs least.
 
 All of it is a change of coordinates and a start: saved files hold plain Z, k and b.
 """
@@ -85,7 +85,8 @@ class HeadStatistics:
         H, r = len(adapter.log_k), getattr(adapter, adapter.leading).shape[1]
         zeros = partial(torch.zeros, dtype=torch.float64, device=adapter.log_k.device)
         self.num_rows = 0
-        self.sum_lse, self.sum_log_mass, self.sum_square = zeros(H), zeros(H), zeros(H)
+        self.sum_lse, self.sum_square = zeros(H), zeros(H)
+        self.advantages: list[Tensor] = []  # [H, N], log(phi.1) - lse of every row
         self.gram = zeros(H, r, r)  # sum of g g^T
         self.wanted: Tensor | float = 0.0  # [H, d_v], sum of g_constant * share * output
         self.log_k = zeros(H)  # set between the passes, the same for all features
@@ -110,15 +111,16 @@ class HeadStatistics:
         phi, row_scale, lse, _ = self.rows(query, frozen, factor, counts)
         self.num_rows += lse.shape[1]
         self.sum_lse += lse.double().sum(dim=1)
-        self.sum_log_mass += (torch.log(self.normaliser(phi)) + row_scale).double().sum(dim=1)
+        self.advantages.append((torch.log(self.normaliser(phi)) + row_scale - lse).cpu())
 
     @torch.no_grad()
     def set_scale(self, share: float, name: str) -> None:
         if self.num_rows == 0:
             raise ValueError(f"no token of the batches reached {name}: are all of them padding?")
-        # the prefix holds `share` where log(phi.k) + b - lse = log(share / (1 - share))
-        self.adapter.log_scale.copy_(self.sum_lse / self.num_rows)
-        self.log_k = math.log(share / (1 - share)) - self.sum_log_mass / self.num_rows
+        b = self.sum_lse / self.num_rows
+        self.adapter.log_scale.copy_(b)
+        self.log_k = offset_for_share(torch.cat(self.advantages, dim=1).double(), share).to(b) - b
+        self.advantages.clear()
 
     def observe_moments(
         self, query: Tensor, frozen: Block, prefix: Block | None, factor: float, counts: Tensor
@@ -150,6 +152,17 @@ class HeadStatistics:
             adapter.Z_B.zero_()
             adapter.Z_B[:, 0] = value.to(adapter.Z_B)
         adapter.set_plain(Z, self.log_k[:, None].expand_as(adapter.log_k))
+
+
+def offset_for_share(logits: Tensor, share: float) -> Tensor:
+    """The offset [H] with which the mean of sigmoid(logits [H, N] + offset) over N is the share: by bisection."""
+    middle = math.log(share / (1 - share))
+    low, high = middle - logits.amax(dim=1), middle - logits.amin(dim=1)
+    for _ in range(60):
+        offset = (low + high) / 2
+        is_low = torch.sigmoid(logits + offset[:, None]).mean(dim=1) < share
+        low, high = torch.where(is_low, offset, low), torch.where(is_low, high, offset)
+    return (low + high) / 2
 
 
 def whitening(gram: Tensor) -> Tensor:

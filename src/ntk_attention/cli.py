@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -137,10 +138,10 @@ def load_adapter(folder: Path, model: str | None) -> tuple[Any, Any]:
             raise ValueError(f"{folder} has no {name}: expected the folder of a saved adapter")
     try:
         config = PeftConfig.from_pretrained(folder)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}/adapter_config.json is not an adapter's: {error}") from None
     if not isinstance(config, NTKAttentionConfig):
-        raise ValueError(f"{folder} holds a {config.peft_type} adapter, expected NTK_ATTENTION")
+        raise ValueError(f"{folder} holds a {config.peft_type.value} adapter, expected NTK_ATTENTION")
     base, tokenizer = load_model(model or base_of(config.base_model_name_or_path))
     try:
         adapted = PeftModel.from_pretrained(base, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,11 +49,8 @@ def observe(
     with evaluating(model), torch.no_grad():
         for batch in batches:
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            masks = [batch[k] for k in ("attention_mask", "decoder_attention_mask") if batch.get(k) is not None]
             for name, layer in layers.items():
-                layer.observer = lambda query, context, prefix, factor, see=observers[name], masks=masks: see(
-                    query, context, prefix, factor, rows_that_count(query, context, masks)
-                )
+                layer.observer = partial(show, observers[name], padding_mask(model, name, batch))
             try:
                 model(**batch)
             finally:
@@ -72,13 +70,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def rows_that_count(query: Tensor, context: Block, masks: list[Tensor]) -> Tensor:
-    """Rows [B, L] of real tokens: by the padding mask of their shape, if there is one, and by what they see."""
+def show(
+    observer: Observer, mask: Tensor | None, query: Tensor, context: Block, prefix: Block | None, factor: float
+) -> None:
+    """Call the observer with the rows [B, L] that count: those of real tokens, and those that see one."""
     lowest = max(HIDDEN, torch.finfo(query.dtype).min) / 2
     counts = (context.lse > lowest).all(dim=1)  # masks are the same for all heads
-    shape = (query.shape[0], query.shape[2])
-    real = next((mask.bool() for mask in masks if tuple(mask.shape) == shape), None)
-    return counts if real is None else counts & real
+    if mask is not None and tuple(mask.shape) == tuple(counts.shape):
+        counts = counts & mask.bool()
+    observer(query, context, prefix, factor, counts)
+
+
+def padding_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Tensor | None:
+    """Which queries of the attention module `name` are real tokens: [B, L], or None where all are."""
+    parts = name.split(".")
+    if any("vision" in part for part in parts):
+        return None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder" in parts:
+        if batch.get("decoder_attention_mask") is None and batch.get("labels") is not None:
+            return batch["labels"] != -100
+        return batch.get("decoder_attention_mask")
+    return batch.get("attention_mask")
 
 
 def prefix_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default") -> Tensor:
