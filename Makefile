@@ -6,7 +6,8 @@ RUN ?= runs/demo
 
 .PHONY: demo test lint setup clean
 
-# A CPU build of torch first: a plain `torch` would pull gigabytes of CUDA. Set TORCH= to keep what is installed.
+# Torch first, by itself. Where pip would take a CUDA build and a CPU one is wanted:
+# make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
 setup: $(VENV)/.ready

@@ -119,7 +119,8 @@ def main(
 ) -> None:
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     for arm in json.loads(arms.read_text()):
-        if any(all(result.get(k) == v for k, v in arm.items()) for result in done):
+        wanted = {**arm, "base": base, "task": task, "steps": steps, "batch_size": batch_size}
+        if any(all(result.get(k) == v for k, v in wanted.items()) for result in done):
             continue
         result = run(arm, base, task, steps, batch_size, held_out)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,7 @@ def test_another_base_is_refused(finetuned, tmp_path):
     ("arguments", "message"),
     [
         (["--data", "nothing.jsonl"], "no data at 'nothing.jsonl'"),
-        (["--items", "-5"], "items must be positive, got -5"),
+        (["--items", "-5"], "items must be positive and finite, got -5"),
         (["--feature-map", "cosine"], "unknown feature map 'cosine'"),
         (["--state-heads", "both"], "state_heads must be 'query' or 'kv', got 'both'"),
         (["--rank", "0"], "rank must be a positive integer"),

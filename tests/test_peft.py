@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from ntk_attention import NTKAttentionConfig
+from ntk_attention.observation import adapted_layers
 
-from .families import BERT, LLAMA
+from .families import BERT, FAMILIES, LLAMA
 from .reference import relative_error
 from .tiny import INPUTS, TINY, adapted, adapters, logits, loss_of, tiny, trainable
 
@@ -121,6 +122,26 @@ def test_autocast_against_float32():
         loss_of(model).backward()
     assert relative_error(actual, logits(model)) < 0.1
     assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in trainable(model).values())
+
+
+def test_autocast_keeps_the_prefix_in_float32():
+    """As Trainer(bf16=True) runs it, without a cache: against the model whose queries, keys and values are rounded."""
+    model = adapted()
+    inputs = {**INPUTS, "use_cache": False}
+    seen = []
+    for layer in adapted_layers(model).values():
+        layer.observer = lambda query, context, prefix, factor: seen.append((query.dtype, prefix.out.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**inputs)
+    assert seen == [(torch.bfloat16, torch.float32)] * 2
+
+
+def test_a_config_can_be_used_again():
+    config = NTKAttentionConfig(task_type="CAUSAL_LM")
+    get_peft_model(tiny(), config)
+    get_peft_model(FAMILIES["gpt2"].build(), config)
+    assert config.geometry is None
+    assert config.target_modules is None
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

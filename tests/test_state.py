@@ -17,7 +17,8 @@ def test_to():
     state = PrefixState(torch.zeros(2, 8, 4), torch.ones(2, 8), feature_map=feature_map("positive_random").bind(2))
     moved = state.to(torch.float64)
     assert moved.Z.dtype == moved.k.dtype == moved.log_scale.dtype == torch.float64
-    assert state.Z.dtype == torch.float32
+    assert state.Z.dtype == state.feature_map.projection.dtype == torch.float32
+    assert moved.feature_map.projection.dtype == torch.float64
 
 
 def test_signed_maps_need_only_a_positive_count():

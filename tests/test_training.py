@@ -115,7 +115,8 @@ def test_text_has_no_exact_match(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"items": 0}, "items must be positive, got 0"),
+        ({"items": 0}, "items must be positive and finite, got 0"),
+        ({"epochs": float("inf")}, "epochs must be positive and finite, got inf"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
     ],
 )
@@ -133,12 +134,25 @@ def test_folders_that_are_not_ours(settings, tmp_path):
     assert (tmp_path / "file").read_text() == "x"
 
 
+def test_overwrite_leaves_other_files_alone(run, settings, tmp_path):
+    shutil.copytree(run[1], tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / RECORD).write_text("damaged")
+    finetune(settings, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
 def test_other_settings_and_damage_are_named(run, settings, tmp_path):
     _, folder = run
     shutil.copytree(folder, tmp_path / "out")
     other = Settings(**{**vars(settings), "seed": 1})
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
         finetune(other, tmp_path / "out", resume=True)
+    with pytest.raises(ValueError, match="is finished: nothing to resume"):
+        finetune(settings, tmp_path / "out", resume=True)
+    (tmp_path / "out" / RECORD).write_text('{"name": 1}')
+    with pytest.raises(ValueError, match="is not the record of a run"):
+        finetune(settings, tmp_path / "out", resume=True)
     (tmp_path / "out" / RECORD).write_text('{"settings": ')
     with pytest.raises(ValueError, match="is damaged"):
         finetune(settings, tmp_path / "out", resume=True)

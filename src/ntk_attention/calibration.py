@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer import PrefixAdapter
+from .layer import NTKAttentionLayer, PrefixAdapter
 from .observation import adapted_layers, observe
 from .operation import Block
 
@@ -32,6 +32,7 @@ EIGENVALUE_FLOOR = 1e-2  # of the whitening, relative to the largest: below it f
 # A step of log k moves the output by `share` times as much as a step of Z does, so its unit is made larger by
 # 1 / share, with this factor: a small share is close to the frozen model and trains like a large one.
 LOG_K_STEP = 0.15
+MAX_BYTES = 8 * 2**30
 
 
 def calibrate(
@@ -61,6 +62,7 @@ def calibrate(
     layers = adapted_layers(model, adapter_name)
     if not all(layer[adapter_name].feature_map.constant for layer in layers.values()):
         raise ValueError("calibrate needs the constant feature: make the config with constant_feature=True")
+    check_size(layers, adapter_name)
     batches = list(batches)
     if not batches:
         raise ValueError("calibrate got no batches: a few batches of training data are expected")
@@ -75,6 +77,17 @@ def calibrate(
         observe(model, layers, batches, {name: s.observe_moments for name, s in statistics.items()})
     for s in statistics.values():
         s.set_coordinates_and_start(LOG_K_STEP / share)
+
+
+def check_size(layers: Mapping[str, NTKAttentionLayer], adapter_name: str = "default") -> None:
+    """Raise ValueError if the moments and coordinates, r x r for every head, would not fit into memory."""
+    sizes = (getattr(layer[adapter_name], layer[adapter_name].leading).shape for layer in layers.values())
+    size = sum(12 * H * r**2 for H, r, _ in sizes)
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"calibration would hold {size / 2**30:.0f} GiB of r x r matrices, at most {MAX_BYTES / 2**30:.0f} are "
+            "expected: take a feature map with fewer features, or fewer layers"
+        )
 
 
 class HeadStatistics:

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from safetensors import SafetensorError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console(highlight=False)
@@ -38,8 +39,8 @@ def one_line_errors() -> Iterator[None]:
     warnings.filterwarnings("ignore")
     try:
         yield
-    except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/red] {' '.join(str(error).split())}", soft_wrap=True, markup=True)
+    except (ValueError, OSError, SafetensorError) as error:
+        console.print(f"error: {' '.join(str(error).split())}", style="red", soft_wrap=True, markup=False)
         raise typer.Exit(2) from None
 
 
@@ -121,14 +122,13 @@ def show_summary(record: dict[str, Any], output: Path) -> None:
         f"in {record['seconds'] / 60:.1f} minutes on {record['hardware']}; "
         f"adapter file {record['adapter_bytes'] / 2**20:.1f} MiB"
     )
-    console.print(f"saved to {output}: adapter, finetune.json, loss.png")
+    console.print(f"saved to {output}: adapter, finetune.json, loss.png", markup=False)
 
 
 def load_adapter(folder: Path, model: str | None) -> tuple[Any, Any]:
     """The base model with the adapter in `folder`, and the tokenizer; ValueError for a folder that does not fit."""
     import torch
     from peft import PeftConfig, PeftModel
-    from safetensors import SafetensorError
 
     from .config import NTKAttentionConfig
     from .models import base_of, load_model
@@ -199,8 +199,8 @@ def generate(
         adapted, tokenizer = load_adapter(adapter, model)
         with adapted.disable_adapter():
             base = answers(adapted, tokenizer, [prompt], max_new_tokens)[0]
-        console.print(f"[dim]base model:[/dim]   {base.strip()}", markup=True)
-        console.print(f"with adapter: {answers(adapted, tokenizer, [prompt], max_new_tokens)[0].strip()}")
+        console.print(f"base model:   {base.strip()}", style="dim", markup=False)
+        console.print(f"with adapter: {answers(adapted, tokenizer, [prompt], max_new_tokens)[0].strip()}", markup=False)
 
 
 @app.command()

@@ -69,4 +69,4 @@ class NTKAttentionConfig(PeftConfig):
             raise ValueError("layers_pattern was given without layers_to_transform")
 
     def make_feature_map(self) -> FeatureMap:
-        return feature_map(self.feature_map, constant=self.constant_feature, **self.feature_map_options)
+        return feature_map(self.feature_map, **{"constant": self.constant_feature, **self.feature_map_options})

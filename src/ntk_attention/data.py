@@ -100,7 +100,7 @@ def load_items(source: str, size: int, seed: int, tokenizer: PreTrainedTokenizer
         return [Item("", tokenizer.decode(chunk)) for chunk in chunks[:size]]
     if path.suffix != ".jsonl":
         raise ValueError(f"{source}: expected a file that ends in .jsonl or .txt")
-    lines = [(i, line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
     return [read_line(line, source, i) for i, line in lines[:size]]
 
 

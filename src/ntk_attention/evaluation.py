@@ -23,8 +23,11 @@ def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int) ->
         for i in range(0, len(rows), BATCH_SIZE):
             batch = collate(rows[i : i + BATCH_SIZE], pad_token_id)
             n = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += n * model(**{k: v.to(model.device) for k, v in batch.items()}).loss.item()
-            count += n
+            if n:
+                total += n * model(**{k: v.to(model.device) for k, v in batch.items()}).loss.item()
+                count += n
+    if count == 0:
+        raise ValueError("the items have no token that counts: a loss needs at least two tokens")
     return total / count
 
 

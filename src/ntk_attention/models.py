@@ -40,6 +40,8 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot load the model {name!r}: {reason}") from error
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {name!r} has no end token: expected one, to close the answers with")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

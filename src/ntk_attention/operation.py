@@ -57,6 +57,7 @@ def ntk_attention(
         scale: of the logits, d^-1/2 by default. The feature map sees sqrt(scale) * query.
         enable_gqa: allow H to be a multiple of H_kv.
         backend: "eager" (the reference: any dtype, O(L S) memory), "sdpa" (torch's kernels, O(L) memory) or "auto".
+            "sdpa" too takes the eager way for what no kernel covers: a mask that needs a gradient, dropout on a CPU.
 
     Returns:
         [B, H, L, d_v] in the dtype of query.
@@ -66,13 +67,19 @@ def ntk_attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     check_arguments(query, key, value, state, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    with torch.autocast(device_type, enabled=False):
+    query, key, value = autocast_inputs(query, key, value)
+    with torch.autocast(query.device.type, enabled=False):
         prefix = prefix_block(query, state, math.sqrt(scale))
         return attend(query, key, value, prefix, attn_mask, dropout_p, is_causal, scale, backend=backend)
+
+
+def autocast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The inputs in the dtype of autocast, where it is on; what follows picks its own dtypes."""
+    device_type = inputs[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return inputs
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
 
 
 def prefix_block(query: Tensor, state: PrefixState, factor: float) -> Block:
@@ -94,10 +101,12 @@ def prefix_block(query: Tensor, state: PrefixState, factor: float) -> Block:
     phi = phi.reshape(B, state.num_heads, groups * L, state.num_features)
     phi_Z = (phi @ state.Z.to(dtype)).view(B, H, L, state.Z.shape[-1])
     phi_k = (phi @ state.k.to(dtype)[..., None]).view(B, H, L)
-    # A trained or rounded normaliser can reach 0, where the prefix has no weight: log and division stay finite.
-    phi_k = phi_k.clamp_min(torch.finfo(dtype).tiny)
     b = state.log_scale.to(dtype).repeat_interleave(groups)[:, None]
-    return Block(phi_Z / phi_k[..., None], torch.log(phi_k) + row_scale + b)
+    # Where the signed monomials of a trained or rounded state sum to nothing positive, the prefix has no weight.
+    has_weight = phi_k > torch.finfo(dtype).tiny
+    phi_k = torch.where(has_weight, phi_k, 1.0)
+    out = torch.where(has_weight[..., None], phi_Z / phi_k[..., None], 0.0)
+    return Block(out, torch.where(has_weight, torch.log(phi_k) + row_scale + b, -math.inf))
 
 
 def merge_blocks(first: Block, second: Block) -> Block:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .operation import attend, context_block
+from .operation import attend, autocast_inputs, context_block
 
 CHILD = "ntk_states"  # name of the NTKAttentionLayer in its attention module
 ROUTE = "ntk_attention"  # name of our function in the attention interface
@@ -160,21 +160,23 @@ def ntk_attention_forward(
         return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     implementation = check_implementation(module, type(module).__name__)
+    query, key, value = autocast_inputs(query, key, value)
     scale, factor = query_scale(module, scaling, query.shape[-1])
     key, value, mask, is_causal = visible_tokens(module, query, key, value, attention_mask, implementation, **kwargs)
     if query.shape[0] != key.shape[0]:  # learned queries, the same for every item
         query = query.expand(key.shape[0], -1, -1, -1)
     options: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sink": kwargs.get("s_aux")}
-    prefix = None
-    if layer.has_active_state():
-        prefix = layer.prefix_block(query, value.shape[-1], key.shape[1], factor)
-    if layer.observer is not None:
-        context = context_block(query, key, value, mask, is_causal, scale, **options)
-        layer.observer(query, context, prefix, factor)
-    if prefix is None:
-        out = context.out
-    else:
-        out = attend(query, key, value, prefix, mask, dropout, is_causal, scale, **options)
+    with torch.autocast(query.device.type, enabled=False):
+        prefix = None
+        if layer.has_active_state():
+            prefix = layer.prefix_block(query, value.shape[-1], key.shape[1], factor)
+        if layer.observer is not None:
+            context = context_block(query, key, value, mask, is_causal, scale, **options)
+            layer.observer(query, context, prefix, factor)
+        if prefix is None:
+            out = context.out
+        else:
+            out = attend(query, key, value, prefix, mask, dropout, is_causal, scale, **options)
     return out.transpose(1, 2).contiguous(), None
 
 

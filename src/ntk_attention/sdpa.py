@@ -22,6 +22,8 @@ HIDDEN = -1e30  # added to a logit that must not count; still finite after the k
 
 def supports_sdpa(query: Tensor, attn_mask: Tensor | None, dropout_p: float) -> bool:
     """What no kernel here covers: a gradient to the mask, dropout on a CPU, and devices other than CPU and CUDA."""
+    if dropout_p and torch.compiler.is_compiling():  # the kernels' random states differ in shape
+        return False
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return False
     return query.device.type == "cuda" or (query.device.type == "cpu" and dropout_p == 0)
@@ -34,7 +36,8 @@ def attend_sdpa(query, key, value, prefix, attn_mask, dropout_p, is_causal, scal
     out, lse = prefix
     packed = L == 1 and H_kv != H and not is_causal
     if packed:  # decoding: the query heads of a KV head become its rows, so that its keys are read once
-        query, out, lse = query.reshape(B, H_kv, -1, d), out.reshape(B, H_kv, -1, d_v), lse.reshape(B, H_kv, -1)
+        G = H // H_kv
+        query, out, lse = query.reshape(B, H_kv, G, d), out.reshape(B, H_kv, G, d_v), lse.reshape(B, H_kv, G)
         if attn_mask is not None and attn_mask.dim() >= 3 and attn_mask.shape[-3] == H:
             attn_mask = attn_mask.unflatten(-3, (H_kv, -1)).squeeze(-2)
     merged = _MergedAttention.apply(query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale)
@@ -52,7 +55,7 @@ class _MergedAttention(torch.autograd.Function):
         lse_all = torch.logaddexp(lse, prefix_lse)
         # Rows without a prefix keep the kernel's own output and lse.
         alone = prefix_lse == -math.inf
-        lse_all = torch.where(alone, lse, lse_all)
+        lse_all = torch.where(alone, lse, lse_all).to(lse.dtype)
         context_share = torch.where(alone, 1.0, torch.exp(lse - lse_all))[..., None]
         prefix_share = torch.where(alone, 0.0, torch.exp(prefix_lse - lse_all))[..., None]
         merged = (out * context_share + prefix_out * prefix_share).to(query.dtype)
@@ -156,6 +159,8 @@ def context_forward(
         )
     lse = lse.reshape(B, H, -1)[..., :L].to(lse_dtype)  # cuDNN adds a dimension, the efficient kernel pads L
     # A custom operator may not return its inputs' memory or views of one another.
+    if dropout_p == 0:
+        seed, offset = no_seed, no_seed.clone()
     return out[..., :d_v].contiguous(), lse.contiguous(), seed.clone(), offset.clone()
 
 
@@ -196,7 +201,10 @@ def context_backward(
     L, S, d, d_v = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
     kv_shape = key.shape
     query, key, value, attn_mask = _fit_kernel(kernel, query, key, value, attn_mask)
-    grad_out, out = (F.pad(x, (0, value.shape[-1] - d_v)).contiguous() for x in (grad_out, out))
+    grad_out, out = (pad_to(x, value.shape[-1]).contiguous() for x in (grad_out, out))
+    if query.device.type == "cuda" and dropout_p == 0:  # not read, but asked for
+        seed = torch.zeros(2, dtype=torch.uint64, device=query.device) if kernel == FLASH else seed.new_zeros(())
+        offset = torch.zeros((), dtype=seed.dtype, device=query.device)
     if query.device.type == "cpu":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=attn_mask, scale=scale
@@ -264,7 +272,7 @@ def _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale) ->
     if query.device.type == "cpu":
         return FLASH
     d_max = max(query.shape[-1], value.shape[-1])
-    query, key, value = (F.pad(x, (0, d_max + -d_max % 8 - x.shape[-1])) for x in (query, key, value))
+    query, key, value = (pad_to(x, d_max + -d_max % 8) for x in (query, key, value))
     if attn_mask is not None:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         params = torch.backends.cuda.SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, False)
@@ -283,13 +291,19 @@ def _fit_kernel(kernel, query, key, value, attn_mask):
     d_max = max(query.shape[-1], value.shape[-1])
     if query.device.type == "cuda":
         d_max += -d_max % 8
-    query, key, value = (F.pad(x, (0, d_max - x.shape[-1])) for x in (query, key, value))
+    query, key, value = (pad_to(x, d_max) for x in (query, key, value))
     if kernel == EFFICIENT:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         if attn_mask is not None:
             S = key.shape[2]
-            attn_mask = F.pad(attn_mask.expand(*query.shape[:2], query.shape[2], S), (0, -S % 16))[..., :S]
+            aligned = pad_to(attn_mask.expand(*attn_mask.shape[:-1], S), S + -S % 16)[..., :S]
+            attn_mask = aligned.expand(*query.shape[:3], S)
     return query, key, value, attn_mask
+
+
+def pad_to(x: Tensor, size: int) -> Tensor:
+    """Zeros behind the last dimension; no copy where none are missing."""
+    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
 def _scores(query, key, attn_mask, is_causal, scale):
@@ -319,7 +333,7 @@ def _math_forward(query, key, value, attn_mask, dropout_p, is_causal, scale):
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
     values = value.to(weights.dtype).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    seed = torch.randint(2**62, (1,), device=query.device)
+    seed = torch.randint(2**62, (1 if dropout_p else 0,), device=query.device)
     out = _keep(weights, dropout_p, seed) @ values
     return out.to(query.dtype), lse, seed, torch.empty(0, dtype=torch.long, device=query.device)
 

@@ -1,5 +1,6 @@
 """The prefix state (Z, k): what is left of a prefix of any length."""
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,7 +66,7 @@ class PrefixState:
             Z=self.Z.to(*args, **kwargs),
             k=self.k.to(*args, **kwargs),
             log_scale=self.log_scale.to(*args, **kwargs),
-            feature_map=self.feature_map.to(*args, **kwargs),
+            feature_map=copy.deepcopy(self.feature_map).to(*args, **kwargs),
         )
 
     def _check_shapes(self) -> None:

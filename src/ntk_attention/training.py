@@ -19,14 +19,16 @@ from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .calibration import calibrate
+from .calibration import calibrate, check_size
 from .config import NTKAttentionConfig
 from .data import EMBEDDED_TASKS, Item, Row, collate, encode_all, load_items
 from .evaluation import MAX_NEW_TOKENS, exact_match, mean_loss
 from .models import load_model
+from .observation import adapted_layers
 
 RECORD = "finetune.json"  # settings and results; its presence says that a folder is ours
 CHECKPOINTS = "checkpoints"
+WRITTEN = (RECORD, "adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "shares.png")
 CALIBRATION_ITEMS = 64
 VALIDATION_ITEMS = 64
 FREE_BYTES = 200 * 2**20  # an adapter, its optimizer state and one more checkpoint
@@ -49,8 +51,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("items", "held_out", "epochs", "batch_size", "learning_rate", "max_new_tokens"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,18 @@ def check_folder(output: Path, settings: Settings, *, resume: bool, overwrite: b
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file: expected a folder to write the adapter to")
-    record = read_record(output)
-    if output.exists() and any(output.iterdir()) and record is None:
+    ours = (output / RECORD).is_file() and (overwrite or read_record(output) is not None)
+    if output.exists() and any(output.iterdir()) and not ours:
         raise ValueError(f"{output} is not empty and not a run of this program: choose another folder")
-    if record is not None and not overwrite:
+    if ours and not overwrite:
+        record = read_record(output) or {}
         if not resume:
             raise ValueError(f"{output} already holds a run: add --resume to go on, or --overwrite to start anew")
         changed = [name for name, value in asdict(settings).items() if record["settings"].get(name) != value]
         if changed:
             raise ValueError(f"{output} was started with other settings ({', '.join(changed)}): cannot resume")
+        if "after" in record:
+            raise ValueError(f"the run in {output} is finished: nothing to resume")
     existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < FREE_BYTES:
@@ -121,9 +126,12 @@ def read_record(output: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged ({error.msg}, line {error.lineno}): use --overwrite") from None
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise ValueError(f"{path} is not the record of a run: expected an object with settings")
+    return record
 
 
 class Reporter(Protocol):
@@ -190,8 +198,12 @@ def finetune(
     base.to("cuda" if torch.cuda.is_available() else "cpu")
     model = get_peft_model(base, config)
 
+    check_size(adapted_layers(model))
+
     if overwrite and output.exists():
-        shutil.rmtree(output)
+        for name in WRITTEN:
+            (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     record = read_record(output) or {"settings": asdict(settings)}
     measure = partial(measure_test, model, tokenizer, split.test, rows["test"], settings.max_new_tokens, reporter)

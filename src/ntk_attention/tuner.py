@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -27,6 +28,11 @@ class NTKAttentionModel(BaseTuner):
     prefix = CHILD
     tuner_layer_cls = NTKAttentionLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # On a copy: what is filled in for this model must not bind the user's config to it.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: NTKAttentionConfig, model_config: dict) -> NTKAttentionConfig:
         routed = [name for name, module in self.model.named_modules() if name and routes(module)]
