@@ -1,4 +1,4 @@
-"""How an adapter should start: arms of the calibration against each other and against LoRA, at equal parameters.
+"""How an adapter should start: arms of the calibration against each other (and, where an arm says so, against LoRA).
 
 Writes one JSON line per arm: how far the start is from the frozen model (loss, and KL divergence on the completions of
 validation items), and loss and exact match after training. An arm is a JSON object: name, method ("ntk" or "lora"),
