@@ -266,7 +266,7 @@ def _(grad_out, query, key, value, out, lse, attn_mask, seed, offset, dropout_p,
 def _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale) -> int:
     """The kernel that torch itself would take, `torch.nn.attention.sdpa_kernel` respected; MATH where it has none.
 
-    With a mask it is always the efficient one: with cuDNN, torch's choice on Hopper, models answered left-padded batches
+    With a mask it is always the efficient one: with cuDNN, torch's choice on Hopper, left-padded batches were answered
     wrongly (torch 2.11 on an H100; the cause was not found).
     """
     if query.device.type == "cpu":
