@@ -4,7 +4,8 @@ Writes one JSON line per arm: how far the start is from the frozen model (loss, 
 validation items), and loss and exact match after training. An arm is a JSON object: name, method ("ntk" or "lora"),
 lr, seed, and for "ntk" the options of the config and of `calibrate`.
 
-    python -m experiments.calibration_start experiments/calibration_arms.json results/calibration_start.jsonl
+    python -m experiments.calibration_start experiments/calibration_arms.json results/calibration_start.jsonl \\
+        --steps 60 --batch-size 16 --held-out 120
 """
 
 import json

@@ -16,7 +16,7 @@ from ntk_attention.observation import adapted_layers, prefix_shares
 
 from .families import FAMILIES, LLAMA, attention_function, naive_attention
 from .reference import relative_error
-from .tiny import INPUTS, adapted, adapters, logits, loss_of, tiny, trainable
+from .tiny import INPUTS, adapted, adapters, logits, loss_of, losses_of_training, tiny, trainable
 
 SHARE = 0.1
 
@@ -212,14 +212,7 @@ def alone(inputs, item):
 def test_training_after_calibration_lowers_the_loss():
     model = calibrated().train()
     assert {name.rsplit(".", 1)[1] for name in trainable(model)} == {"Z", "log_k"}
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.03)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, 5, 0.03)
     assert losses[-1] < losses[0]
 
 

@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel
 from ntk_attention import NTKAttentionConfig, PrefixState, ntk_attention
 
 from .reference import relative_error
-from .tiny import adapted, adapters, logits, loss_of, tiny, trainable
+from .tiny import adapted, adapters, logits, loss_of, losses_of_training, tiny, trainable
 
 
 @pytest.mark.parametrize(("init_weights", "moves"), [(True, True), ("published", False)], ids=["default", "published"])
@@ -55,14 +55,7 @@ def test_save_and_load(options, low_cpu_mem_usage, tmp_path):
 def test_training_step_with(options):
     model = adapted(**{**options, "init_weights": True}).train()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.05)
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, 8, 0.05)
     assert losses[-1] < losses[0]
     assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == trainable(model).keys()
 

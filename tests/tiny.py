@@ -36,5 +36,17 @@ def loss_of(model, inputs=INPUTS):
     return model(**inputs, labels=inputs["input_ids"]).loss
 
 
+def losses_of_training(model, steps, learning_rate):
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=learning_rate)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -150,7 +150,6 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         super().__init__()
         self._attention = (attention,)  # in a tuple, since a child must not register its parent
         self.geometry = geometry
-        self.merged_adapters: list[str] = []
         # A function put here sees every call: the query, the block of the real tokens, the block of the prefix (None
         # while the adapters rest) and the factor that makes phi's input of the query.
         self.observer: Callable[[Tensor, Block, Block | None, float], None] | None = None

@@ -205,52 +205,28 @@ def context_backward(
     if query.device.type == "cuda" and dropout_p == 0:  # not read, but asked for
         seed = torch.zeros(2, dtype=torch.uint64, device=query.device) if kernel == FLASH else seed.new_zeros(())
         offset = torch.zeros((), dtype=seed.dtype, device=query.device)
+    inputs = (grad_out, query, key, value)
     if query.device.type == "cpu":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+            *inputs, out, lse, 0.0, is_causal, attn_mask=attn_mask, scale=scale
         )
     elif kernel == FLASH:
         grads = aten._scaled_dot_product_flash_attention_backward(
-            grad_out, query, key, value, out, lse, None, None, L, S, dropout_p, is_causal, seed, offset, scale=scale
+            *inputs, out, lse, None, None, L, S, dropout_p, is_causal, seed, offset, scale=scale
         )
     elif kernel == EFFICIENT:
         # What the kernel's own forward makes: rows padded to 32, and out laid out as [B, L, H, d] (in half precision
         # the kernel reads another layout wrongly).
         lse = F.pad(lse, (0, -L % 32), value=math.inf)
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        wanted = [True, True, True, False]  # query, key, value, mask
         grads = aten._scaled_dot_product_efficient_attention_backward(
-            grad_out,
-            query,
-            key,
-            value,
-            attn_mask,
-            out,
-            lse,
-            seed,
-            offset,
-            dropout_p,
-            [True, True, True, False],
-            is_causal,
-            scale=scale,
+            *inputs, attn_mask, out, lse, seed, offset, dropout_p, wanted, is_causal, scale=scale
         )[:3]
     else:
+        lse = lse[..., None]
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            grad_out,
-            query,
-            key,
-            value,
-            out,
-            lse[..., None],
-            seed,
-            offset,
-            attn_mask,
-            None,
-            None,
-            L,
-            S,
-            dropout_p,
-            is_causal,
-            scale=scale,
+            *inputs, out, lse, seed, offset, None, None, None, L, S, dropout_p, is_causal, scale=scale
         )
     grad_query, grad_key, grad_value = grads
     if grad_key.shape[1] != kv_shape[1]:  # the kernel saw repeated KV heads

@@ -197,7 +197,6 @@ def finetune(
     rows = {name: encode_all(getattr(split, name), tokenizer, limit) for name in ("train", "validation", "test")}
     base.to("cuda" if torch.cuda.is_available() else "cpu")
     model = get_peft_model(base, config)
-
     check_size(adapted_layers(model))
 
     if overwrite and output.exists():
@@ -224,23 +223,27 @@ def finetune(
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     record["after"] = measure("held-out items after")
+    record |= {"train_items": len(split.train), "test_items": len(split.test), "seconds": time.time() - started}
+    record |= describe_run(model, trainer, output)
+    write_json(output / RECORD, record)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return record
+
+
+def describe_run(model: Any, trainer: Trainer, output: Path) -> dict[str, Any]:
+    """The part of the record that says what was trained, how it went and on what."""
     trainable, total = model.get_nb_trainable_parameters()
-    record |= {
-        "train_items": len(split.train),
-        "test_items": len(split.test),
+    history = trainer.state.log_history
+    return {
         "trainable_parameters": trainable,
         "base_parameters": total - trainable,
         "adapter_bytes": (output / "adapter_model.safetensors").stat().st_size,
         "steps": trainer.state.global_step,
-        "train_loss": [[h["step"], h["loss"]] for h in trainer.state.log_history if "loss" in h],
-        "validation_loss": [[h["step"], h["eval_loss"]] for h in trainer.state.log_history if "eval_loss" in h],
-        "seconds": time.time() - started,
+        "train_loss": [[h["step"], h["loss"]] for h in history if "loss" in h],
+        "validation_loss": [[h["step"], h["eval_loss"]] for h in history if "eval_loss" in h],
         "hardware": hardware(),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
     }
-    write_json(output / RECORD, record)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return record
 
 
 def measure_test(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any
 
 from peft.functional import delete_adapter
 from peft.tuners.tuners_utils import BaseTuner
@@ -27,7 +27,6 @@ class NTKAttentionModel(BaseTuner):
     # Not "ntk_attention_...": transformers' delete_adapter looks past modules whose name holds the method's name.
     prefix = CHILD
     tuner_layer_cls = NTKAttentionLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # On a copy: what is filled in for this model must not bind the user's config to it.
