@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import NTKAttentionConfig
-from .operation import Block, check_state_fits, merge_blocks, prefix_block
+from .operation import Block
 from .routing import Geometry
 from .state import PrefixState
 
@@ -201,20 +200,9 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         finally:
             self._disable_adapters = before
 
-    def prefix_block(self, query: Tensor, value_dim: int, num_kv_heads: int, factor: float) -> Block:
-        """The prefixes of all active adapters, one after another, as one block."""
-        blocks = []
-        for name in self.active_names():
-            state = self[name].state()
-            check_state_fits(
-                state,
-                num_heads=query.shape[1],
-                num_kv_heads=num_kv_heads,
-                head_dim=query.shape[3],
-                value_dim=value_dim,
-            )
-            blocks.append(prefix_block(query, state, factor))
-        return reduce(merge_blocks, blocks)
+    def states(self) -> list[PrefixState]:
+        """The prefixes of all active adapters, one after another."""
+        return [self[name].state() for name in self.active_names()]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self or any(p.is_meta for p in self[adapter_name].parameters()):

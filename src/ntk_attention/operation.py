@@ -3,20 +3,23 @@
     T = D^-1 (A V + phi(Q) Z),   D = diag(A 1 + phi(Q) k),   A = exp(scale Q K^T)        (Algorithm 2 of the paper)
 
 The prefix is one more block of attention, whose log-weight is log(phi(q).k) and whose value is phi(q) Z / phi(q).k.
-Both backends merge that block with the block of real tokens: `attend_eager` below, the readable reference, and
-`attend_sdpa` in sdpa.py, on torch's own kernels.
+Every backend merges that block with the block of real tokens: `attend_eager` below, the readable reference,
+`attend_sdpa` in sdpa.py, on torch's own kernels, and `attend_fused` in fused.py, on our own.
 """
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .fused import attend_fused, covers
 from .sdpa import HiddenRows, additive_mask, attend_sdpa, context_forward, hidden_rows, supports_sdpa
 from .state import PrefixState
 
-BACKENDS = ("auto", "eager", "sdpa")
+BACKENDS = ("auto", "eager", "sdpa", "triton")
 
 
 class Block(NamedTuple):
@@ -56,8 +59,10 @@ def ntk_attention(
         is_causal: query i sees the keys j <= i; not together with attn_mask.
         scale: of the logits, d^-1/2 by default. The feature map sees sqrt(scale) * query.
         enable_gqa: allow H to be a multiple of H_kv.
-        backend: "eager" (the reference: any dtype, O(L S) memory), "sdpa" (torch's kernels, O(L) memory) or "auto".
-            "sdpa" too takes the eager way for what no kernel covers: a mask that needs a gradient, dropout on a CPU.
+        backend: "eager" (the reference: any dtype, O(L S) memory), "sdpa" (torch's kernels, O(L) memory), "triton"
+            (our kernels) or "auto", the fastest by measurement (the table `AUTO` in fused.py). What the kernels of one
+            do not cover goes to the one before it: "triton" covers bf16 and fp16 on a GPU with the map `elu` and
+            without dropout, "sdpa" all but a mask that needs a gradient and dropout on a CPU.
 
     Returns:
         [B, H, L, d_v] in the dtype of query.
@@ -69,8 +74,8 @@ def ntk_attention(
     check_arguments(query, key, value, state, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
     query, key, value = autocast_inputs(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
-        prefix = prefix_block(query, state, math.sqrt(scale))
-        return attend(query, key, value, prefix, attn_mask, dropout_p, is_causal, scale, backend=backend)
+        factor = math.sqrt(scale)
+        return attend(query, key, value, [state], factor, attn_mask, dropout_p, is_causal, scale, backend=backend)
 
 
 def autocast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -109,6 +114,11 @@ def prefix_block(query: Tensor, state: PrefixState, factor: float) -> Block:
     return Block(out, torch.where(has_weight, torch.log(phi_k) + row_scale + b, -math.inf))
 
 
+def prefix_blocks(query: Tensor, states: Sequence[PrefixState], factor: float) -> Block:
+    """Several prefixes as one block."""
+    return reduce(merge_blocks, (prefix_block(query, state, factor) for state in states))
+
+
 def merge_blocks(first: Block, second: Block) -> Block:
     """Two sets of keys as one: outputs weighted by their shares of the softmax."""
     lse = torch.logaddexp(first.lse, second.lse)
@@ -120,7 +130,8 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    prefix: Block,
+    states: Sequence[PrefixState],
+    factor: float,
     attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
@@ -130,12 +141,19 @@ def attend(
     sink: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention over the real tokens merged with a prefix block; arguments as in `ntk_attention`, checked before.
+    """Attention over real tokens and over prefixes, one after another; as in `ntk_attention`, arguments checked before.
 
     Args:
+        states: one or more.
+        factor: what the query is multiplied by before phi; sqrt(scale) unless the query is scaled already.
         softcap: logits become softcap * tanh(logits / softcap) before the mask (Gemma2).
         sink: [H], the logit of one more key per head whose value is 0 (gpt-oss).
     """
+    if backend in ("auto", "triton") and len(states) == 1 and dropout_p == 0 and softcap is None and sink is None:
+        state = states[0]
+        if covers(query, key, value, state, attn_mask) and (backend == "triton" or query.is_cuda):
+            return attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, backend)
+    prefix = prefix_blocks(query, states, factor)
     hidden = None if attn_mask is None else hidden_rows(attn_mask)
     prefix = hide_prefix(prefix, hidden, key.shape[2])
     if sink is not None:
@@ -259,7 +277,7 @@ def check_arguments(
         if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
             raise ValueError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
         target = (B, H, L, S)
-        sizes_fit = all(m in (1, n) for m, n in zip(reversed(attn_mask.shape), reversed(target), strict=False))
+        sizes_fit = all(m == 1 or m == n for m, n in zip(reversed(attn_mask.shape), reversed(target), strict=False))
         if attn_mask.dim() > 4 or not sizes_fit:
             raise ValueError(f"attn_mask {list(attn_mask.shape)} does not broadcast to [B, H, L, S] = {list(target)}")
     if not 0.0 <= dropout_p < 1.0:

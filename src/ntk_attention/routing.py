@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .operation import attend, autocast_inputs, context_block
+from .operation import attend, autocast_inputs, check_state_fits, context_block, prefix_blocks
 
 CHILD = "ntk_states"  # name of the NTKAttentionLayer in its attention module
 ROUTE = "ntk_attention"  # name of our function in the attention interface
@@ -167,16 +167,23 @@ def ntk_attention_forward(
         query = query.expand(key.shape[0], -1, -1, -1)
     options: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sink": kwargs.get("s_aux")}
     with torch.autocast(query.device.type, enabled=False):
-        prefix = None
-        if layer.has_active_state():
-            prefix = layer.prefix_block(query, value.shape[-1], key.shape[1], factor)
+        states = layer.states() if layer.has_active_state() else []
+        for state in states:
+            check_state_fits(
+                state,
+                num_heads=query.shape[1],
+                num_kv_heads=key.shape[1],
+                head_dim=query.shape[3],
+                value_dim=value.shape[-1],
+            )
         if layer.observer is not None:
             context = context_block(query, key, value, mask, is_causal, scale, **options)
+            prefix = prefix_blocks(query, states, factor) if states else None
             layer.observer(query, context, prefix, factor)
-        if prefix is None:
-            out = context.out
+        if states:
+            out = attend(query, key, value, states, factor, mask, dropout, is_causal, scale, **options)
         else:
-            out = attend(query, key, value, prefix, mask, dropout, is_causal, scale, **options)
+            out = context.out
     return out.transpose(1, 2).contiguous(), None
 
 

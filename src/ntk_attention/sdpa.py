@@ -61,6 +61,8 @@ class _MergedAttention(torch.autograd.Function):
         merged = (out * context_share + prefix_out * prefix_share).to(query.dtype)
         if dead is not None:
             merged = merged.masked_fill(blank, 0.0)
+            # The weights of a dead row are not to be had from its lse, near HIDDEN: with +inf they are 0.
+            lse_all = lse_all.masked_fill(dead.squeeze(-1), math.inf)
         ctx.save_for_backward(
             query, key, value, prefix_out, prefix_share, out, context_share, lse_all, attn_mask, dead, seed, offset
         )
@@ -115,19 +117,7 @@ def hidden_rows(attn_mask: Tensor) -> HiddenRows:
     return HiddenRows(peak <= torch.finfo(attn_mask.dtype).min / 2, peak == -math.inf)
 
 
-# Custom operators, so that torch.compile takes the kernels as they are and compiles what stands around them.
-
-
-@torch.library.custom_op("ntk_attention::context_forward", mutates_args=())
-def context_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def library_forward(query, key, value, attn_mask, dropout_p, is_causal, scale) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention over real tokens: out [B, H, L, d_v], lse [B, H, L] in float32 (float64), seed and offset."""
     B, H, L, _ = query.shape
     d_v = value.shape[-1]
@@ -158,27 +148,50 @@ def context_forward(
             query, key, value, None, True, dropout_p, is_causal, False, scale=scale
         )
     lse = lse.reshape(B, H, -1)[..., :L].to(lse_dtype)  # cuDNN adds a dimension, the efficient kernel pads L
-    # A custom operator may not return its inputs' memory or views of one another.
     if dropout_p == 0:
         seed, offset = no_seed, no_seed.clone()
-    return out[..., :d_v].contiguous(), lse.contiguous(), seed.clone(), offset.clone()
+    return out[..., :d_v], lse, seed, offset
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """[B, H, L, d_v], with heads inside or outside as in query: transformers lays [B, L, H, d] out."""
+    B, H, L, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty(B, L, H, value.shape[-1]).transpose(1, 2)
+    return query.new_empty(B, H, L, value.shape[-1])
+
+
+def laid_out_as(expected: Tensor, x: Tensor) -> Tensor:
+    """x in the strides of `expected`, whose memory takes it where they differ."""
+    return x if x.stride() == expected.stride() else expected.copy_(x)
+
+
+# Custom operators, so that torch.compile takes the kernels as they are and compiles what stands around them.
+
+
+@torch.library.custom_op("ntk_attention::context_forward", mutates_args=())
+def context_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`library_forward` with outputs as a custom operator must have them: new memory in a layout known beforehand."""
+    out, lse, seed, offset = library_forward(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    return laid_out_as(empty_output(query, value), out), lse.contiguous(), seed.clone(), offset.clone()
 
 
 @context_forward.register_fake
 def _(query, key, value, attn_mask, dropout_p, is_causal, scale):
-    B, H, L, _ = query.shape
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     seed = query.new_empty(0, dtype=torch.long)
-    return (
-        query.new_empty(B, H, L, value.shape[-1]),
-        query.new_empty(B, H, L, dtype=lse_dtype),
-        seed,
-        torch.empty_like(seed),
-    )
+    return empty_output(query, value), query.new_empty(query.shape[:3], dtype=lse_dtype), seed, torch.empty_like(seed)
 
 
-@torch.library.custom_op("ntk_attention::context_backward", mutates_args=())
-def context_backward(
+def library_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -197,14 +210,16 @@ def context_backward(
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     kernel = _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale)
     if kernel == MATH:
-        return _math_backward(grad_out, query, key, value, out, lse, attn_mask, seed, dropout_p, is_causal, scale)
+        grads = _math_backward(grad_out, query, key, value, out, lse, attn_mask, seed, dropout_p, is_causal, scale)
+        return _laid_out_as_inputs(grads, query, key, value)
     L, S, d, d_v = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
-    kv_shape = key.shape
+    inputs_given = query, key, value
     query, key, value, attn_mask = _fit_kernel(kernel, query, key, value, attn_mask)
-    grad_out, out = (pad_to(x, value.shape[-1]).contiguous() for x in (grad_out, out))
+    grad_out, out = (pad_to(x, value.shape[-1]) for x in (grad_out, out))
+    grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, out))
     if query.device.type == "cuda" and dropout_p == 0:  # not read, but asked for
-        seed = torch.zeros(2, dtype=torch.uint64, device=query.device) if kernel == FLASH else seed.new_zeros(())
-        offset = torch.zeros((), dtype=seed.dtype, device=query.device)
+        seed = torch.empty(2, dtype=torch.uint64, device=query.device) if kernel == FLASH else seed.new_empty(())
+        offset = torch.empty((), dtype=seed.dtype, device=query.device)
     inputs = (grad_out, query, key, value)
     if query.device.type == "cpu":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -229,14 +244,23 @@ def context_backward(
             *inputs, out, lse, seed, offset, None, None, None, L, S, dropout_p, is_causal, scale=scale
         )
     grad_query, grad_key, grad_value = grads
-    if grad_key.shape[1] != kv_shape[1]:  # the kernel saw repeated KV heads
-        grad_key, grad_value = (g.unflatten(1, (kv_shape[1], -1)).sum(dim=2) for g in (grad_key, grad_value))
-    return grad_query[..., :d].contiguous(), grad_key[..., :d].contiguous(), grad_value[..., :d_v].contiguous()
+    H_kv = inputs_given[1].shape[1]
+    if grad_key.shape[1] != H_kv:  # the kernel saw repeated KV heads
+        grad_key, grad_value = (g.unflatten(1, (H_kv, -1)).sum(dim=2) for g in (grad_key, grad_value))
+    return _laid_out_as_inputs((grad_query[..., :d], grad_key[..., :d], grad_value[..., :d_v]), *inputs_given)
+
+
+def _laid_out_as_inputs(grads: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (laid_out_as(torch.empty_like(x), g) for x, g in zip(inputs, grads, strict=True))
+    return query, key, value
+
+
+context_backward = torch.library.custom_op("ntk_attention::context_backward", library_backward, mutates_args=())
 
 
 @context_backward.register_fake
 def _(grad_out, query, key, value, out, lse, attn_mask, seed, offset, dropout_p, is_causal, scale):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    return tuple(torch.empty_like(x) for x in (query, key, value))
 
 
 def _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale) -> int:

@@ -1,0 +1,38 @@
+"""The model of the benchmarks `decode` and `training`: shaped like Llama 3.2 1B, with random weights in bfloat16."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 8192,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "vocab_size": 128,
+    "max_position_embeddings": 8192,
+}
+
+
+def llama(device: str, tiny: bool) -> PreTrainedModel:
+    """Made on the device, attention by sdpa."""
+    config = LlamaConfig(**(TINY if tiny else LLAMA_1B), tie_word_embeddings=True, attn_implementation="sdpa")
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def model_sizes(tiny: bool) -> dict[str, int]:
+    return {name: value for name, value in (TINY if tiny else LLAMA_1B).items() if name != "max_position_embeddings"}

@@ -1,0 +1,208 @@
+"""One picture per benchmark and hardware, as PNG."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from .grouping import by_sizes, fastest, fastest_prefix, median, prefix_lengths
+from .rows import Row
+
+OURS, PLAIN = "#c0392b", "#333333"
+PREFIX = ("#8fbbe0", "#5d9bd1", "#2e75b6", "#1f4e79")
+OTHER = "#b0a58f"
+plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def slug(hardware: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.05) -> None:
+    """Write labels beside the right ends of lines (x, y, text, colour) on a log axis, moved apart where they touch."""
+    low, high = np.log(axes.get_ylim())
+    ends = sorted(ends, key=lambda end: end[1])
+    heights = [(np.log(end[1]) - low) / (high - low) for end in ends]
+    for _ in range(200):
+        heights[0] = max(heights[0], gap)
+        for i in range(len(ends) - 1):
+            overlap = max(0.0, gap - (heights[i + 1] - heights[i])) if ends[i][0] == ends[i + 1][0] else 0.0
+            heights[i] -= overlap / 2
+            heights[i + 1] += overlap / 2
+    for (x, _, text, colour), height in zip(ends, heights, strict=True):
+        place = (x, np.exp(low + height * (high - low)))
+        axes.annotate(text, place, xytext=(7, 0), textcoords="offset points", va="center", color=colour, fontsize=9)
+
+
+def attention(rows: list[Row], path: Path) -> None:
+    """Time over plain attention, by shape, for the sizes that all methods ran with."""
+    groups = by_sizes(row for row in rows if not row["method"].startswith("ceiling"))
+    first = groups[0].sizes
+    groups = [g for g in groups if (g.sizes["d"], g.sizes["H_kv"]) == (first["d"], first["H_kv"])]
+    modes = list(dict.fromkeys(g.sizes["mode"] for g in groups))
+    figure, panels = plt.subplots(1, len(modes), figsize=(6.2 * len(modes), 5), sharey=True, layout="constrained")
+    ends: list[list[tuple[float, float, str, str]]] = []
+    for axes, mode in zip(np.atleast_1d(panels), modes, strict=True):
+        own = [g for g in groups if g.sizes["mode"] == mode]
+        lengths = prefix_lengths(own[0].rows)
+        lines = [("ours", OURS, [g.rows.get("ours auto") for g in own])]
+        for m, colour in zip(lengths, PREFIX[-len(lengths) :], strict=True):
+            lines.append((f"prefix, m = {m:,}", colour, [fastest_prefix(g.rows, m) for g in own]))
+        lines.append(("naive fp32", OTHER, [g.rows.get("naive fp32") for g in own]))
+        axes.plot([0, len(own) - 1], [1, 1], color=PLAIN, linewidth=1)
+        ends.append([(len(own) - 1, 1, "plain attention", PLAIN)])
+        for name, colour, line in lines:
+            points = [
+                (i, time / reference)
+                for i, (g, row) in enumerate(zip(own, line, strict=True))
+                if (time := median(row)) and (reference := median(fastest(g.rows, "plain")))
+            ]
+            if points:
+                width = 2.4 if name == "ours" else 1.4
+                axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=width)
+                ends[-1].append((*points[-1], name, colour))
+        ticks = [f"B = {g.sizes['B']}\nL = {g.sizes['L']:,}" for g in own]
+        axes.set(title=mode, yscale="log", xticks=range(len(own)), xticklabels=ticks)
+        axes.set_xlim(-0.2, len(own) - 1 + 0.42 * len(own))
+        axes.grid(axis="y", alpha=0.3)
+        axes.yaxis.set_major_formatter("{x:g}")
+    np.atleast_1d(panels)[0].set_ylabel("time over plain attention")
+    for axes, found in zip(np.atleast_1d(panels), ends, strict=True):
+        label_ends(axes, found)
+    figure.suptitle(
+        f"{rows[0]['hardware']}, {first['dtype']}, causal, {first['H']} heads of size {first['d']}", fontsize=11
+    )
+    save(figure, path)
+
+
+def figure3(rows: list[Row], path: Path) -> None:
+    """The paper's arrangement: run time against the number of parameters, a panel for each L."""
+    groups = by_sizes(rows)
+    figure, panels = plt.subplots(
+        1, len(groups), figsize=(3.6 * len(groups) + 0.6, 3.9), sharey=True, layout="constrained"
+    )
+    lines = (("prefix", PREFIX[3], "prefix P: m d"), ("prefix-kv", PREFIX[1], "keys and values: 2 m d"))
+    for axes, (sizes, methods) in zip(np.atleast_1d(panels), groups, strict=True):
+        for name, colour, text in lines:
+            found = [methods.get(f"{name} m={m}", {}) for m in prefix_lengths(methods)]
+            points = [(row["figures"]["parameters"], row["milliseconds"]["median"]) for row in found if median(row)]
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, linewidth=1.4, label=text)
+        if (ours := methods.get("ours")) and (time := median(ours)):
+            axes.axhline(time, color=OURS, linewidth=1, linestyle=":")
+            axes.plot(ours["figures"]["parameters"], time, color=OURS, marker="*", markersize=13, linestyle="none",
+                      label="NTK-Attention, any m: r d + r")  # fmt: skip
+        axes.set(title=f"L = {sizes['L']}", xscale="log", yscale="log", xlabel="trainable parameters")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+    np.atleast_1d(panels)[0].set_ylabel("run time, ms")
+    np.atleast_1d(panels)[0].legend(frameon=False, fontsize=8.5, loc="upper left")
+    figure.suptitle(f"One layer, d = {groups[0].sizes['d']}, forward, {rows[0]['hardware']}", fontsize=11)
+    save(figure, path)
+
+
+def bars(axes: Axes, names: Sequence[str], values: Sequence[float | None], notes: Sequence[str]) -> None:
+    """Horizontal bars, first at the top, with a note at each end."""
+    widths = [value or 0.0 for value in values]
+    colours = [OURS if n.startswith("ours") else PREFIX[1] if n.startswith("prefix") else OTHER for n in names]
+    axes.barh(range(len(names)), widths, color=colours, height=0.65)
+    for i, (width, note) in enumerate(zip(widths, notes, strict=True)):
+        axes.annotate(note, (width, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set(yticks=range(len(names)), yticklabels=names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.55 * (max(widths) or 1.0))
+    axes.tick_params(axis="y", length=0)
+
+
+def decode(rows: list[Row], path: Path) -> None:
+    """Milliseconds per step by method, a row of panels for each way to launch, a column for each batch."""
+    groups = by_sizes(rows)
+    launches = list(dict.fromkeys(g.sizes["launch"] for g in groups))
+    batches = list(dict.fromkeys(g.sizes["B"] for g in groups))
+    size = 5.6 * len(batches), 0.6 + 2.4 * len(launches)
+    figure, panels = plt.subplots(len(launches), len(batches), figsize=size, squeeze=False, layout="constrained")
+    for sizes, methods in groups:
+        axes = panels[launches.index(sizes["launch"])][batches.index(sizes["B"])]
+        reference = median(methods.get("no prefix"))
+        notes = [
+            f"{time:.3g}  ({time / reference:.2f})" if (time := median(row)) and reference else row.get("error", "")
+            for row in methods.values()
+        ]
+        bars(axes, list(methods), [median(row) for row in methods.values()], notes)
+        axes.set_title(f"batch {sizes['B']}, {'CUDA graph' if sizes['launch'] == 'graph' else 'eager'}", fontsize=10)
+    for axes in panels[-1]:
+        axes.set_xlabel("ms per step (over no prefix)")
+    figure.suptitle(f"Decoding, Llama 1B shape, {rows[0]['hardware']}", fontsize=11)
+    save(figure, path)
+
+
+def training(rows: list[Row], path: Path) -> None:
+    """Milliseconds per step by method, with memory and trainable parameters."""
+    names = [f"{row['method']}{' (again)' if row['sizes']['run'] > 1 else ''}" for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: median(rows[i]) or float("inf"))
+    figure, axes = plt.subplots(figsize=(8.2, 0.9 + 0.38 * len(rows)), layout="constrained")
+    bars(axes, [names[i] for i in order], [median(rows[i]) for i in order], [training_note(rows[i]) for i in order])
+    sizes = rows[0]["sizes"]
+    axes.set_xlabel("ms per step")
+    axes.set_title(f"Training step, B = {sizes['B']}, L = {sizes['L']:,}, {rows[0]['hardware']}", fontsize=11)
+    save(figure, path)
+
+
+def training_note(row: Row) -> str:
+    if "error" in row:
+        return row["error"]
+    memory = "" if row["peak_memory_bytes"] is None else (
+        f", {(row['peak_memory_bytes'] + row['held_memory_bytes']) / 2**30:.1f} GiB"
+    )  # fmt: skip
+    return (
+        f"{row['milliseconds']['median']:.3g} ms{memory}, {row['figures']['trainable_parameters'] / 1e6:.3g} M trained"
+    )
+
+
+def cpu(rows: list[Row], path: Path) -> None:
+    """Time of ours over plain attention against L."""
+    groups = by_sizes(rows)
+    modes = list(dict.fromkeys(g.sizes["mode"] for g in groups))
+    figure, panels = plt.subplots(1, len(modes), figsize=(4.6 * len(modes), 3.6), sharey=True, layout="constrained")
+    for axes, mode in zip(np.atleast_1d(panels), modes, strict=True):
+        axes.axhline(1, color=PLAIN, linewidth=1)
+        for dtype, colour in (("float32", OURS), ("bfloat16", "#e59866")):
+            points = [
+                (g.sizes["L"], ours / plain)
+                for g in groups
+                if (g.sizes["mode"], g.sizes["dtype"]) == (mode, dtype)
+                and (ours := median(g.rows.get("ours")))
+                and (plain := median(g.rows.get("plain")))
+            ]
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=dtype)
+        lengths = sorted({g.sizes["L"] for g in groups})
+        axes.set(title=mode, xscale="log", xlabel="L", ylim=(0, None))
+        axes.set_xticks(lengths, [f"{L:,}" for L in lengths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    np.atleast_1d(panels)[0].set_ylabel("time over plain attention")
+    np.atleast_1d(panels)[0].legend(frameon=False)
+    figure.suptitle(rows[0]["hardware"], fontsize=11)
+    save(figure, path)
+
+
+PLOTS: dict[str, Callable[[list[Row], Path], None]] = {
+    "attention": attention,
+    "figure3": figure3,
+    "decode": decode,
+    "training": training,
+    "cpu": cpu,
+}

@@ -1,0 +1,34 @@
+"""The benchmarks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+from . import attention, cpu, decode, figure3, training
+from .runner import Case
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    module: ModuleType
+    on_cpu: bool = False  # whatever device is asked for
+
+    @property
+    def cases(self) -> Callable[[str, bool], list[Case]]:
+        """Of a device ("cuda" or "cpu") and whether the sizes are tiny."""
+        return self.module.cases
+
+    @property
+    def summary(self) -> str:
+        return (self.module.__doc__ or "").splitlines()[0]
+
+
+BENCHMARKS = {
+    "attention": Benchmark(attention),
+    "figure3": Benchmark(figure3),
+    "decode": Benchmark(decode),
+    "training": Benchmark(training),
+    "cpu": Benchmark(cpu, on_cpu=True),
+}

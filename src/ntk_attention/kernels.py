@@ -1,0 +1,408 @@
+"""The Triton kernels of NTK-Attention for phi(x) = elu(x) + 1; `fused.py` launches them.
+
+In all of them: bf16 or fp16 tensors with 4 dimensions [B, H, L, d] come as tensor descriptors, which fill what lies
+outside with zeros; Z [H_state, r, d_v], k [H_state, r] and b [H_state] as pointers to contiguous memory, where r is D,
+or D + 1 with the feature 1 as the last one (CONSTANT). Z_blocks is a descriptor of Z. BD and BDV are D and DV
+rounded up to powers of two, BF is the number of features handled at once. Exponents are to base 2 inside a softmax;
+every stored lse is to base e.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, for tests
+# Sizes that change from call to call; a kernel is not compiled anew for each kind of number.
+SIZES = ["B", "H", "H_kv", "heads_per_kv", "heads_per_state", "L", "S", "head_dim", "keys_per_split", "stride_split"]
+
+
+def compiled(kernel):
+    return triton.jit(kernel, do_not_specialize=[name for name in SIZES if name in kernel.__code__.co_varnames])
+
+
+TINY = tl.constexpr(1.2e-38)  # the least phi(q) k that is a weight
+NOTHING = tl.constexpr(-1e30)  # a running maximum before the first logit; finite, so that differences are numbers
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """The matrix product, accumulated in float32."""
+    if INTERPRETED:  # whose own product takes bf16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def elu_features(x, columns, D: tl.constexpr, BF: tl.constexpr):
+    """phi of [rows, features] in float32; 0 in the padding behind D, where Z and k have no row."""
+    phi = tl.where(x < 0, tl.math.exp2(x * LOG2E), x + 1)
+    if D % BF != 0:
+        phi = tl.where(columns[None, :] < D, phi, 0.0)
+    return phi
+
+
+@triton.jit
+def for_dot(z, like: tl.constexpr):
+    """Z as an operand: bf16 next to bf16, tf32 next to fp16, whose exponents are too few."""
+    return z.to(tl.bfloat16 if like == tl.bfloat16 else tl.float32)
+
+
+@triton.jit
+def k_block(k_state, state, j, D: tl.constexpr, CONSTANT: tl.constexpr, BF: tl.constexpr):
+    """k of the features j ... j + BF of one head."""
+    features = j + tl.arange(0, BF)
+    return tl.load(k_state + state * (D + CONSTANT) + features, mask=features < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def state_rows(
+    Z, k_state, state, j,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, BF: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Z [BF, BDV] and k [BF] of the features j ... j + BF of one head."""
+    f = j + tl.arange(0, BF)
+    v = tl.arange(0, BDV)
+    Z += ((state * (D + CONSTANT) + f) * DV)[:, None]
+    if D % BF == 0 and DV == BDV:
+        z = tl.load(Z + v[None, :])
+    else:
+        z = tl.load(Z + v[None, :], mask=(f < D)[:, None] & (v < DV)[None, :], other=0.0)
+    return z, k_block(k_state, state, j, D, CONSTANT, BF)
+
+
+@triton.jit
+def constant_row(Z, k_state, state, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, BDV: tl.constexpr):
+    """The row of the feature 1: Z [BDV] and k; zeros without it."""
+    v = tl.arange(0, BDV)
+    if CONSTANT:
+        row = state * (D + 1) + D
+        z = tl.load(Z + row * DV + v, mask=v < DV, other=0.0).to(tl.float32)
+        return z, tl.load(k_state + row).to(tl.float32)
+    return tl.zeros([BDV], tl.float32), 0.0
+
+
+@triton.jit
+def hide(s, n, Mask, stride_ms, rows, S, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, BN: tl.constexpr):
+    """Logits of the keys n ... n + BN, with -inf where a row does not see the key."""
+    columns = n + tl.arange(0, BN)
+    visible = (columns < S)[None, :]
+    if IS_CAUSAL:
+        visible = visible & (columns[None, :] <= rows[:, None])
+    if MASKED:
+        visible = visible & (tl.load(Mask + columns[None, :] * stride_ms, mask=visible, other=0) != 0)
+    return tl.where(visible, s, float("-inf"))
+
+
+@triton.jit
+def attend_blocks(
+    acc, peak, mass, q, K, V, Mask, stride_ms, b, h_kv, rows, checked, end, S, qk_scale,
+    IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the keys 0 ... end, all of them visible before `checked`; Mask points at the rows."""
+    for n in tl.range(0, end, BN):
+        k = K.load([b, h_kv, n, 0]).reshape([BN, BD])
+        s = dot(q, k.T)
+        if MASKED:
+            s = hide(s, n, Mask, stride_ms, rows, S, IS_CAUSAL, True, BN)
+        elif n + BN > checked:
+            s = hide(s, n, Mask, stride_ms, rows, S, IS_CAUSAL, False, BN)
+        new_peak = tl.maximum(peak, tl.max(s, 1) * qk_scale)
+        p = tl.math.exp2(s * qk_scale - new_peak[:, None])  # one fused multiply-add
+        alpha = tl.math.exp2(peak - new_peak)
+        mass = mass * alpha + tl.sum(p, 1)
+        v = V.load([b, h_kv, n, 0]).reshape([BN, BDV])
+        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+        peak = new_peak
+    return acc, peak, mass
+
+
+@compiled
+def fused_forward(
+    Q, K, V, Z_blocks, Z, k_state, b_state, Mask, Out, Lse,
+    stride_mb, stride_mh, stride_ml, stride_ms, H, heads_per_kv, heads_per_state, L, S, head_dim, scale, factor,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Flash attention whose online softmax starts from the block of the prefix instead of from nothing."""
+    i = tl.cdiv(L, BM) - 1 - tl.program_id(0)  # under causality the longest rows first
+    bh = tl.program_id(1)
+    b, h = bh // H, bh % H
+    state = h // heads_per_state
+    h_kv = h // heads_per_kv
+    rows = i * BM + tl.arange(0, BM)
+    q = Q.load([b, h, i * BM, 0]).reshape([BM, BD])
+    z_one, k_one = constant_row(Z, k_state, state, D, DV, CONSTANT, BDV)
+    phi_Z = tl.zeros([BM, BDV], tl.float32) + z_one[None, :]
+    phi_k = tl.zeros([BM], tl.float32) + k_one
+    # A loop of one round: its memory, for Z, is free again before K and V take theirs.
+    for j in tl.range(0, head_dim, BD, num_stages=1):
+        phi = elu_features(q.to(tl.float32) * factor, tl.arange(0, BD), D, BD)
+        phi_k += tl.sum(phi * k_block(k_state, state, j, D, CONSTANT, BD)[None, :], 1)
+        z = Z_blocks.load([state, j, 0]).reshape([BD, BDV])
+        phi_Z = dot(phi.to(z.dtype), z, phi_Z)
+    has_weight = phi_k > TINY
+    prefix_out = phi_Z * tl.where(has_weight, 1 / phi_k, 0.0)[:, None]
+    log_scale = tl.load(b_state + state).to(tl.float32) * LOG2E
+    prefix_peak = tl.where(has_weight, tl.math.log2(phi_k) + log_scale, NOTHING)
+    qk_scale = scale * LOG2E
+    checked, end = S, S
+    if IS_CAUSAL:
+        checked, end = tl.minimum(i * BM, S), tl.minimum((i + 1) * BM, S)
+    if MASKED:
+        # The context by itself first: a row that sees no key must not see the prefix either. An lse of +inf lets no
+        # gradient through to it.
+        Mask += b.to(tl.int64) * stride_mb + h * stride_mh + tl.minimum(rows, L - 1)[:, None] * stride_ml
+        acc = tl.zeros([BM, BDV], tl.float32)
+        mass = tl.zeros([BM], tl.float32)
+        context_peak = tl.zeros([BM], tl.float32) + NOTHING
+        acc, context_peak, mass = attend_blocks(
+            acc, context_peak, mass, q, K, V, Mask, stride_ms, b, h_kv, rows, 0, end, S, qk_scale,
+            IS_CAUSAL, True, BN, BD, BDV,
+        )  # fmt: skip
+        dead = context_peak == NOTHING
+        peak = tl.where(dead, NOTHING, tl.maximum(prefix_peak, context_peak))
+        prefix = tl.math.exp2(tl.where(dead, NOTHING, prefix_peak - peak))
+        context = tl.math.exp2(context_peak - peak)
+        acc = acc * context[:, None] + prefix_out * prefix[:, None]
+        mass = tl.where(dead, 1.0, mass * context + prefix)
+        lse = tl.where(dead, float("inf"), (peak + tl.math.log2(mass)) / LOG2E)
+    else:
+        acc, peak, mass = attend_blocks(
+            prefix_out, prefix_peak, tl.where(has_weight, 1.0, 0.0), q, K, V, Mask, stride_ms, b, h_kv, rows,
+            checked, end, S, qk_scale, IS_CAUSAL, False, BN, BD, BDV,
+        )  # fmt: skip
+        lse = (peak + tl.math.log2(mass)) / LOG2E
+    tl.store(Lse + bh.to(tl.int64) * L + rows, lse, mask=rows < L)
+    Out.store([b, h, i * BM, 0], (acc * (1 / mass)[:, None]).to(q.dtype).reshape([1, 1, BM, BDV]))
+
+
+@compiled
+def merge_prefix(
+    Q, Context, Z_blocks, Z, k_state, b_state, Out, Lse, B, H, heads_per_state, L, factor,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Merge the prefix into the output and lse of plain attention; Out may be Context, Lse is changed in place."""
+    h = tl.program_id(0)
+    state = h // heads_per_state
+    z = for_dot(Z_blocks.load([state, 0, 0]).reshape([BD, BDV]), Q.dtype)
+    k = k_block(k_state, state, 0, D, CONSTANT, BD)
+    z_one, k_one = constant_row(Z, k_state, state, D, DV, CONSTANT, BDV)
+    log_scale = tl.load(b_state + state).to(tl.float32)
+    blocks = tl.cdiv(L, BM)
+    for step in tl.range(tl.program_id(1), B * blocks, tl.num_programs(1), num_stages=STAGES):
+        t = B * blocks - 1 - step  # backwards: what was written last is still in the cache
+        b, start = t // blocks, t % blocks * BM
+        rows = start + tl.arange(0, BM)
+        q = Q.load([b, h, start, 0]).reshape([BM, BD])
+        context = Context.load([b, h, start, 0]).reshape([BM, BDV])
+        lse_rows = Lse + (b.to(tl.int64) * H + h) * L + rows
+        lse = tl.load(lse_rows, mask=rows < L, other=0.0)
+        phi = elu_features(q.to(tl.float32) * factor, tl.arange(0, BD), D, BD)
+        phi_k = tl.sum(phi * k[None, :], 1) + k_one
+        phi_Z = dot(phi.to(z.dtype), z) + z_one[None, :]
+        peak = tl.maximum(lse, log_scale)
+        a = tl.exp(lse - peak)
+        c = tl.exp(log_scale - peak)
+        total = a + c * phi_k
+        out = phi_Z * (c / total)[:, None] + context.to(tl.float32) * (a / total)[:, None]
+        Out.store([b, h, start, 0], out.to(q.dtype).reshape([1, 1, BM, BDV]))
+        tl.store(lse_rows, peak + tl.log(total), mask=rows < L)
+
+
+@compiled
+def prefix_backward(
+    Grad, Q, Out, Lse, Grad_q, Z_blocks, k_state, b_state, Grad_Z, Grad_k, stride_split,
+    B, H, heads_per_state, L, factor,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ADD_TO_GRAD_Q: tl.constexpr,
+    BM: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What the prefix adds to the gradient of q, and its own; everything transposed, features in rows.
+
+    With w = exp(b - lse) and delta = rowsum(dout * out): dphi = w (dout Z^T - delta k), dZ = phi^T (w dout),
+    dk = -phi^T (w delta). Each split of the rows writes its own sums, so that the result does not depend on an order.
+    """
+    j = tl.program_id(0) * BF
+    state = tl.program_id(1)
+    split = tl.program_id(2)
+    f = j + tl.arange(0, BF)
+    v = tl.arange(0, BDV)
+    z = for_dot(Z_blocks.load([state, j, 0]).reshape([BF, BDV]), Q.dtype)
+    k = k_block(k_state, state, j, D, CONSTANT, BF)
+    log_scale = tl.load(b_state + state).to(tl.float32)
+    grad_Z = tl.zeros([BF, BDV], tl.float32)
+    grad_k = tl.zeros([BF], tl.float32)
+    grad_z_one = tl.zeros([16, BDV], tl.float32)
+    grad_k_one = tl.zeros([BM], tl.float32)
+    blocks = tl.cdiv(L, BM)
+    tiles = B * heads_per_state * blocks
+    for step in tl.range(split, tiles, tl.num_programs(2), num_stages=STAGES):
+        t = tiles - 1 - step  # backwards: what was written last is still in the cache
+        start = t % blocks * BM
+        b = t // blocks // heads_per_state
+        h = state * heads_per_state + t // blocks % heads_per_state
+        rows = start + tl.arange(0, BM)
+        grad = Grad.load([b, h, start, 0]).reshape([BM, BDV])
+        out = Out.load([b, h, start, 0]).reshape([BM, BDV])
+        x = Q.load([b, h, start, j]).reshape([BM, BF]).T.to(tl.float32) * factor
+        lse = tl.load(Lse + (b.to(tl.int64) * H + h) * L + rows, mask=rows < L, other=float("inf"))
+        w = tl.exp(log_scale - lse)
+        delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+        z_grad = dot(z, grad.to(z.dtype).T)
+        # Nothing is added; but the features are then computed where the products need them, in registers.
+        x += 0.0 * z_grad
+        w_phi = tl.where(x < 0, tl.math.exp2(x * LOG2E), x + 1) * w[None, :]
+        if D % BF != 0:
+            w_phi = tl.where((f < D)[:, None], w_phi, 0.0)
+        grad_k -= tl.sum(w_phi * delta[None, :], 1)
+        grad_Z = dot(w_phi.to(z.dtype), grad.to(z.dtype), grad_Z)
+        if CONSTANT:
+            w_grad = grad.to(tl.float32) * w[:, None]
+            grad_z_one += tl.sum(w_grad.reshape([BM // 16, 16, BDV]), 0)  # over the rows that one thread holds
+            grad_k_one -= w * delta
+        if ADD_TO_GRAD_Q:
+            grad_x = (z_grad - delta[None, :] * k[:, None]) * tl.where(x < 0, w_phi, w[None, :])
+            grad_q = Grad_q.load([b, h, start, j]).reshape([BM, BF]).to(tl.float32) + factor * grad_x.T
+            Grad_q.store([b, h, start, j], grad_q.to(Q.dtype).reshape([1, 1, BM, BF]))
+    Grad_Z += split.to(tl.int64) * stride_split + state * (D + CONSTANT) * DV
+    Grad_k += split.to(tl.int64) * stride_split + state * (D + CONSTANT)
+    tl.store(Grad_Z + f[:, None] * DV + v[None, :], grad_Z, mask=(f < D)[:, None] & (v < DV)[None, :])
+    tl.store(Grad_k + f, grad_k, mask=f < D)
+    if CONSTANT and j == 0:
+        tl.store(Grad_Z + D * DV + v, tl.sum(grad_z_one, 0), mask=v < DV)
+        tl.store(Grad_k + D, tl.sum(grad_k_one, 0))
+
+
+@triton.jit
+def prefix_part(
+    Q, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    ROWS: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """The prefixes of all query heads of one KV head: phi(q) Z, b to base 2 and phi(q) k of each row."""
+    acc = tl.zeros([ROWS, BDV], tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    peak = tl.zeros([ROWS], tl.float32)
+    states = heads_per_kv // heads_per_state
+    for state in tl.range(h_kv * states, (h_kv + 1) * states, num_stages=2 if D <= 128 else 1):
+        mine = h // heads_per_state == state
+        z_one, k_one = constant_row(Z, k_state, state, D, DV, CONSTANT, BDV)
+        acc += tl.where(mine[:, None], z_one[None, :], 0.0)
+        mass += tl.where(mine, k_one, 0.0)
+        peak += tl.where(mine, tl.load(b_state + state).to(tl.float32) * LOG2E, 0.0)
+        for j in tl.range(0, D, BF, num_stages=1):
+            f = j + tl.arange(0, BF)
+            x = tl.load(Q + f[None, :], mask=in_rows[:, None] & (f < D)[None, :], other=0.0).to(tl.float32) * factor
+            phi = tl.where(mine[:, None], elu_features(x, f, D, BF), 0.0)
+            z, k = state_rows(Z, k_state, state, j, D, DV, CONSTANT, BF, BDV)
+            z = for_dot(z, Q.dtype.element_ty)
+            mass += tl.sum(phi * k[None, :], 1)
+            acc = dot(phi.to(z.dtype), z, acc)
+    return acc, peak, mass
+
+
+@triton.jit
+def merged(acc, peak, mass, other_acc, other_peak, other_mass):
+    """Two parts of a softmax as one."""
+    new_peak = tl.maximum(peak, other_peak)
+    a = tl.math.exp2(peak - new_peak)
+    c = tl.math.exp2(other_peak - new_peak)
+    return acc * a[:, None] + other_acc * c[:, None], new_peak, mass * a + other_mass * c
+
+
+@triton.jit
+def stored_part(Partial_out, Partial_peak, Partial_mass, part, BDV: tl.constexpr):
+    """What another program has left, past the cache of this one."""
+    out = tl.load(Partial_out + part[:, None] * BDV + tl.arange(0, BDV)[None, :], cache_modifier=".cg")
+    peak = tl.load(Partial_peak + part, cache_modifier=".cg")
+    return out, peak, tl.load(Partial_mass + part, cache_modifier=".cg")
+
+
+@compiled
+def decode(
+    Q, K, V, Z, k_state, b_state, Mask, Out, Partial_out, Partial_peak, Partial_mass, Counter,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
+    H_kv, heads_per_kv, heads_per_state, L, S, keys_per_split, scale, factor,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, MASKED: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A short query against a long cache: the query heads of one KV head are the rows, its keys are split.
+
+    The prefix is one more split. The one that finishes last puts all parts together, so that it takes one launch; it
+    leaves the counter at zero for the next one.
+    """
+    split = tl.program_id(0)
+    bh = tl.program_id(1)
+    b, h_kv = bh // H_kv, bh % H_kv
+    b = b.to(tl.int64)
+    row = tl.arange(0, ROWS)
+    head = row // L  # within the group of the KV head
+    h = h_kv * heads_per_kv + head
+    in_rows = row < heads_per_kv * L
+    d = tl.arange(0, BD)
+    v = tl.arange(0, BDV)
+    Q += b * stride_qb + h[:, None] * stride_qh + (row % L)[:, None] * stride_ql
+    q = tl.load(Q + d[None, :], mask=in_rows[:, None] & (d < D)[None, :], other=0.0)
+
+    acc = tl.zeros([ROWS, BDV], tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    peak = tl.zeros([ROWS], tl.float32) + NOTHING
+    K += b * stride_kb + h_kv * stride_kh
+    V += b * stride_vb + h_kv * stride_vh
+    Mask += b * stride_mb + h[:, None] * stride_mh + (row % L)[:, None] * stride_ml
+    end = tl.minimum((split + 1) * keys_per_split, S)
+    for n in tl.range(split * keys_per_split, end, BN, num_stages=STAGES):
+        keys = n + tl.arange(0, BN)
+        offset = keys.to(tl.int64)[:, None]
+        in_keys = keys < end
+        k = tl.load(K + offset * stride_ks + d[None, :], mask=in_keys[:, None] & (d < D)[None, :], other=0.0)
+        visible = in_rows[:, None] & in_keys[None, :]
+        if MASKED:
+            visible = visible & (tl.load(Mask + keys[None, :] * stride_ms, mask=visible, other=0) != 0)
+        s = tl.where(visible, dot(q, k.T) * (scale * LOG2E), float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        p = tl.math.exp2(s - new_peak[:, None])
+        alpha = tl.math.exp2(peak - new_peak)
+        mass = mass * alpha + tl.sum(p, 1)
+        values = tl.load(V + offset * stride_vs + v[None, :], mask=in_keys[:, None] & (v < DV)[None, :], other=0.0)
+        acc = dot(p.to(values.dtype), values, acc * alpha[:, None])
+        peak = new_peak
+
+    is_last = True
+    part = bh.to(tl.int64) * (SPLITS + 1) * ROWS + row
+    if SPLITS > 1:
+        if split == SPLITS:
+            acc, peak, mass = prefix_part(
+                Q, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+                D, DV, CONSTANT, ROWS, BDV, BF,
+            )  # fmt: skip
+        tl.store(Partial_peak + part + split * ROWS, peak)
+        tl.store(Partial_mass + part + split * ROWS, mass)
+        tl.store(Partial_out + (part + split * ROWS)[:, None] * BDV + v[None, :], acc)
+        tl.debug_barrier()  # the stores of all threads come before the count
+        is_last = tl.atomic_add(Counter + bh, 1, sem="acq_rel") == SPLITS
+    if is_last:
+        if SPLITS > 1:
+            tl.store(Counter + bh, 0)
+            acc = tl.zeros([ROWS, BDV], tl.float32)
+            mass = tl.zeros([ROWS], tl.float32)
+            peak = tl.zeros([ROWS], tl.float32) + NOTHING
+            for other in tl.range(0, SPLITS, num_stages=3):
+                acc, peak, mass = merged(acc, peak, mass, *stored_part(
+                    Partial_out, Partial_peak, Partial_mass, part + other * ROWS, BDV,
+                ))  # fmt: skip
+            phi_Z, log_scale, phi_k = stored_part(Partial_out, Partial_peak, Partial_mass, part + SPLITS * ROWS, BDV)
+        else:
+            phi_Z, log_scale, phi_k = prefix_part(
+                Q, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+                D, DV, CONSTANT, ROWS, BDV, BF,
+            )  # fmt: skip
+        # A row that sees no key does not see the prefix either.
+        log_scale = tl.where(peak > NOTHING, log_scale, NOTHING)
+        phi_k = tl.where(peak > NOTHING, phi_k, 0.0)
+        acc, peak, mass = merged(acc, peak, mass, tl.where((peak > NOTHING)[:, None], phi_Z, 0.0), log_scale, phi_k)
+        out = acc / tl.where(mass > 0, mass, 1.0)[:, None]
+        out_rows = Out + b * stride_ob + h[:, None] * stride_oh + (row % L)[:, None] * stride_ol
+        tl.store(out_rows + v[None, :], out.to(q.dtype), mask=in_rows[:, None] & (v < DV)[None, :])
