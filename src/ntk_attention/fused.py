@@ -1,93 +1,38 @@
-"""The backend on our own Triton kernels: launches, custom operators, and the table by which "auto" chooses."""
+"""The backend with the prefix inside: its gradients in closed form, its launches few.
+
+For phi(x) = elu(x) + 1 there are two ways to the output: one kernel of ours for everything, and the library's kernel
+with the prefix merged into its output. The backward pass is the library's, fed the merged output and log-sum-exp (see
+sdpa.py), and one more kernel for the prefix. The kernels are Triton's (launches.py) where there are any, and otherwise
+torch's own operations (portable.py).
+"""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import launches, portable
 from .features import Elu
-from .sdpa import additive_mask, empty_output, library_backward, library_forward
+from .sdpa import additive_mask, empty_output, laid_out_as, library_backward, library_forward
 from .state import PrefixState
 
-try:
-    import triton
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from . import kernels
-
-    INTERPRETED = triton.knobs.runtime.interpret  # on a CPU: for tests
-except ImportError:  # torch for a CPU comes without Triton
-    triton = None
-    INTERPRETED = False
-
-MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 128}
-MAX_DECODE_ROWS = 64  # query heads of one KV head times query length
-
-# How "auto" computes the forward pass on a GPU, by measurement on an H100 (results/benchmarks). Up to some length our
-# fused kernel, which reads everything once; from there on the library's kernel, whose products are faster, and one more
-# of ours that merges the prefix. With a mask it is always the fused kernel.
+# How "auto" computes the forward pass with Triton, by measurement on an H100 (results/benchmarks). Up to some length
+# our fused kernel, which reads everything once; from there on the library's kernel, whose products are faster, and one
+# more of ours that merges the prefix. With a mask it is always the fused kernel.
 AUTO = (  # the largest head_dim that the row is for, the query length from which the prefix is merged
-    (64, 2048),
-    (128, 1024),
+    (128, 2048),
     (256, math.inf),
 )
 
 
-class Blocks(NamedTuple):
-    """Sizes of a launch, by measurement on an H100."""
-
-    rows: int  # of queries (BM)
-    columns: int  # keys (BN) of the forward pass, features (BF) of the backward pass
-    warps: int
-    stages: int
-    programs: int = 1  # per multiprocessor, where each goes through many rows
-    registers: int | None = None  # at most, per thread
-
-
-def forward_blocks(head_dim: int, length: int) -> Blocks:
-    if head_dim <= 64:
-        return Blocks(rows=64, columns=64, warps=4, stages=2)
-    if head_dim <= 128:
-        if length <= 512:
-            return Blocks(rows=64, columns=32, warps=4, stages=3, registers=168)
-        return Blocks(rows=64, columns=64, warps=4, stages=3)
-    return Blocks(rows=64, columns=32, warps=8, stages=2)
-
-
-def merge_blocks(head_dim: int) -> Blocks:
-    if head_dim <= 64:
-        return Blocks(rows=64, columns=64, warps=4, stages=3, programs=2)
-    return Blocks(rows=64, columns=128, warps=8, stages=4)
-
-
-def backward_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
-    if head_dim <= 64:
-        return Blocks(rows=32, columns=64, warps=4, stages=3, programs=2)
-    if head_dim <= 128:
-        is_bf16 = dtype == torch.bfloat16  # beside fp16, Z takes twice the memory
-        return Blocks(rows=64 if is_bf16 else 32, columns=128, warps=8, stages=3 if is_bf16 else 2)
-    return Blocks(rows=64, columns=64, warps=8, stages=2)
-
-
-def padded(size: int) -> int:
-    """A power of two that a matrix unit takes."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def covers(query: Tensor, key: Tensor, value: Tensor, state: PrefixState, attn_mask: Tensor | None) -> bool:
-    """What the kernels can do; the caller sees to dropout, softcap and sinks, which they cannot."""
+    """What this backend can do; the caller sees to dropout, softcap and sinks, which it cannot."""
     return (
-        triton is not None
-        and (query.is_cuda or INTERPRETED)
-        and query.dtype in MAX_HEAD_DIM
-        and type(state.feature_map) is Elu
-        and min(query.shape[-1], value.shape[-1]) >= 16
-        and max(query.shape[-1], value.shape[-1]) <= MAX_HEAD_DIM[query.dtype]
-        and query.shape[-1] % 8 == value.shape[-1] % 8 == 0  # rows of 16 bytes
+        type(state.feature_map) is Elu
         and query.numel() > 0
         and key.numel() > 0
         and (attn_mask is None or attn_mask.dtype == torch.bool)
+        and (launches.covers(query, value) or query.shape[2] > 1)  # sdpa.py knows how to decode without our kernel
     )
 
 
@@ -99,13 +44,16 @@ def attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, 
         attn_mask = attn_mask.expand(B, H, L, key.shape[2])
     constant = state.feature_map.constant
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    is_short = H // key.shape[1] * L <= MAX_DECODE_ROWS
     compiling = torch.compiler.is_compiling()  # the operators serve torch.compile; without them a call is cheaper
-    if not needs_grad and is_short and (L == 1 or not is_causal):
-        decode = decode_op if compiling else _decode
-        return decode(*tensors, attn_mask, constant, scale, factor)
-    merge_from = next(from_L for largest, from_L in AUTO if max(d, value.shape[-1]) <= largest)
-    merges = prefer == "auto" and attn_mask is None and merge_from <= L
+    if launches.covers(query, value):
+        is_short = H // key.shape[1] * L <= launches.MAX_DECODE_ROWS
+        if not needs_grad and is_short and (L == 1 or not is_causal):
+            decode = decode_op if compiling else launches.decode
+            return decode(*tensors, attn_mask, constant, scale, factor)
+        merge_from = next(length for largest, length in AUTO if max(d, value.shape[-1]) <= largest)
+        merges = prefer == "auto" and attn_mask is None and merge_from <= L
+    else:
+        merges = True
     forward = forward_op if compiling else _EagerForward.apply if needs_grad else _forward
     return forward(*tensors, attn_mask, constant, is_causal, scale, factor, merges)[0]
 
@@ -128,36 +76,17 @@ def _forward(
 
     A row that no key is visible to has out = 0 and lse = +inf, which lets no gradient through.
     """
-    B, H, L, d = query.shape
-    d_v = value.shape[-1]
-    Z, k = Z.contiguous(), k.contiguous()
-    heads_per_state = H // Z.shape[0]
-    sizes = {"D": d, "DV": d_v, "CONSTANT": constant, "BD": padded(d), "BDV": padded(d_v)}
-    out = empty_output(query, value)
-    if merges:
-        blocks = merge_blocks(max(d, d_v))
-        context, lse, _, _ = library_forward(query, key, value, None, 0.0, is_causal, scale)
-        lse = lse.contiguous()
-        programs = max(1, blocks.programs * _multiprocessors(query) // H)
-        kernels.merge_prefix[H, programs](
-            _descriptor(query, blocks.rows), _descriptor(context, blocks.rows), _descriptor(Z, padded(d)),
-            Z, k, log_scale, _descriptor(out, blocks.rows), lse, B, H, heads_per_state, L, factor, **sizes,
-            BM=blocks.rows, STAGES=blocks.stages, num_warps=blocks.warps, maxnreg=blocks.registers,
-        )  # fmt: skip
-        return out, lse
-    # In the dtype of matrix products, since every program reads it: tf32 next to fp16, whose exponents are too few.
-    Z_product = Z.to(torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32)
-    lse = query.new_empty(B, H, L, dtype=torch.float32)
-    blocks = forward_blocks(max(d, d_v), L)
-    mask, mask_strides = _mask_arguments(attn_mask, query)
-    kernels.fused_forward[triton.cdiv(L, blocks.rows), B * H](
-        _descriptor(query, blocks.rows), _descriptor(key, blocks.columns), _descriptor(value, blocks.columns),
-        _descriptor(Z_product, padded(d)), Z, k, log_scale, mask, _descriptor(out, blocks.rows), lse, *mask_strides,
-        H, H // key.shape[1], heads_per_state, L, key.shape[2], d, scale, factor,
-        **sizes, IS_CAUSAL=is_causal, MASKED=attn_mask is not None, BM=blocks.rows, BN=blocks.columns,
-        num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers,
-    )  # fmt: skip
-    return out, lse
+    state = Z, k, log_scale
+    if not merges:
+        return launches.fused_forward(query, key, value, *state, attn_mask, constant, is_causal, scale, factor)
+    mask = None if attn_mask is None else additive_mask(attn_mask, query)
+    context, lse, _, _ = library_forward(query, key, value, mask, 0.0, is_causal, scale)
+    merge_prefix = launches.merge_prefix if launches.covers(query, value) else portable.merge_prefix
+    out, lse = merge_prefix(query, context, lse, *state, constant, factor)
+    if attn_mask is not None:
+        dead = ~attn_mask.any(dim=-1)
+        out, lse = out.masked_fill_(dead[..., None], 0.0), lse.masked_fill_(dead, math.inf)
+    return laid_out_as(empty_output(query, value), out), lse.contiguous()
 
 
 forward_op = torch.library.custom_op("ntk_attention::forward", _forward, mutates_args=())
@@ -165,7 +94,8 @@ forward_op = torch.library.custom_op("ntk_attention::forward", _forward, mutates
 
 @forward_op.register_fake
 def _(query, key, value, Z, k, log_scale, attn_mask, constant, is_causal, scale, factor, merges):
-    return empty_output(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return empty_output(query, value), query.new_empty(query.shape[:3], dtype=dtype)
 
 
 def _backward(
@@ -173,34 +103,16 @@ def _backward(
     inputs_need_grad,
 ):  # fmt: skip
     """Gradients to query, key, value (empty unless `inputs_need_grad`), Z and k."""
-    B, H, L, d = query.shape
-    d_v = value.shape[-1]
-    H_state, r = k.shape
+    grads: tuple[Tensor, ...] = tuple(query.new_empty(0) for _ in range(3))
     if inputs_need_grad:
         no_seed = torch.empty(0, dtype=torch.long, device=query.device)
         mask = None if attn_mask is None else additive_mask(attn_mask, query)
-        grad_query, grad_key, grad_value = library_backward(
-            grad_out, query, key, value, out, lse, mask, no_seed, no_seed, 0.0, is_causal, scale
-        )
-    else:
-        grad_query, grad_key, grad_value = (query.new_empty(0) for _ in range(3))
-    blocks = backward_blocks(max(d, d_v), query.dtype)
-    features = min(blocks.columns, padded(d))
-    feature_blocks = triton.cdiv(d, features)
-    programs = blocks.programs * _multiprocessors(query) // (H_state * feature_blocks)
-    splits = max(1, min(programs, triton.cdiv(L, blocks.rows) * B * H // H_state))
-    parts = query.new_empty(splits, H_state * r * (d_v + 1), dtype=torch.float32)
-    part_Z, part_k = parts.split((H_state * r * d_v, H_state * r), dim=1)
-    kernels.prefix_backward[feature_blocks, H_state, splits](
-        _descriptor(grad_out, blocks.rows), _descriptor(query, blocks.rows, features), _descriptor(out, blocks.rows),
-        lse, _descriptor(grad_query if inputs_need_grad else query, blocks.rows, features),
-        _descriptor(Z.contiguous(), features), k.contiguous(), log_scale, part_Z, part_k, parts.stride(0),
-        B, H, H // H_state, L, factor, D=d, DV=d_v, CONSTANT=constant, ADD_TO_GRAD_Q=inputs_need_grad,
-        BM=blocks.rows, BDV=padded(d_v), BF=features,
-        STAGES=blocks.stages, num_warps=blocks.warps, maxnreg=blocks.registers,
-    )  # fmt: skip
-    grad_Z, grad_k = parts.sum(dim=0).split((H_state * r * d_v, H_state * r))
-    return grad_query, grad_key, grad_value, grad_Z.view_as(Z).to(Z.dtype), grad_k.view_as(k).to(k.dtype)
+        grads = library_backward(grad_out, query, key, value, out, lse, mask, no_seed, no_seed, 0.0, is_causal, scale)
+    prefix_backward = launches.prefix_backward if launches.covers(query, value) else portable.prefix_backward
+    grad_Z, grad_k = prefix_backward(
+        grad_out, query, out, lse, grads[0] if inputs_need_grad else None, Z, k, log_scale, constant, factor
+    )
+    return *grads, grad_Z.to(Z.dtype), grad_k.to(k.dtype)
 
 
 @torch.library.custom_op("ntk_attention::backward", mutates_args=())
@@ -274,7 +186,8 @@ class _EagerForward(torch.autograd.Function):
         return _gradients(ctx, grad_out, _backward)
 
 
-def _decode(
+@torch.library.custom_op("ntk_attention::decode", mutates_args=())
+def decode_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -286,96 +199,9 @@ def _decode(
     scale: float,
     factor: float,
 ) -> Tensor:
-    """out [B, H, L, d_v] of a short query that sees all keys, or those that the mask shows; one launch."""
-    B, H, L, d = query.shape
-    H_kv, S, d_v = key.shape[1], key.shape[2], value.shape[-1]
-    out = empty_output(query, value)
-    rows, keys = padded(H // H_kv * L), 64 if max(d, d_v) <= 128 else 32
-    splits = max(1, min(triton.cdiv(_multiprocessors(query), B * H_kv), triton.cdiv(S, 2 * keys), 64))
-    keys_per_split = triton.cdiv(triton.cdiv(S, splits), keys) * keys
-    splits = triton.cdiv(S, keys_per_split)
-    parts = (B * H_kv, splits + 1, rows) if splits > 1 else (0,)
-    partial_out = query.new_empty(*parts, padded(d_v), dtype=torch.float32)
-    partial_m, partial_l = (query.new_empty(parts, dtype=torch.float32) for _ in range(2))
-    counter = COUNTERS.take(query.device, B * H_kv) if splits > 1 else partial_m
-    mask, mask_strides = _mask_arguments(attn_mask, query)
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    kernels.decode[splits + (splits > 1), B * H_kv](
-        query, key, value, Z.contiguous(), k.contiguous(), log_scale, mask, out, partial_out, partial_m, partial_l,
-        counter, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, *out.stride()[:3],
-        H_kv, H // H_kv, H // Z.shape[0], L, S, keys_per_split, scale, factor, D=d, DV=d_v, CONSTANT=constant,
-        MASKED=attn_mask is not None, SPLITS=splits, ROWS=rows, BN=keys, BD=padded(d), BDV=padded(d_v),
-        BF=min(64, padded(d)), STAGES=3, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-decode_op = torch.library.custom_op("ntk_attention::decode", _decode, mutates_args=())
+    return launches.decode(query, key, value, Z, k, log_scale, attn_mask, constant, scale, factor)
 
 
 @decode_op.register_fake
 def _(query, key, value, Z, k, log_scale, attn_mask, constant, scale, factor):
     return empty_output(query, value)
-
-
-class Counters:
-    """Zeroed integers in which the programs of one decoding launch count themselves; the kernel leaves zeros behind.
-
-    Launches that may overlap must not share a counter. Launches of one stream follow one another, so a stream has one
-    region. A captured launch can be replayed on any stream and gets a region for good: few, since graphs are few.
-    """
-
-    SIZE = 1 << 20
-
-    def __init__(self) -> None:
-        self.pools: dict[torch.device, Tensor] = {}
-        self.used: dict[torch.device, int] = {}
-        self.regions: dict[tuple[torch.device, int], Tensor] = {}
-
-    def take(self, device: torch.device, size: int) -> Tensor:
-        if device.type != "cuda":
-            return torch.zeros(size, dtype=torch.int32)
-        if torch.cuda.is_current_stream_capturing():
-            if device in self.pools and self.used[device] + size <= self.SIZE:
-                return self._cut(device, size)
-            return torch.zeros(size, dtype=torch.int32, device=device)  # one more node in the graph
-        stream = (device, torch.cuda.current_stream(device).cuda_stream)
-        if stream not in self.regions or len(self.regions[stream]) < size:
-            if device not in self.pools or self.used[device] + size > self.SIZE:
-                self.pools[device] = torch.zeros(max(self.SIZE, size), dtype=torch.int32, device=device)
-                self.used[device] = 0
-                torch.cuda.synchronize(device)  # zero for every stream
-            self.regions[stream] = self._cut(device, size)
-        return self.regions[stream]
-
-    def _cut(self, device: torch.device, size: int) -> Tensor:
-        start = self.used[device]
-        self.used[device] += size
-        return self.pools[device][start : start + size]
-
-
-COUNTERS = Counters()
-
-
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-
-
-def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> "TensorDescriptor":
-    """Blocks [..., rows, columns] of x [..., L, d]; x is copied only where the memory does not allow it."""
-    strides = x.stride()
-    unit = 16 // x.element_size()
-    if strides[-1] != 1 or x.data_ptr() % 16 or any(s % unit or not s for s in strides[:-1]):
-        x = x.new_empty(x.shape).copy_(x)
-        strides = x.stride()
-    block = [1] * (x.dim() - 2) + [rows, columns or padded(x.shape[-1])]
-    descriptor = object.__new__(TensorDescriptor)  # its constructor would check all this again, at every launch
-    descriptor.__dict__.update(base=x, shape=x.shape, strides=strides, block_shape=block)
-    return descriptor
-
-
-def _mask_arguments(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    if attn_mask is None:
-        return query, (0, 0, 0, 0)
-    return attn_mask.view(torch.uint8), attn_mask.stride()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import launches
 from .fused import attend_fused, covers
 from .sdpa import HiddenRows, additive_mask, attend_sdpa, context_forward, hidden_rows, supports_sdpa
 from .state import PrefixState
@@ -151,7 +152,7 @@ def attend(
     """
     if backend in ("auto", "triton") and len(states) == 1 and dropout_p == 0 and softcap is None and sink is None:
         state = states[0]
-        if covers(query, key, value, state, attn_mask) and (backend == "triton" or query.is_cuda):
+        if covers(query, key, value, state, attn_mask) and (backend == "auto" or launches.covers(query, value)):
             return attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, backend)
     prefix = prefix_blocks(query, states, factor)
     hidden = None if attn_mask is None else hidden_rows(attn_mask)

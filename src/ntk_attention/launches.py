@@ -1,0 +1,230 @@
+"""Launches of the Triton kernels: block sizes, descriptors, work space."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .sdpa import empty_output
+
+try:
+    import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from . import kernels
+
+    INTERPRETED = triton.knobs.runtime.interpret  # on a CPU: for tests
+except ImportError:  # torch for a CPU comes without Triton
+    triton = None
+    INTERPRETED = False
+
+MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 128}
+MAX_DECODE_ROWS = 64  # query heads of one KV head times query length
+
+
+def covers(query: Tensor, value: Tensor) -> bool:
+    """Whether there are kernels for this device, dtype, d and d_v (with the map elu and no mask, or a bool one)."""
+    d, d_v = query.shape[-1], value.shape[-1]
+    return (
+        triton is not None
+        and (query.is_cuda or INTERPRETED)
+        and query.dtype in MAX_HEAD_DIM
+        and min(d, d_v) >= 16
+        and max(d, d_v) <= MAX_HEAD_DIM[query.dtype]
+        and d % 8 == d_v % 8 == 0  # rows of 16 bytes
+    )
+
+
+class Blocks(NamedTuple):
+    """Sizes of a launch, by measurement on an H100."""
+
+    rows: int  # of queries (BM)
+    columns: int  # keys (BN) of the forward pass, features (BF) of the backward pass
+    warps: int
+    stages: int
+    programs: int = 1  # per multiprocessor, where each goes through many rows
+    registers: int | None = None  # at most, per thread
+
+
+def forward_blocks(head_dim: int, length: int) -> Blocks:
+    if head_dim <= 64:
+        return Blocks(rows=64, columns=64, warps=4, stages=2)
+    if head_dim <= 128:
+        if length <= 512:
+            return Blocks(rows=64, columns=32, warps=4, stages=3, registers=168)
+        return Blocks(rows=64, columns=64, warps=4, stages=3)
+    return Blocks(rows=64, columns=32, warps=8, stages=2)
+
+
+def merge_blocks(head_dim: int) -> Blocks:
+    if head_dim <= 64:
+        return Blocks(rows=64, columns=64, warps=4, stages=3, programs=2)
+    return Blocks(rows=64, columns=128, warps=8, stages=4)
+
+
+def backward_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
+    if head_dim <= 64:
+        return Blocks(rows=32, columns=64, warps=4, stages=3, programs=2)
+    if head_dim <= 128:
+        is_bf16 = dtype == torch.bfloat16  # beside fp16, Z takes twice the memory
+        return Blocks(rows=64 if is_bf16 else 32, columns=128, warps=8, stages=3 if is_bf16 else 2)
+    return Blocks(rows=64, columns=64, warps=8, stages=2)
+
+
+def padded(size: int) -> int:
+    """A power of two that a matrix unit takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def fused_forward(query, key, value, Z, k, log_scale, attn_mask, constant, is_causal, scale, factor):
+    """One kernel for tokens and prefix: out [B, H, L, d_v] and the lse of both [B, H, L]."""
+    B, H, L, d = query.shape
+    d_v = value.shape[-1]
+    Z, k = Z.contiguous(), k.contiguous()
+    # In the dtype of matrix products, since every program reads it: tf32 next to fp16, whose exponents are too few.
+    Z_product = Z.to(torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32)
+    out = empty_output(query, value)
+    lse = query.new_empty(B, H, L, dtype=torch.float32)
+    blocks = forward_blocks(max(d, d_v), L)
+    mask, mask_strides = _mask_arguments(attn_mask, query)
+    kernels.fused_forward[triton.cdiv(L, blocks.rows), B * H](
+        _descriptor(query, blocks.rows), _descriptor(key, blocks.columns), _descriptor(value, blocks.columns),
+        _descriptor(Z_product, padded(d)), Z, k, log_scale, mask, _descriptor(out, blocks.rows), lse, *mask_strides,
+        H, H // key.shape[1], H // Z.shape[0], L, key.shape[2], d, scale, factor,
+        D=d, DV=d_v, CONSTANT=constant, IS_CAUSAL=is_causal, MASKED=attn_mask is not None,
+        BM=blocks.rows, BN=blocks.columns, BD=padded(d), BDV=padded(d_v),
+        num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers,
+    )  # fmt: skip
+    return out, lse
+
+
+def merge_prefix(query, context, lse, Z, k, log_scale, constant, factor):
+    """See `portable.merge_prefix`; context and lse are given up."""
+    B, H, L, d = query.shape
+    d_v = context.shape[-1]
+    Z, lse = Z.contiguous(), lse.contiguous()
+    out = empty_output(query, context)
+    if out.stride() == context.stride():
+        out = context
+    blocks = merge_blocks(max(d, d_v))
+    programs = max(1, blocks.programs * _multiprocessors(query) // H)
+    kernels.merge_prefix[H, programs](
+        _descriptor(query, blocks.rows), _descriptor(context, blocks.rows), _descriptor(Z, padded(d)),
+        Z, k.contiguous(), log_scale, _descriptor(out, blocks.rows), lse, B, H, H // Z.shape[0], L, factor,
+        D=d, DV=d_v, CONSTANT=constant, BM=blocks.rows, BD=padded(d), BDV=padded(d_v),
+        STAGES=blocks.stages, num_warps=blocks.warps, maxnreg=blocks.registers,
+    )  # fmt: skip
+    return out, lse
+
+
+def prefix_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, constant, factor):
+    """See `portable.prefix_backward`."""
+    B, H, L, d = query.shape
+    d_v = out.shape[-1]
+    H_state, r = k.shape
+    blocks = backward_blocks(max(d, d_v), query.dtype)
+    features = min(blocks.columns, padded(d))
+    feature_blocks = triton.cdiv(d, features)
+    programs = blocks.programs * _multiprocessors(query) // (H_state * feature_blocks)
+    splits = max(1, min(programs, triton.cdiv(L, blocks.rows) * B * H // H_state))
+    parts = query.new_empty(splits, H_state * r * (d_v + 1), dtype=torch.float32)
+    part_Z, part_k = parts.split((H_state * r * d_v, H_state * r), dim=1)
+    adds = grad_query is not None
+    kernels.prefix_backward[feature_blocks, H_state, splits](
+        _descriptor(grad_out, blocks.rows), _descriptor(query, blocks.rows, features), _descriptor(out, blocks.rows),
+        lse, _descriptor(grad_query if adds else query, blocks.rows, features),
+        _descriptor(Z.contiguous(), features), k.contiguous(), log_scale, part_Z, part_k, parts.stride(0),
+        B, H, H // H_state, L, factor, D=d, DV=d_v, CONSTANT=constant, ADD_TO_GRAD_Q=adds,
+        BM=blocks.rows, BDV=padded(d_v), BF=features,
+        STAGES=blocks.stages, num_warps=blocks.warps, maxnreg=blocks.registers,
+    )  # fmt: skip
+    grad_Z, grad_k = parts.sum(dim=0).split((H_state * r * d_v, H_state * r))
+    return grad_Z.view_as(Z), grad_k.view_as(k)
+
+
+def decode(query, key, value, Z, k, log_scale, attn_mask, constant, scale, factor):
+    """out [B, H, L, d_v] of a short query that sees all keys, or those that the mask shows; one launch."""
+    B, H, L, d = query.shape
+    H_kv, S, d_v = key.shape[1], key.shape[2], value.shape[-1]
+    out = empty_output(query, value)
+    rows, keys = padded(H // H_kv * L), 64 if max(d, d_v) <= 128 else 32
+    splits = max(1, min(triton.cdiv(_multiprocessors(query), B * H_kv), triton.cdiv(S, 2 * keys), 64))
+    keys_per_split = triton.cdiv(triton.cdiv(S, splits), keys) * keys
+    splits = triton.cdiv(S, keys_per_split)
+    parts = (B * H_kv, splits + 1, rows) if splits > 1 else (0,)
+    partial_out = query.new_empty(*parts, padded(d_v), dtype=torch.float32)
+    partial_m, partial_l = (query.new_empty(parts, dtype=torch.float32) for _ in range(2))
+    counter = COUNTERS.take(query.device, B * H_kv) if splits > 1 else partial_m
+    mask, mask_strides = _mask_arguments(attn_mask, query)
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    kernels.decode[splits + (splits > 1), B * H_kv](
+        query, key, value, Z.contiguous(), k.contiguous(), log_scale, mask, out, partial_out, partial_m, partial_l,
+        counter, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, *out.stride()[:3],
+        H_kv, H // H_kv, H // Z.shape[0], L, S, keys_per_split, scale, factor, D=d, DV=d_v, CONSTANT=constant,
+        MASKED=attn_mask is not None, SPLITS=splits, ROWS=rows, BN=keys, BD=padded(d), BDV=padded(d_v),
+        BF=min(64, padded(d)), STAGES=3, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+class Counters:
+    """Zeroed integers in which the programs of one decoding launch count themselves; the kernel leaves zeros behind.
+
+    Launches that may overlap must not share a counter. Launches of one stream follow one another, so a stream has one
+    region. A captured launch can be replayed on any stream and gets a region for good: few, since graphs are few.
+    """
+
+    SIZE = 1 << 20
+
+    def __init__(self) -> None:
+        self.pools: dict[torch.device, Tensor] = {}
+        self.used: dict[torch.device, int] = {}
+        self.regions: dict[tuple[torch.device, int], Tensor] = {}
+
+    def take(self, device: torch.device, size: int) -> Tensor:
+        if device.type != "cuda":
+            return torch.zeros(size, dtype=torch.int32)
+        if torch.cuda.is_current_stream_capturing():
+            if device in self.pools and self.used[device] + size <= self.SIZE:
+                return self._cut(device, size)
+            return torch.zeros(size, dtype=torch.int32, device=device)  # one more node in the graph
+        stream = (device, torch.cuda.current_stream(device).cuda_stream)
+        if stream not in self.regions or len(self.regions[stream]) < size:
+            if device not in self.pools or self.used[device] + size > self.SIZE:
+                self.pools[device] = torch.zeros(max(self.SIZE, size), dtype=torch.int32, device=device)
+                self.used[device] = 0
+                torch.cuda.synchronize(device)  # zero for every stream
+            self.regions[stream] = self._cut(device, size)
+        return self.regions[stream]
+
+    def _cut(self, device: torch.device, size: int) -> Tensor:
+        start = self.used[device]
+        self.used[device] += size
+        return self.pools[device][start : start + size]
+
+
+COUNTERS = Counters()
+
+
+def _multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> "TensorDescriptor":
+    """Blocks [..., rows, columns] of x [..., L, d]; x is copied only where the memory does not allow it."""
+    strides = x.stride()
+    unit = 16 // x.element_size()
+    if strides[-1] != 1 or x.data_ptr() % 16 or any(s % unit or not s for s in strides[:-1]):
+        x = x.new_empty(x.shape).copy_(x)
+        strides = x.stride()
+    block = [1] * (x.dim() - 2) + [rows, columns or padded(x.shape[-1])]
+    descriptor = object.__new__(TensorDescriptor)  # its constructor would check all this again, at every launch
+    descriptor.__dict__.update(base=x, shape=x.shape, strides=strides, block_shape=block)
+    return descriptor
+
+
+def _mask_arguments(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    if attn_mask is None:
+        return query, (0, 0, 0, 0)
+    return attn_mask.view(torch.uint8), attn_mask.stride()
