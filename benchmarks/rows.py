@@ -45,7 +45,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit; with uncommitted changes to the sources, "-dirty-" and a digest of them. NTK_COMMIT without git."""
+    """NTK_COMMIT where it is set; else the commit, with "-dirty-" and a digest if the sources have changed since."""
+    if "NTK_COMMIT" in os.environ:
+        return os.environ["NTK_COMMIT"]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -54,7 +56,7 @@ def commit() -> str:
     try:
         head, changes = git("rev-parse", "--short=10", "HEAD"), git("status", "--porcelain", "--", *SOURCES)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("NTK_COMMIT", "unknown")
+        return "unknown"
     return f"{head}-dirty-{digest()}" if changes else head
 
 
