@@ -168,7 +168,7 @@ def training_note(row: Row) -> str:
         f", {(row['peak_memory_bytes'] + row['held_memory_bytes']) / 2**30:.1f} GiB"
     )  # fmt: skip
     return (
-        f"{row['milliseconds']['median']:.3g} ms{memory}, {row['figures']['trainable_parameters'] / 1e6:.3g} M trained"
+        f"{row['milliseconds']['median']:.3g} ms{memory}, {row['figures']['trainable_parameters'] / 1e6:,.1f} M trained"
     )
 
 
