@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from ntk_attention import PrefixState, feature_map
+from ntk_attention import PrefixState, feature_map, ntk_attention
 
 
 def test_defaults():
@@ -59,3 +61,119 @@ def test_bad_states(Z, k, log_scale, message):
 def test_unknown_map():
     with pytest.raises(ValueError, match="unknown feature map 'gelu'"):
         PrefixState(torch.zeros(2, 8, 4), torch.ones(2, 8), feature_map="gelu")
+
+
+MAPS = {
+    "elu": {},
+    "taylor": {"degree": 2},
+    "positive_random": {"num_features": 40, "seed": 3},
+}
+
+
+def prefix(m=50, H=2, d=6, d_v=5, size=1.0, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(H, m, n, generator=generator, dtype=torch.float64) for n in (d, d_v))
+    return (size * keys).to(dtype), values.to(dtype)
+
+
+def plain(state):
+    """Z e^b and k e^b in float64."""
+    factor = state.log_scale.double().exp()
+    return state.Z.double() * factor[:, None, None], state.k.double() * factor[:, None]
+
+
+def assert_same(actual, expected, tolerance):
+    """States are equal up to the size of their largest entries, whatever their log scales."""
+    peak = torch.maximum(actual.log_scale, expected.log_scale).double()
+    for state in (actual, expected):
+        assert torch.isfinite(state.Z).all()
+        assert torch.isfinite(state.k).all()
+    for a, e in zip(actual._at_scale(peak), expected._at_scale(peak), strict=True):
+        assert (a - e).abs().max() <= tolerance * e.abs().max()
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_prefix_becomes_the_sums_of_the_paper(name):
+    keys, values = prefix()
+    state = PrefixState.from_prefix(keys, values, feature_map(name, **MAPS[name]), chunk_size=7)
+    phi = state.feature_map(6**-0.25 * keys)  # [H, m, r]
+    for actual, expected in zip(plain(state), (phi.mT @ values, phi.sum(dim=1)), strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-12, atol=1e-12 * expected.abs().max())
+
+
+def test_the_state_stands_for_attention_to_the_prefix():
+    """Small keys, where a polynomial of degree 4 is exp: the output is that of attention to prefix and tokens."""
+    keys, values = prefix(m=300, d=4, d_v=4, size=0.5)
+    query, key, value = (0.5 * torch.randn(1, 2, 9, 4, dtype=torch.float64) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, torch.cat([keys[None], key], dim=2), torch.cat([values[None], value], dim=2)
+    )
+    state = PrefixState.from_prefix(keys, values, feature_map("taylor", degree=4))
+    assert (ntk_attention(query, key, value, state) - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 60.0], ids=str)
+@pytest.mark.parametrize("name", MAPS)
+def test_parts_make_the_whole(name, size):
+    """Streaming in float32, sums of states and one pass in float64 agree, also for logits that exp cannot hold."""
+    keys, values = prefix(m=200, size=size)
+    phi = feature_map(name, **MAPS[name])
+    whole = PrefixState.from_prefix(keys, values, phi)
+    first = PrefixState.from_prefix(keys[:, :70].float(), values[:, :70].float(), phi, chunk_size=16)
+    streamed = first.update(keys[:, 70:71].float(), values[:, 70:71].float())
+    streamed = streamed.update(keys[:, 71:].float(), values[:, 71:].float(), chunk_size=50)
+    assert streamed.Z.dtype == torch.float32
+    # e^x has the relative rounding error of x, and the exponents of random features reach 60^2
+    tolerance = 3e-4 if name == "positive_random" and size > 1 else 3e-6
+    assert_same(streamed, whole, tolerance)
+    rest = PrefixState.from_prefix(keys[:, 70:], values[:, 70:], phi)
+    assert_same(PrefixState.from_prefix(keys[:, :70], values[:, :70], phi) + rest, whole, 1e-12)
+
+
+def reduce_one_part(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    keys, values = prefix(m=100, size=4.0)
+    part = slice(0, 30) if rank == 0 else slice(30, 100)
+    state = PrefixState.from_prefix(keys[:, part], values[:, part], "taylor").all_reduce()
+    torch.save((state.Z, state.k, state.log_scale), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_make_the_state_of_one(tmp_path):
+    mp.spawn(reduce_one_part, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_same(PrefixState(*first, "taylor"), PrefixState.from_prefix(*prefix(m=100, size=4.0), "taylor"), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda k, v: (k[0], v), r"keys \[H, m, d\] and values \[H, m, d_v\], got \[50, 6\] and \[2, 50, 5\]"),
+        (lambda k, v: (k[:1], v), r"got \[1, 50, 6\] and \[2, 50, 5\]"),
+        (lambda k, v: (k[:, :0], v[:, :0]), "at least one token"),
+        (lambda k, v: (k.masked_fill(k > 2, float("nan")), v), "keys hold NaN"),
+        (lambda k, v: (k, v / 0), "values hold NaN or infinite"),
+        (lambda k, v: (k.long(), v), "keys must be floating point"),
+    ],
+)
+def test_a_bad_prefix_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixState.from_prefix(*change(*prefix()))
+
+
+def test_states_that_do_not_add_are_refused():
+    keys, values = prefix()
+    state = PrefixState.from_prefix(keys, values, "taylor")
+    with pytest.raises(ValueError, match="only states of one shape and feature map add"):
+        state + PrefixState.from_prefix(keys, values, "elu")
+    maps = [feature_map("positive_random", num_features=8, seed=seed) for seed in (0, 1)]
+    first, second = (PrefixState.from_prefix(keys, values, phi) for phi in maps)
+    with pytest.raises(ValueError, match="only states of one shape"):
+        first + second
+    with pytest.raises(ValueError, match=r"the state has 2 heads and values of size 5, got keys \[1, 50, 6\]"):
+        state.update(keys[:1], values[:1])
+    with pytest.raises(ValueError, match="the state has r = 28 features, but 'taylor' makes 21 of keys of size 5"):
+        state.update(keys[..., :5], values)
+    with pytest.raises(ValueError, match="without the constant feature"):
+        PrefixState.from_prefix(keys, values, feature_map("elu", constant=True))

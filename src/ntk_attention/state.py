@@ -1,13 +1,17 @@
 """The prefix state (Z, k): what is left of a prefix of any length."""
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .features import FeatureMap, feature_map
+
+_map = feature_map  # arguments of this name hide the function
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,113 @@ class PrefixState:
             object.__setattr__(state, name, value)
         return state
 
+    @classmethod
+    def from_prefix(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        feature_map: str | FeatureMap = "taylor",
+        *,
+        scale: float | None = None,
+        chunk_size: int = 4096,
+    ) -> "PrefixState":
+        """The state of a given prefix: Z = sum_i phi(c_i) u_i^T and k = sum_i phi(c_i) (section 4 of the paper).
+
+        It stands for the prefix as well as phi(q).phi(c) stands for exp(scale q.c). A longer prefix comes in parts:
+        `update` adds tokens, `+` joins two states, `all_reduce` those of several processes.
+
+        Args:
+            keys: c [H, m, d], m >= 1, as attention would see them: after any position encoding.
+            values: u [H, m, d_v].
+            feature_map: a name or a map, without the constant feature, which is not a sum over tokens.
+            scale: of the logits, d^-1/2 by default.
+            chunk_size: tokens whose features are in memory at once.
+
+        Returns:
+            A state with H heads in float32, or in float64 for float64 keys.
+
+        Raises:
+            ValueError: if shapes do not fit, a value is not finite, or the map has the constant feature.
+        """
+        _check_prefix(keys, values)
+        made = _map(feature_map).bind(keys.shape[-1])
+        if made.constant:
+            raise ValueError(f"a state of given tokens needs a map without the constant feature, got {made!r}")
+        made = copy.deepcopy(made).to(keys.device)
+        H, r, d_v = keys.shape[0], made.num_features(keys.shape[-1]), values.shape[-1]
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        nothing = cls.trusted(
+            Z=torch.zeros(H, r, d_v, dtype=dtype, device=keys.device),
+            k=torch.zeros(H, r, dtype=dtype, device=keys.device),
+            log_scale=torch.full((H,), -math.inf, dtype=dtype, device=keys.device),
+            feature_map=made,
+        )
+        return nothing.update(keys, values, scale=scale, chunk_size=chunk_size)
+
+    def update(
+        self, keys: Tensor, values: Tensor, *, scale: float | None = None, chunk_size: int = 4096
+    ) -> "PrefixState":
+        """The state with more tokens at the end of its prefix; arguments and errors as in `from_prefix`."""
+        _check_prefix(keys, values)
+        H, m, d = keys.shape
+        if self.num_heads != H or values.shape[-1] != self.Z.shape[-1]:
+            raise ValueError(
+                f"the state has {self.num_heads} heads and values of size {self.Z.shape[-1]}, got keys "
+                f"{list(keys.shape)} and values {list(values.shape)}"
+            )
+        if self.num_features != self.feature_map.num_features(d):
+            raise ValueError(
+                f"the state has r = {self.num_features} features, but {self.feature_map.name!r} makes "
+                f"{self.feature_map.num_features(d)} of keys of size {d}"
+            )
+        factor = (d**-0.5 if scale is None else scale) ** 0.5
+        # Sums over chunks are kept in float64: the rounding of millions of additions would show in float32.
+        Z, k, b = self.Z.double(), self.k.double(), self.log_scale.double()
+        for start in range(0, m, chunk_size):
+            part = slice(start, start + chunk_size)
+            features, log_scale = self.feature_map.scaled(keys[:, part].to(self.Z.dtype) * factor)
+            peak = torch.maximum(b, log_scale.amax(dim=1).double())  # no exponent below is positive
+            features = features * torch.exp(log_scale - peak[:, None].to(log_scale.dtype))[..., None]
+            carried = torch.exp(b - peak)
+            Z = Z * carried[:, None, None] + features.transpose(1, 2) @ values[:, part].to(features.dtype)
+            k = k * carried[:, None] + features.sum(dim=1, dtype=torch.float64)
+            b = peak
+        return self._rebuilt(Z, k, b)
+
+    def __add__(self, other: "PrefixState") -> "PrefixState":
+        """The state of two prefixes one after another."""
+        if not isinstance(other, PrefixState):
+            return NotImplemented
+        if self.Z.shape != other.Z.shape or not same_map(self.feature_map, other.feature_map):
+            raise ValueError(
+                f"only states of one shape and feature map add: got Z {list(self.Z.shape)} with {self.feature_map!r} "
+                f"and Z {list(other.Z.shape)} with {other.feature_map!r}"
+            )
+        peak = torch.maximum(self.log_scale, other.log_scale).double()
+        (Z1, k1), (Z2, k2) = (state._at_scale(peak) for state in (self, other))
+        return self._rebuilt(Z1 + Z2, k1 + k2, peak)
+
+    def all_reduce(self, group: Any = None) -> "PrefixState":
+        """The state of a prefix that is spread over the processes of a group; every process gets the same."""
+        peak = self.log_scale.to(torch.float64, copy=True)  # reduced in place
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+        Z, k = self._at_scale(peak)
+        for x in (Z, k):
+            dist.all_reduce(x, dist.ReduceOp.SUM, group)
+        return self._rebuilt(Z, k, peak)
+
+    def _at_scale(self, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Z and k in float64 in units of e^log_scale."""
+        factor = torch.exp(self.log_scale.double() - log_scale)
+        return self.Z.double() * factor[:, None, None], self.k.double() * factor[:, None]
+
+    def _rebuilt(self, Z: Tensor, k: Tensor, log_scale: Tensor) -> "PrefixState":
+        """Sums in float64 as a state of this dtype."""
+        if self.feature_map.name != "taylor":  # a feature that is tiny for all tokens stays positive
+            k = k.clamp_min(torch.finfo(self.Z.dtype).tiny)
+        Z, k, log_scale = (x.to(self.Z.dtype) for x in (Z, k, log_scale))
+        return PrefixState(Z, k, log_scale, self.feature_map)
+
     @property
     def num_heads(self) -> int:
         return self.Z.shape[0]
@@ -91,3 +202,25 @@ class PrefixState:
                 f"k must be positive for the feature map {self.feature_map.name!r}, got a minimum of "
                 f"{positive.min().item():.3g}: it is the normaliser phi(q).k of the prefix"
             )
+
+
+def same_map(first: FeatureMap, second: FeatureMap) -> bool:
+    """Whether two maps make the same features."""
+    if (first.name, first.options, first.constant) != (second.name, second.options, second.constant):
+        return False
+    tensors = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return all(torch.equal(a, b.to(a)) for a, b in tensors)
+
+
+def _check_prefix(keys: Tensor, values: Tensor) -> None:
+    if keys.dim() != 3 or values.dim() != 3 or keys.shape[:2] != values.shape[:2]:
+        raise ValueError(
+            f"a prefix needs keys [H, m, d] and values [H, m, d_v], got {list(keys.shape)} and {list(values.shape)}"
+        )
+    if keys.shape[1] == 0:
+        raise ValueError("a prefix needs at least one token, got m = 0")
+    for name, x in (("keys", keys), ("values", values)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{name} hold NaN or infinite values")
