@@ -139,6 +139,25 @@ def test_decoding_is_the_same_with_gradients():
     check(actual, expected, torch.bfloat16, arguments[0][3])
 
 
+@pytest.mark.parametrize("name", ["causal", "left padding", "full, grouped"])
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_a_prefix_without_weight_is_not_there(name, backend, monkeypatch):
+    monkeypatch.setattr(fused, "AUTO", ((256, 0),))
+    inputs, phi, options = make_inputs(CASES[name], torch.bfloat16)
+    inputs[4] = torch.zeros_like(inputs[4])
+    state = PrefixState.trusted(*inputs[3:], phi)
+    for rows in (slice(None), slice(-1, None)):  # the last one decodes
+        if rows.start == -1 and options["is_causal"]:
+            continue
+        mask = None if options["attn_mask"] is None else options["attn_mask"][..., rows, :]
+        query = inputs[0][:, :, rows]
+        out = ntk_attention(query, *inputs[1:3], state, backend=backend, **{**options, "attn_mask": mask})
+        reference = ntk_attention(
+            *(x.double() for x in (query, *inputs[1:3])), state, backend="eager", **{**options, "attn_mask": mask}
+        )
+        assert (out - reference).norm() < TOLERANCE[torch.bfloat16] * reference.norm()
+
+
 @pytest.mark.parametrize("layout", ["heads outside", "sliced", "one row for all"])
 def test_any_layout(layout):
     inputs, phi, options = make_inputs(CASES["causal"], torch.bfloat16)

@@ -203,7 +203,7 @@ def merge_prefix(
         phi_Z = dot(phi.to(z.dtype), z) + z_one[None, :]
         peak = tl.maximum(lse, log_scale)
         a = tl.exp(lse - peak)
-        c = tl.exp(log_scale - peak)
+        c = tl.where(phi_k > TINY, tl.exp(log_scale - peak), 0.0)
         total = a + c * phi_k
         out = phi_Z * (c / total)[:, None] + context.to(tl.float32) * (a / total)[:, None]
         Out.store([b, h, start, 0], out.to(q.dtype).reshape([1, 1, BM, BDV]))
@@ -271,6 +271,37 @@ def prefix_backward(
     if CONSTANT and j == 0:
         tl.store(Grad_Z + D * DV + v, tl.sum(grad_z_one, 0), mask=v < DV)
         tl.store(Grad_k + D, tl.sum(grad_k_one, 0))
+
+
+@triton.jit
+def attend_cache(
+    q, K, V, Mask, stride_ks, stride_vs, stride_ms, in_rows, start, end, qk_scale,
+    D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The online softmax of a few rows over the keys start ... end of one head."""
+    d = tl.arange(0, BD)
+    v = tl.arange(0, BDV)
+    acc = tl.zeros([ROWS, BDV], tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    peak = tl.zeros([ROWS], tl.float32) + NOTHING
+    for n in tl.range(start, end, BN, num_stages=STAGES):
+        keys = n + tl.arange(0, BN)
+        offset = keys.to(tl.int64)[:, None]
+        in_keys = keys < end
+        k = tl.load(K + offset * stride_ks + d[None, :], mask=in_keys[:, None] & (d < D)[None, :], other=0.0)
+        visible = in_rows[:, None] & in_keys[None, :]
+        if MASKED:
+            visible = visible & (tl.load(Mask + keys[None, :] * stride_ms, mask=visible, other=0) != 0)
+        s = tl.where(visible, dot(q, k.T) * qk_scale, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        p = tl.math.exp2(s - new_peak[:, None])
+        alpha = tl.math.exp2(peak - new_peak)
+        mass = mass * alpha + tl.sum(p, 1)
+        values = tl.load(V + offset * stride_vs + v[None, :], mask=in_keys[:, None] & (v < DV)[None, :], other=0.0)
+        acc = dot(p.to(values.dtype), values, acc * alpha[:, None])
+        peak = new_peak
+    return acc, peak, mass
 
 
 @triton.jit
@@ -346,30 +377,12 @@ def decode(
     Q += b * stride_qb + h[:, None] * stride_qh + (row % L)[:, None] * stride_ql
     q = tl.load(Q + d[None, :], mask=in_rows[:, None] & (d < D)[None, :], other=0.0)
 
-    acc = tl.zeros([ROWS, BDV], tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    peak = tl.zeros([ROWS], tl.float32) + NOTHING
-    K += b * stride_kb + h_kv * stride_kh
-    V += b * stride_vb + h_kv * stride_vh
-    Mask += b * stride_mb + h[:, None] * stride_mh + (row % L)[:, None] * stride_ml
-    end = tl.minimum((split + 1) * keys_per_split, S)
-    for n in tl.range(split * keys_per_split, end, BN, num_stages=STAGES):
-        keys = n + tl.arange(0, BN)
-        offset = keys.to(tl.int64)[:, None]
-        in_keys = keys < end
-        k = tl.load(K + offset * stride_ks + d[None, :], mask=in_keys[:, None] & (d < D)[None, :], other=0.0)
-        visible = in_rows[:, None] & in_keys[None, :]
-        if MASKED:
-            visible = visible & (tl.load(Mask + keys[None, :] * stride_ms, mask=visible, other=0) != 0)
-        s = tl.where(visible, dot(q, k.T) * (scale * LOG2E), float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        p = tl.math.exp2(s - new_peak[:, None])
-        alpha = tl.math.exp2(peak - new_peak)
-        mass = mass * alpha + tl.sum(p, 1)
-        values = tl.load(V + offset * stride_vs + v[None, :], mask=in_keys[:, None] & (v < DV)[None, :], other=0.0)
-        acc = dot(p.to(values.dtype), values, acc * alpha[:, None])
-        peak = new_peak
-
+    acc, peak, mass = attend_cache(
+        q, K + b * stride_kb + h_kv * stride_kh, V + b * stride_vb + h_kv * stride_vh,
+        Mask + b * stride_mb + h[:, None] * stride_mh + (row % L)[:, None] * stride_ml, stride_ks, stride_vs, stride_ms,
+        in_rows, split * keys_per_split, tl.minimum((split + 1) * keys_per_split, S), scale * LOG2E,
+        D, DV, MASKED, ROWS, BN, BD, BDV, STAGES,
+    )  # fmt: skip
     is_last = True
     part = bh.to(tl.int64) * (SPLITS + 1) * ROWS + row
     if SPLITS > 1:
@@ -399,10 +412,10 @@ def decode(
                 Q, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
                 D, DV, CONSTANT, ROWS, BDV, BF,
             )  # fmt: skip
-        # A row that sees no key does not see the prefix either.
-        log_scale = tl.where(peak > NOTHING, log_scale, NOTHING)
-        phi_k = tl.where(peak > NOTHING, phi_k, 0.0)
-        acc, peak, mass = merged(acc, peak, mass, tl.where((peak > NOTHING)[:, None], phi_Z, 0.0), log_scale, phi_k)
+        sees_prefix = (peak > NOTHING) & (phi_k > TINY)  # not where it sees no key
+        log_scale = tl.where(sees_prefix, log_scale, NOTHING)
+        phi_k = tl.where(sees_prefix, phi_k, 0.0)
+        acc, peak, mass = merged(acc, peak, mass, tl.where(sees_prefix[:, None], phi_Z, 0.0), log_scale, phi_k)
         out = acc / tl.where(mass > 0, mass, 1.0)[:, None]
         out_rows = Out + b * stride_ob + h[:, None] * stride_oh + (row % L)[:, None] * stride_ol
         tl.store(out_rows + v[None, :], out.to(q.dtype), mask=in_rows[:, None] & (v < DV)[None, :])
