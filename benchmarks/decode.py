@@ -5,7 +5,8 @@ cache (512 tokens of a prompt, here random numbers, and room for 512 more) is wr
 on where the last one ended. Methods: no prefix; ours, with a random state in every layer, called as a user calls it;
 prefixes of m real tokens, which lie in a cache that is longer by m. "graph" replays a CUDA graph of the step, "eager"
 calls the model. Without ours, attention is what transformers makes of "sdpa" (5.17 repeats the KV heads in each step,
-5.23 does not; ours never does). A static cache has its full length from the start, and attention reads all of it.
+5.23 does not; ours never does); "no prefix, grouped" is torch's attention, told of the groups. A static cache has its
+full length from the start, and attention reads all of it.
 """
 
 from __future__ import annotations
@@ -31,28 +32,31 @@ PREFIXES = (256, 4096, 65536)
 
 class Models(NamedTuple):
     plain: Any
+    grouped: Any
     ours: Any
 
 
 def cases(device: str, tiny: bool) -> list[Case]:
     batches, prompt, capacity, prefixes = ((2,), 16, 64, (8, 32)) if tiny else (BATCHES, PROMPT, CAPACITY, PREFIXES)
-    made: list[Models] = []  # one pair for all cases
+    made: list[Models] = []  # one set for all cases
 
     def models() -> Models:
         if not made:
             adapted = get_peft_model(llama(device, tiny), NTKAttentionConfig(task_type="CAUSAL_LM", init_weights=False))
-            made.append(Models(llama(device, tiny).eval(), adapted.eval()))
+            grouped = llama(device, tiny, attention="grouped")
+            made.append(Models(llama(device, tiny).eval(), grouped.eval(), adapted.eval()))
         return made[0]
 
     def case(B: int, launch: str) -> Case:
         sizes = {"B": B, "prompt": prompt, "capacity": capacity, "launch": launch, "dtype": "bfloat16"}
         setup = partial(prepare, B=B, prompt=prompt, capacity=capacity, device=device, graph=launch == "graph")
         methods: dict[str, Callable[[Any], Prepared]] = {
-            "no prefix": lambda both: setup(both.plain, m=0),
-            "ours": lambda both: setup(both.ours, m=0),
+            "no prefix": lambda models: setup(models.plain, m=0),
+            "no prefix, grouped": lambda models: setup(models.grouped, m=0),
+            "ours": lambda models: setup(models.ours, m=0),
         }
         for m in prefixes:
-            methods[f"prefix m={m}"] = lambda both, m=m: setup(both.plain, m=m)  # type: ignore[misc]
+            methods[f"prefix m={m}"] = lambda models, m=m: setup(models.plain, m=m)  # type: ignore[misc]
         repetitions = 3 if tiny else 60 if launch == "graph" else 20
         clock: Any = "gpu" if launch == "graph" else "wall"
         return Case(sizes | model_sizes(tiny), methods, models, clock, repetitions, budget_ms=5000)

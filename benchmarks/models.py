@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 LLAMA_1B = {
     "hidden_size": 2048,
@@ -27,9 +30,22 @@ TINY = {
 }
 
 
-def llama(device: str, tiny: bool) -> PreTrainedModel:
-    """Made on the device, attention by sdpa."""
-    config = LlamaConfig(**(TINY if tiny else LLAMA_1B), tie_word_embeddings=True, attn_implementation="sdpa")
+def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **_):
+    """scaled_dot_product_attention that is told of grouped heads and so reads each KV head once."""
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None and query.shape[2] > 1,
+        scale=scaling, enable_gqa=True,
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
+def llama(device: str, tiny: bool, attention: str = "sdpa") -> PreTrainedModel:
+    """Made on the device."""
+    config = LlamaConfig(**(TINY if tiny else LLAMA_1B), tie_word_embeddings=True, attn_implementation=attention)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
