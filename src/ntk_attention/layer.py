@@ -24,8 +24,9 @@ class PrefixAdapter(nn.Module):
     """The trainable form of one `PrefixState`.
 
     Trainable are Z [H, r, d_v] (or its factors Z_A [H, r, rank] and Z_B [H, rank, d_v]) and log_k, the logarithm of
-    the entries of k that belong to nonnegative features: the normaliser is positive by construction. `log_scale`, b,
-    [H], is set by calibration and does not train.
+    the entries of k that belong to nonnegative features: the normaliser is positive by construction. Two tensors do
+    not train: `log_scale`, b, [H], which calibration sets, and `k_signed`, the entries of k of features of both signs
+    (`taylor` has some), which are zero except in a state that was made of a given prefix.
 
     Calibration (`calibration.py`) also sets `coordinates` C [H, r, r] and `log_k_unit` u: training then moves Z' and
     kappa in Z = C Z', log k = u kappa, where every direction matters alike. Files always hold the plain Z and log_k.
@@ -45,6 +46,11 @@ class PrefixAdapter(nn.Module):
         nonnegative = self.feature_map.nonnegative(d)
         self.normaliser_features = None if nonnegative.all() else nonnegative.nonzero().squeeze(1)
         self.log_k = nn.Parameter(torch.empty(H, int(nonnegative.sum())))
+        self.k_signed: nn.Parameter | None
+        self.register_parameter("k_signed", None)
+        if not nonnegative.all():
+            self.signed_features = (~nonnegative).nonzero().squeeze(1)
+            self.k_signed = nn.Parameter(torch.empty(H, len(self.signed_features)), requires_grad=False)
         self.log_scale = nn.Parameter(torch.empty(H), requires_grad=False)
         self.register_buffer("coordinates", None, persistent=False)
         self.log_k_unit = 1.0
@@ -61,6 +67,8 @@ class PrefixAdapter(nn.Module):
         r = getattr(self, self.leading).shape[1]
         with torch.no_grad():
             self.log_scale.zero_()
+            if self.k_signed is not None:
+                self.k_signed.zero_()
             if init_weights is False:
                 self.log_k.normal_(-math.log(r), 0.5)
                 for name, parameter in self.named_parameters():
@@ -85,9 +93,10 @@ class PrefixAdapter(nn.Module):
     def state(self) -> PrefixState:
         """The state as it stands, differentiable with respect to the parameters."""
         k = torch.exp(self.log_k_unit * self.log_k)
-        if self.normaliser_features is not None:
-            features = self.normaliser_features.to(k.device)
-            k = k.new_zeros(len(k), getattr(self, self.leading).shape[1]).index_copy(1, features, k)
+        if self.normaliser_features is not None and self.k_signed is not None:
+            r = getattr(self, self.leading).shape[1]
+            k = k.new_zeros(len(k), r).index_copy(1, self.normaliser_features.to(k.device), k)
+            k = k.index_copy(1, self.signed_features.to(k.device), self.k_signed.to(k.dtype))
         return PrefixState.trusted(self.plain_Z(), k, self.log_scale, self.feature_map)
 
     @torch.no_grad()
@@ -97,6 +106,39 @@ class PrefixAdapter(nn.Module):
         leading.copy_(self._to_coordinates(Z.to(leading)))
         self.log_k.copy_(log_k / self.log_k_unit)
 
+    @torch.no_grad()
+    def load_state(self, state: PrefixState) -> None:
+        """Become a given state; factors of Z become its best approximation of their rank.
+
+        Raises:
+            ValueError: if heads, r, d_v or the feature map are others.
+        """
+        own = self.feature_map
+        if (state.feature_map.name, state.feature_map.options) != (own.name, own.options):
+            raise ValueError(f"the adapter has the feature map {own!r}, the state {state.feature_map!r}")
+        Z, k = state.Z, state.k
+        if own.constant and not state.feature_map.constant:  # a feature that weighs nothing
+            Z, k = nn.functional.pad(Z, (0, 0, 0, 1)), nn.functional.pad(k, (0, 1))
+        d_v = self.Z.shape[2] if self.leading == "Z" else self.Z_B.shape[2]
+        expected = (len(self.log_scale), getattr(self, self.leading).shape[1], d_v)
+        if tuple(Z.shape) != expected:
+            raise ValueError(f"the adapter needs Z [H, r, d_v] = {list(expected)}, the state has {list(Z.shape)}")
+        self.register_buffer("coordinates", None, persistent=False)
+        self.log_k_unit = 1.0
+        if self.leading == "Z":
+            self.Z.copy_(Z)
+        else:
+            U, S, V = torch.linalg.svd(Z.double(), full_matrices=False)
+            rank = self.Z_A.shape[2]
+            root = S[:, :rank].sqrt()
+            self.Z_A.zero_()[..., : root.shape[1]] = (U[..., :rank] * root[:, None]).to(self.Z_A)
+            self.Z_B.zero_()[:, : root.shape[1]] = (root[..., None] * V[:, :rank]).to(self.Z_B)
+        positive = k if self.normaliser_features is None else k[:, self.normaliser_features.to(k.device)]
+        self.log_k.copy_(torch.log(positive.clamp_min(math.exp(LOG_OF_NOTHING))))
+        if self.k_signed is not None:
+            self.k_signed.copy_(k[:, self.signed_features.to(k.device)])
+        self.log_scale.copy_(state.log_scale)
+
     def set_coordinates(self, coordinates: Tensor, log_k_unit: float) -> None:
         """Train in these coordinates from here on; `set_plain` must follow."""
         self.coordinates = coordinates.to(self.log_k)
@@ -105,6 +147,8 @@ class PrefixAdapter(nn.Module):
     def freeze_constants(self) -> None:
         """Only Z (or its factors) and log_k ever train."""
         self.log_scale.requires_grad_(False)
+        if self.k_signed is not None:
+            self.k_signed.requires_grad_(False)
         self.feature_map.requires_grad_(False)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
