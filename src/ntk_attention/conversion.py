@@ -28,6 +28,9 @@ def adapter_from_prefix(
 ) -> PeftModel:
     """An ordinary NTK-Attention adapter whose states are the sums over a prefix.
 
+    It is as exact as phi(q).phi(c) is near exp(scale q.c): very, where logits are below 1; not for the logits of real
+    language models, whose prefixes need maps of a higher degree or a state that is trained on.
+
     Args:
         model: the frozen model, whose layers the prefix belongs to.
         prefix: one entry per attention layer, by `layer_idx`; from `prefix_of_cache` or `prefix_of_adapter`.
