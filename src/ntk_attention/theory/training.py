@@ -18,7 +18,8 @@ class Run:
 
     W: Tensor  # [d, m], where it ended
     loss: list[float] = field(default_factory=list)  # at W(0), W(1), ..., W(steps)
-    drift: float = 0.0  # max_r |w_r(t) - w_r(0)|, the largest over all t looked at
+    drift: float = 0.0  # max_r |w_r(t) - w_r(0)| at the end
+    drift_rms: float = 0.0  # the root mean square over r of the same
     diverged: bool = False  # the loss passed 10 times its start, or was not finite
 
 
@@ -30,29 +31,25 @@ def descend(
     eta: float,
     steps: int,
     target: float = 0.0,
-    advance: Callable[[], None] | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Run:
-    """W <- W - eta dL/dW, at most `steps` times, until the loss is below `target` times its start or has diverged."""
-    start, run = W, Run(W)
-    for _ in range(steps):
+    """W <- W - eta dL/dW, at most `steps` times, until the loss is below `target` times its start or has diverged.
+
+    `watch` sees every t and W(t).
+    """
+    run = Run(W)
+    for t in range(steps + 1):
         E, gradient = residual_and_gradient(run.W, a, X, Y)
         run.loss.append(0.5 * E.square().sum().item())
         run.diverged = not run.loss[-1] <= 10 * run.loss[0]  # also where it is NaN
-        if run.diverged or run.loss[-1] <= target * run.loss[0]:
-            return run
+        if watch:
+            watch(t, run.W)
+        if t == steps or run.diverged or run.loss[-1] <= target * run.loss[0]:
+            break
         run.W = run.W - eta * gradient
-        if len(run.loss) % 20 == 0 or len(run.loss) == steps:
-            run.drift = max(run.drift, column_drift(run.W, start))
-        if advance:
-            advance()
-    run.loss.append(0.5 * (outputs(run.W, a, X) - Y).square().sum().item())
-    run.diverged = not run.loss[-1] <= 10 * run.loss[0]
+    moved = (run.W - W).norm(dim=0)  # [m]
+    run.drift, run.drift_rms = moved.max().item(), moved.square().mean().sqrt().item()
     return run
-
-
-def column_drift(W: Tensor, start: Tensor) -> float:
-    """max_r |w_r - w_r(0)|."""
-    return (W - start).norm(dim=0).max().item()
 
 
 @dataclass(frozen=True)
