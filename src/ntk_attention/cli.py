@@ -234,7 +234,7 @@ def info(
 
 @app.command()
 def theory(
-    experiment: Annotated[str, typer.Argument(help="kernel, training, scaling or all.")] = "all",
+    experiment: Annotated[str, typer.Argument(help="kernel, training, scaling, bridge or all.")] = "all",
     out: Annotated[Path, typer.Option(help="Folder for the measurements (JSON lines) and figures.")] = Path("theory"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     largest: Annotated[int, typer.Option(help="The largest prefix has m = 2 to this power.")] = 16,

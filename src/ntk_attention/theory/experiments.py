@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import figures, run_kernel, run_scaling, run_training
+from . import figures, run_bridge, run_kernel, run_scaling, run_training
 from .setting import Experiment, Row, Setting
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "kernel": Parts(run_kernel.measure, run_kernel.words, figures.kernel),
     "training": Parts(run_training.measure, run_training.words, figures.training),
     "scaling": Parts(run_scaling.measure, run_scaling.words, figures.scaling),
+    "bridge": Parts(run_bridge.measure, run_bridge.words, figures.bridge),
 }
 
 

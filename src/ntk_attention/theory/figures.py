@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from . import run_kernel, run_scaling, run_training
+from . import run_bridge, run_kernel, run_scaling, run_training
 from .fits import power_law
 from .setting import Row
 
@@ -153,4 +153,26 @@ def scaling(rows: list[Row], path: Path) -> None:
     samples.plot(*medians(by_n, "n", run_scaling.last_loss), marker="o", color=BLUE, label="training, at the end")
     samples.set_ylim(1e-5, 5)
     label(samples, f"against the number of samples, m = {by_n[0]['m']}", "n", "loss per sample")
+    save(figure, path)
+
+
+def bridge(rows: list[Row], path: Path) -> None:
+    """Experiment 4."""
+    figure, (size, drift, tokens, features) = grid("A real layer: prefix tokens and (Z, k) in place of its context")
+    kinds = [("prefix", "m", BLUE, "m prefix tokens"), ("positive_random", "r", RED, "(Z, k), positive random")]
+    for kind, key, colour, name in (*kinds, ("elu", "r", "#4f8f4f", "(Z, k), elu")):
+        runs = [r for r in rows if r["kind"] == kind]
+        sizes = [r[key] for r in runs]
+        size.plot(sizes, [r["loss"][-1] for r in runs], marker="o", color=colour, label=name)
+        size.plot(sizes, [r["held_out"][-1] for r in runs], "--", marker="x", color=colour)
+        drift.plot(sizes, [r["drift"][0] for r in runs], marker="o", color=colour, label=name)
+        drift.plot(sizes, [1 - r["alignment"] for r in runs], ":", marker="x", color=colour)
+    size.axhline(1, color=GREY, linewidth=1)
+    label(size, "after training; dashed: held-out queries", "m or r", "loss / loss without prefix")
+    label(drift, "lazy? solid: |P or Z moved| / |start|; dotted: 1 - cosine of kernels", "m or r", "change in training")
+    for panel, (kind, key, _, name) in zip((tokens, features), kinds, strict=True):
+        runs = [r for r in rows if r["kind"] == kind]
+        for row, colour in zip(runs, shades(runs), strict=True):
+            panel.plot(row["loss"], color=colour, label=f"{key} = {row[key]}, rate {row['rate']:g}")
+        label(panel, name, f"step of {run_bridge.STEPS}, Adam", "loss / loss without prefix", log="y")
     save(figure, path)
