@@ -1,4 +1,4 @@
-"""The command line: finetune, evaluate, generate, info."""
+"""The command line: finetune, evaluate, generate, info, theory."""
 
 from __future__ import annotations
 
@@ -230,6 +230,32 @@ def info(
                 f"the prefix takes {shares.mean():.1%} of the attention, from {shares.min():.1%} to "
                 f"{shares.max():.1%} by head; drawn in {picture}"
             )
+
+
+@app.command()
+def theory(
+    experiment: Annotated[str, typer.Argument(help="kernel, training, scaling, bridge or all.")] = "all",
+    out: Annotated[Path, typer.Option(help="Folder for the measurements (JSON lines) and figures.")] = Path("theory"),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    largest: Annotated[int, typer.Option(help="The largest prefix has m = 2 to this power.")] = 16,
+    inputs: Annotated[str, typer.Option(help="'random', or 'image': pieces of a photograph.")] = "random",
+    seed: int = 0,
+) -> None:
+    """Section 3 of the paper, measured: does the kernel stay, does training converge, what does the loss scale with?"""
+    with one_line_errors():
+        from .theory.experiments import EXPERIMENTS, check_device, run
+        from .theory.setting import Setting
+
+        names = list(EXPERIMENTS) if experiment == "all" else [experiment]
+        if names[0] not in EXPERIMENTS:
+            raise ValueError(f"unknown experiment {experiment!r}: expected one of {[*EXPERIMENTS, 'all']}")
+        setting = Setting(largest=largest, inputs=inputs, device=check_device(device), seed=seed)
+        for name in names:
+            with bars() as reporter:
+                seen = run(name, setting, out, reporter)
+            console.print(f"[bold]{name}[/bold], in {out}: {name}.jsonl, {name}.png")
+            for sentence in seen:
+                console.print(f"- {sentence}", markup=False)
 
 
 if __name__ == "__main__":
