@@ -1,5 +1,6 @@
 """The closed forms of the stylized model against torch's automatic differentiation, in float64."""
 
+import os
 import subprocess
 import sys
 
@@ -125,5 +126,6 @@ H = model.kernel(W, a, X)
 assert H.shape == (1024, 1024) and torch.linalg.eigvalsh(H)[0] > 0
 print(peak() - before)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert int(result.stdout) < 400 * 2**10, f"{result.stdout} KiB"
