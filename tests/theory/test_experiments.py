@@ -17,7 +17,7 @@ def invoke(*arguments):
 
 SEEN = {
     "kernel": ("lie inside our bound", "image inputs"),
-    "training": ("independent signs: at m = 256", "it diverged at", "careful step"),
+    "training": ("independent signs: at m = 256", "it diverged (passed", "careful step"),
     "scaling": ("equal compute", "Held-out loss against n", "exponent"),
 }
 

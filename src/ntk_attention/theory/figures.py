@@ -169,7 +169,7 @@ def bridge(rows: list[Row], path: Path) -> None:
         drift.plot(sizes, [1 - r["alignment"] for r in runs], ":", marker="x", color=colour)
     size.axhline(1, color=GREY, linewidth=1)
     label(size, "after training; dashed: held-out queries", "m or r", "loss / loss without prefix")
-    label(drift, "lazy? solid: |P or Z moved| / |start|; dotted: 1 - cosine of kernels", "m or r", "change in training")
+    label(drift, "lazy? solid: move of P or Z; dotted: 1 - cosine of kernels", "m or r", "change / start")
     for panel, (kind, key, _, name) in zip((tokens, features), kinds, strict=True):
         runs = [r for r in rows if r["kind"] == kind]
         for row, colour in zip(runs, shades(runs), strict=True):

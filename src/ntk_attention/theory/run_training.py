@@ -134,8 +134,9 @@ def words(rows: list[Row]) -> list[str]:
         broken = [r["factor"] for r in sweep if r["diverged"]]
         fine = max((r["factor"] for r in sweep if not r["diverged"] and r["loss"][-1] < r["loss"][0]), default=None)
         text.append(
-            f"m = {m}, pairs: descent fell with eta up to {fine} / (m lambda_max); it diverged at "
-            f"{', '.join(map(str, sorted(broken))) or 'none'} of {', '.join(map(str, STEP_SIZES))}."
+            f"m = {m}, pairs: descent fell with eta up to {fine} / (m lambda_max); it diverged "
+            f"(passed 10 times its start) at {', '.join(map(str, sorted(broken))) or 'none'} of "
+            f"{', '.join(map(str, STEP_SIZES))}."
         )
     for r in (r for r in rows if r["kind"] == "careful"):
         text.append(
@@ -165,7 +166,7 @@ def describe_runs(start: str, runs: list[Row]) -> list[str]:
     )
     stuck = [r["loss"][-1] / r["loss"][0] for r in small]
     text.append(
-        f"{start} signs, m < n (H is singular or nearly so): the loss ends at {min(stuck):.2g} to {max(stuck):.2g} of "
+        f"{start} signs, m < n (H is singular): the loss ends at {min(stuck):.2g} to {max(stuck):.2g} of "
         f"its start; at m = {largest} at {last['loss'][-1] / last['loss'][0]:.1g}. Our theorem's hypotheses "
         f"{'hold' if last['certified'] else 'do not hold'} there: they would ask for m of about {last['needed_m']:.1g}."
     )
