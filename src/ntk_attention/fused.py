@@ -20,6 +20,7 @@ from .state import PrefixState
 # our fused kernel, which reads everything once; from there on the library's kernel, whose products are faster, and one
 # more of ours that merges the prefix. With a mask it is always the fused kernel.
 AUTO = (  # the largest head_dim that the row is for, the query length from which the prefix is merged
+    (64, 8192),
     (128, 2048),
     (256, math.inf),
 )

@@ -132,17 +132,18 @@ def fused_forward(
     rows = i * BM + tl.arange(0, BM)
     q = Q.load([b, h, i * BM, 0]).reshape([BM, BD])
     z_one, k_one = constant_row(Z, k_state, state, D, DV, CONSTANT, BDV)
+    k = k_block(k_state, state, 0, D, CONSTANT, BD)
+    log_scale = tl.load(b_state + state).to(tl.float32) * LOG2E
     phi_Z = tl.zeros([BM, BDV], tl.float32) + z_one[None, :]
     phi_k = tl.zeros([BM], tl.float32) + k_one
     # A loop of one round: its memory, for Z, is free again before K and V take theirs.
     for j in tl.range(0, head_dim, BD, num_stages=1):
-        phi = elu_features(q.to(tl.float32) * factor, tl.arange(0, BD), D, BD)
-        phi_k += tl.sum(phi * k_block(k_state, state, j, D, CONSTANT, BD)[None, :], 1)
         z = Z_blocks.load([state, j, 0]).reshape([BD, BDV])
+        phi = elu_features(q.to(tl.float32) * factor, tl.arange(0, BD), D, BD)
+        phi_k += tl.sum(phi * k[None, :], 1)
         phi_Z = dot(phi.to(z.dtype), z, phi_Z)
     has_weight = phi_k > TINY
     prefix_out = phi_Z * tl.where(has_weight, 1 / phi_k, 0.0)[:, None]
-    log_scale = tl.load(b_state + state).to(tl.float32) * LOG2E
     prefix_peak = tl.where(has_weight, tl.math.log2(phi_k) + log_scale, NOTHING)
     qk_scale = scale * LOG2E
     checked, end = S, S

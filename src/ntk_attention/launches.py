@@ -17,6 +17,10 @@ try:
 except ImportError:  # torch for a CPU comes without Triton
     triton = None
     INTERPRETED = False
+try:
+    from . import hopper
+except (ImportError, AttributeError):  # Gluon, which changes from version to version
+    hopper = None  # type: ignore[assignment]
 
 MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 128}
 MAX_DECODE_ROWS = 64  # query heads of one KV head times query length
@@ -46,14 +50,18 @@ class Blocks(NamedTuple):
     registers: int | None = None  # at most, per thread
 
 
-def forward_blocks(head_dim: int, length: int) -> Blocks:
+def forward_blocks(head_dim: int, length: int, is_masked: bool) -> Blocks:
     if head_dim <= 64:
-        return Blocks(rows=64, columns=64, warps=4, stages=2)
+        return Blocks(rows=64, columns=64, warps=4, stages=2, registers=None if is_masked else 96)
     if head_dim <= 128:
-        if length <= 512:
+        if length <= 512 and not is_masked:
             return Blocks(rows=64, columns=32, warps=4, stages=3, registers=168)
         return Blocks(rows=64, columns=64, warps=4, stages=3)
     return Blocks(rows=64, columns=32, warps=8, stages=2)
+
+
+def hopper_blocks(head_dim: int, length: int) -> Blocks:
+    return Blocks(rows=64, columns=64, warps=4, stages=3 if head_dim == 128 and length > 1024 else 2)
 
 
 def merge_blocks(head_dim: int) -> Blocks:
@@ -85,7 +93,18 @@ def fused_forward(query, key, value, Z, k, log_scale, attn_mask, constant, is_ca
     Z_product = Z.to(torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32)
     out = empty_output(query, value)
     lse = query.new_empty(B, H, L, dtype=torch.float32)
-    blocks = forward_blocks(max(d, d_v), L)
+    if attn_mask is None and _suits_hopper(query, value):
+        blocks = hopper_blocks(d, L)
+        x, y = (1, 1, blocks.rows, d), (1, 1, blocks.columns, d)
+        hopper.fused_forward[triton.cdiv(L, blocks.rows), B * H](
+            _gluon_descriptor(query, x), _gluon_descriptor(key, y), _gluon_descriptor(value, y),
+            _gluon_descriptor(Z_product[None], y), Z, k, log_scale, _gluon_descriptor(out, x), lse,
+            H, H // key.shape[1], H // Z.shape[0], L, key.shape[2], scale, factor,
+            D=d, CONSTANT=constant, IS_CAUSAL=is_causal, BM=blocks.rows, BN=blocks.columns, STAGES=blocks.stages,
+            num_warps=blocks.warps,
+        )  # fmt: skip
+        return out, lse
+    blocks = forward_blocks(max(d, d_v), L, attn_mask is not None)
     mask, mask_strides = _mask_arguments(attn_mask, query)
     kernels.fused_forward[triton.cdiv(L, blocks.rows), B * H](
         _descriptor(query, blocks.rows), _descriptor(key, blocks.columns), _descriptor(value, blocks.columns),
@@ -213,15 +232,41 @@ def _multiprocessors(x: Tensor) -> int:
 
 def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> "TensorDescriptor":
     """Blocks [..., rows, columns] of x [..., L, d]; x is copied only where the memory does not allow it."""
+    x = _described(x)
+    block = [1] * (x.dim() - 2) + [rows, columns or padded(x.shape[-1])]
+    descriptor = object.__new__(TensorDescriptor)  # its constructor would check all this again, at every launch
+    descriptor.__dict__.update(base=x, shape=x.shape, strides=x.stride(), block_shape=block)
+    return descriptor
+
+
+def _gluon_descriptor(x: Tensor, block: tuple[int, ...]) -> "hopper.TensorDescriptor":
+    """The same for Gluon, which wants to know how a block lies in shared memory."""
+    x = _described(x)
+    descriptor = object.__new__(hopper.TensorDescriptor)
+    descriptor.__dict__.update(
+        base=x, shape=x.shape, strides=x.stride(), block_shape=list(block), layout=hopper.shared_layout(block)
+    )
+    return descriptor
+
+
+def _described(x: Tensor) -> Tensor:
+    """x, or a copy where the memory of x does not allow a descriptor."""
     strides = x.stride()
     unit = 16 // x.element_size()
     if strides[-1] != 1 or x.data_ptr() % 16 or any(s % unit or not s for s in strides[:-1]):
-        x = x.new_empty(x.shape).copy_(x)
-        strides = x.stride()
-    block = [1] * (x.dim() - 2) + [rows, columns or padded(x.shape[-1])]
-    descriptor = object.__new__(TensorDescriptor)  # its constructor would check all this again, at every launch
-    descriptor.__dict__.update(base=x, shape=x.shape, strides=strides, block_shape=block)
-    return descriptor
+        return x.new_empty(x.shape).copy_(x)
+    return x
+
+
+def _suits_hopper(query: Tensor, value: Tensor) -> bool:
+    return (
+        hopper is not None
+        and query.is_cuda
+        and torch.cuda.get_device_properties(query.device).major == 9
+        and query.dtype == torch.bfloat16
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] in (64, 128)
+    )
 
 
 def _mask_arguments(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, ...]]:
