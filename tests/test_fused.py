@@ -43,6 +43,20 @@ DECODING = {  # the same; without gradients
 }
 
 
+RANDOM = {  # the same for positive random features
+    "causal": (2, 4, 2, 4, 70, 70, 64, 64, True, None, False),
+    "state per KV head": (2, 4, 2, 2, 65, 65, 64, 64, True, None, True),
+    "bool mask, d 80 and 96": (1, 4, 2, 2, 33, 65, 80, 96, False, "random", True),
+    "left padding": (3, 3, 1, 3, 46, 46, 64, 64, False, "left", False),
+    "d 128": (1, 2, 1, 2, 130, 130, 128, 128, True, None, True),
+}
+RANDOM_DECODING = {
+    "one program per head": (2, 4, 2, 4, 1, 40, 64, 64, False, None, True),
+    "split, a short query": (1, 4, 2, 2, 5, 700, 32, 64, False, "random", False),
+    "left padding": (3, 9, 3, 9, 1, 300, 80, 80, False, "left", True),
+}
+
+
 def make_mask(kind, B, L, S):
     keys, rows = torch.arange(S, device=DEVICE), torch.arange(L, device=DEVICE)[:, None] + S - L
     if kind is None:
@@ -56,14 +70,18 @@ def make_mask(kind, B, L, S):
     return ((keys <= rows) & (keys > rows - 16))[None, None]
 
 
-def make_inputs(case, dtype):
+def make_inputs(case, dtype, random_features=None):
     B, H, H_kv, H_state, L, S, d, d_v, is_causal, mask, constant = case
     torch.manual_seed(0)
-    r = d + constant
+    if random_features is None:
+        phi = feature_map("elu", constant=constant)
+    else:
+        phi = feature_map("positive_random", num_features=random_features, constant=constant).bind(d).to(DEVICE)
+    r = phi.num_features(d)
     inputs = [torch.randn(B, h, n, m).to(DEVICE, dtype) for h, n, m in ((H, L, d), (H_kv, S, d), (H_kv, S, d_v))]
     state = [torch.randn(H_state, r, d_v), torch.rand(H_state, r) * 0.1 + 0.01, torch.randn(H_state)]
     options = {"attn_mask": make_mask(mask, B, L, S), "is_causal": is_causal, "enable_gqa": True}
-    return inputs + [x.to(DEVICE) for x in state], feature_map("elu", constant=constant), options
+    return inputs + [x.to(DEVICE) for x in state], phi, options
 
 
 def run(inputs, phi, options, backend, dtype, grad=True):
@@ -100,6 +118,13 @@ def test_fused(name, dtype):
     check(run(*arguments, "triton", dtype), run(*arguments, "eager", torch.float64), dtype, arguments[0][3])
 
 
+@pytest.mark.skipif(not (ON_GPU and launches.hopper), reason="elsewhere there is no other kernel")
+@pytest.mark.parametrize("name", ["causal", "full, grouped", "state per KV head", "d 128"])
+def test_fused_on_a_gpu_that_is_not_a_hopper(name, monkeypatch):
+    monkeypatch.setattr(launches, "hopper", None)
+    test_fused(name, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", ["causal", "full, grouped", "state per KV head", "d 96", "d 128", "no constant"])
 def test_merged_into_the_library_kernel(name, dtype, monkeypatch):
@@ -134,6 +159,22 @@ def test_decoding(name, dtype):
     check(actual, run(*arguments, "eager", torch.float64, grad=False), dtype)
     again = run(*arguments, "triton", dtype, grad=False)  # finds the counters as they were
     assert torch.equal(actual[0], again[0])
+
+
+@pytest.mark.parametrize("r", [40, 130])
+@pytest.mark.parametrize("name", RANDOM)
+def test_positive_random_features(name, r):
+    inputs, phi, options = make_inputs(RANDOM[name], torch.bfloat16, r)
+    assert fused.covers(*inputs[:3], PrefixState(*inputs[3:], phi), options["attn_mask"])
+    actual = run(inputs, phi, options, "auto", torch.bfloat16)
+    check(actual, run(inputs, phi, options, "eager", torch.float64), torch.bfloat16, inputs[3])
+
+
+@pytest.mark.parametrize("name", RANDOM_DECODING)
+def test_decoding_with_positive_random_features(name):
+    inputs, phi, options = make_inputs(RANDOM_DECODING[name], torch.bfloat16, 100)
+    out = run(inputs, phi, options, "triton", torch.bfloat16, grad=False)
+    check(out, run(inputs, phi, options, "eager", torch.float64, grad=False), torch.bfloat16)
 
 
 def test_decoding_is_the_same_with_gradients():
@@ -195,17 +236,17 @@ def test_only_the_state_trains():
 
 
 @pytest.mark.parametrize(
-    ("change", "options"),
-    [("dtype", {}), ("map", {}), ("head_dim", {}), ("mask", {}), ("empty", {})],
-    ids=lambda x: x if isinstance(x, str) else "",
+    "change",
+    ["dtype", "map", "many features", "head_dim", "mask", "empty"],
 )
-def test_what_no_kernel_covers_goes_to_the_sdpa_backend(change, options):
+def test_what_no_kernel_covers_goes_to_the_sdpa_backend(change):
     dtype = torch.float32 if change == "dtype" else torch.bfloat16
     d = 12 if change == "head_dim" else 32
     S = 0 if change == "empty" else 20
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, n, d, device=DEVICE, dtype=dtype) for n in (20, S, S))
-    phi = feature_map("taylor" if change == "map" else "elu")
+    maps = {"map": feature_map("taylor"), "many features": feature_map("positive_random", num_features=600)}
+    phi = maps.get(change, feature_map("elu")).bind(d).to(DEVICE)
     r = phi.num_features(d)
     state = PrefixState(torch.randn(2, r, d, device=DEVICE), torch.rand(2, r, device=DEVICE) + 0.1, feature_map=phi)
     mask = torch.randn(20, 20, device=DEVICE, dtype=dtype) if change == "mask" else None
@@ -220,19 +261,26 @@ def test_operators(dtype):
     merges = dtype == torch.float32
     leaves = [x.requires_grad_() for x in inputs]
     scale = 32**-0.5
-    torch.library.opcheck(fused.forward_op, (*leaves, None, True, True, scale, scale**0.5, merges))
+    torch.library.opcheck(fused.forward_op, (*leaves, None, None, True, True, scale, scale**0.5, merges))
     plain = [x.detach() for x in inputs]
-    out, lse = fused.forward_op(*plain, None, True, True, scale, scale**0.5, merges)
+    out, lse = fused.forward_op(*plain, None, None, True, True, scale, scale**0.5, merges)
     torch.library.opcheck(
-        fused.backward_op, (torch.ones_like(out), *plain, None, out, lse, True, True, scale, scale**0.5, True)
+        fused.backward_op, (torch.ones_like(out), *plain, None, None, out, lse, True, True, scale, scale**0.5, True)
     )
     if not merges:
-        torch.library.opcheck(fused.decode_op, (plain[0][:, :, :1], *plain[1:], None, True, scale, scale**0.5))
+        torch.library.opcheck(fused.decode_op, (plain[0][:, :, :1], *plain[1:], None, None, True, scale, scale**0.5))
+        inputs, phi, _ = make_inputs((1, 2, 1, 2, 20, 20, 32, 32, True, None, True), dtype, 40)
+        W = phi.projection.detach()
+        torch.library.opcheck(fused.forward_op, (*inputs, W, None, True, True, scale, scale**0.5, False))
+        out, lse = fused.forward_op(*inputs, W, None, True, True, scale, scale**0.5, False)
+        backward = torch.ones_like(out), *inputs, W, None, out, lse, True, True, scale, scale**0.5, True
+        torch.library.opcheck(fused.backward_op, backward)
 
 
+@pytest.mark.parametrize("random_features", [None, 40])
 @pytest.mark.parametrize("name", ["causal", "left padding"])
-def test_compiles_to_one_graph(name):
-    inputs, phi, options = make_inputs(CASES[name], torch.bfloat16)
+def test_compiles_to_one_graph(name, random_features):
+    inputs, phi, options = make_inputs(CASES[name], torch.bfloat16, random_features)
 
     @torch.compile(fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
     def compiled(query, key, value, Z, k, b):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import launches, portable
-from .features import Elu
+from .features import Elu, PositiveRandom
 from .sdpa import additive_mask, empty_output, laid_out_as, library_backward, library_forward
 from .state import PrefixState
 
@@ -28,35 +28,37 @@ AUTO = (  # the largest head_dim that the row is for, the query length from whic
 
 def covers(query: Tensor, key: Tensor, value: Tensor, state: PrefixState, attn_mask: Tensor | None) -> bool:
     """What this backend can do; the caller sees to dropout, softcap and sinks, which it cannot."""
-    return (
-        type(state.feature_map) is Elu
-        and query.numel() > 0
-        and key.numel() > 0
-        and (attn_mask is None or attn_mask.dtype == torch.bool)
-        and (launches.covers(query, value) or query.shape[2] > 1)  # sdpa.py knows how to decode without our kernel
-    )
+    if query.numel() == 0 or key.numel() == 0 or not (attn_mask is None or attn_mask.dtype == torch.bool):
+        return False
+    if type(state.feature_map) is PositiveRandom:
+        return launches.covers_random(query, value, state.num_features)
+    # Without our kernel, sdpa.py knows better how to decode.
+    return type(state.feature_map) is Elu and (launches.covers(query, value) or query.shape[2] > 1)
 
 
 def attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, prefer="auto"):
     """Arguments as in `operation.attend`; returns the merged output. `prefer`: "auto", or "triton" for no library."""
     B, H, L, d = query.shape
+    phi = state.feature_map
+    directions = phi.bind(d).projection if isinstance(phi, PositiveRandom) else None
+    W = None if directions is None else directions.float()
     tensors = (query, key, value, state.Z, state.k, state.log_scale)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(B, H, L, key.shape[2])
-    constant = state.feature_map.constant
+    constant = phi.constant
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     compiling = torch.compiler.is_compiling()  # the operators serve torch.compile; without them a call is cheaper
     if launches.covers(query, value):
         is_short = H // key.shape[1] * L <= launches.MAX_DECODE_ROWS
         if not needs_grad and is_short and (L == 1 or not is_causal):
             decode = decode_op if compiling else launches.decode
-            return decode(*tensors, attn_mask, constant, scale, factor)
+            return decode(*tensors, W, attn_mask, constant, scale, factor)
         merge_from = next(length for largest, length in AUTO if max(d, value.shape[-1]) <= largest)
-        merges = prefer == "auto" and attn_mask is None and merge_from <= L
+        merges = prefer == "auto" and W is None and attn_mask is None and merge_from <= L
     else:
         merges = True
     forward = forward_op if compiling else _EagerForward.apply if needs_grad else _forward
-    return forward(*tensors, attn_mask, constant, is_causal, scale, factor, merges)[0]
+    return forward(*tensors, W, attn_mask, constant, is_causal, scale, factor, merges)[0]
 
 
 def _forward(
@@ -66,6 +68,7 @@ def _forward(
     Z: Tensor,
     k: Tensor,
     log_scale: Tensor,
+    W: Tensor | None,
     attn_mask: Tensor | None,
     constant: bool,
     is_causal: bool,
@@ -79,7 +82,7 @@ def _forward(
     """
     state = Z, k, log_scale
     if not merges:
-        return launches.fused_forward(query, key, value, *state, attn_mask, constant, is_causal, scale, factor)
+        return launches.fused_forward(query, key, value, *state, W, attn_mask, constant, is_causal, scale, factor)
     mask = None if attn_mask is None else additive_mask(attn_mask, query)
     context, lse, _, _ = library_forward(query, key, value, mask, 0.0, is_causal, scale)
     merge_prefix = launches.merge_prefix if launches.covers(query, value) else portable.merge_prefix
@@ -94,13 +97,13 @@ forward_op = torch.library.custom_op("ntk_attention::forward", _forward, mutates
 
 
 @forward_op.register_fake
-def _(query, key, value, Z, k, log_scale, attn_mask, constant, is_causal, scale, factor, merges):
+def _(query, key, value, Z, k, log_scale, W, attn_mask, constant, is_causal, scale, factor, merges):
     dtype = torch.promote_types(query.dtype, torch.float32)
     return empty_output(query, value), query.new_empty(query.shape[:3], dtype=dtype)
 
 
 def _backward(
-    grad_out, query, key, value, Z, k, log_scale, attn_mask, out, lse, constant, is_causal, scale, factor,
+    grad_out, query, key, value, Z, k, log_scale, W, attn_mask, out, lse, constant, is_causal, scale, factor,
     inputs_need_grad,
 ):  # fmt: skip
     """Gradients to query, key, value (empty unless `inputs_need_grad`), Z and k."""
@@ -109,10 +112,11 @@ def _backward(
         no_seed = torch.empty(0, dtype=torch.long, device=query.device)
         mask = None if attn_mask is None else additive_mask(attn_mask, query)
         grads = library_backward(grad_out, query, key, value, out, lse, mask, no_seed, no_seed, 0.0, is_causal, scale)
-    prefix_backward = launches.prefix_backward if launches.covers(query, value) else portable.prefix_backward
-    grad_Z, grad_k = prefix_backward(
-        grad_out, query, out, lse, grads[0] if inputs_need_grad else None, Z, k, log_scale, constant, factor
-    )
+    rows = grad_out, query, out, lse, grads[0] if inputs_need_grad else None
+    if launches.covers(query, value):
+        grad_Z, grad_k = launches.prefix_backward(*rows, Z, k, log_scale, W, constant, factor)
+    else:
+        grad_Z, grad_k = portable.prefix_backward(*rows, Z, k, log_scale, constant, factor)
     return *grads, grad_Z.to(Z.dtype), grad_k.to(k.dtype)
 
 
@@ -125,6 +129,7 @@ def backward_op(
     Z: Tensor,
     k: Tensor,
     log_scale: Tensor,
+    W: Tensor | None,
     attn_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
@@ -135,35 +140,35 @@ def backward_op(
     inputs_need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *grads, grad_k = _backward(
-        grad_out, query, key, value, Z, k, log_scale, attn_mask, out, lse, constant, is_causal, scale, factor,
+        grad_out, query, key, value, Z, k, log_scale, W, attn_mask, out, lse, constant, is_causal, scale, factor,
         inputs_need_grad,
     )  # fmt: skip
     return *grads, grad_k.clone()  # an operator may not return views of one another
 
 
 @backward_op.register_fake
-def _(grad_out, query, key, value, Z, k, log_scale, attn_mask, out, lse, constant, is_causal, scale, factor, needed):
+def _(grad_out, query, key, value, Z, k, log_scale, W, attn_mask, out, lse, constant, is_causal, scale, factor, needed):
     inputs = (torch.empty_like(x) if needed else query.new_empty(0) for x in (query, key, value))
     return (*inputs, torch.empty_like(Z), torch.empty_like(k))
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, Z, k, log_scale, attn_mask, *options, _ = inputs
-    ctx.save_for_backward(query, key, value, Z, k, log_scale, attn_mask, *output)
+    query, key, value, Z, k, log_scale, W, attn_mask, *options, _ = inputs
+    ctx.save_for_backward(query, key, value, Z, k, log_scale, W, attn_mask, *output)
     ctx.options = options
 
 
 def _gradients(ctx, grad_out, backward):
     """For each input of `_forward`, by either form of `_backward`."""
-    query, key, value, Z, k, log_scale, attn_mask, out, lse = ctx.saved_tensors
+    query, key, value, Z, k, log_scale, W, attn_mask, out, lse = ctx.saved_tensors
     inputs_need_grad = any(ctx.needs_input_grad[:3])
-    inputs = query, key, value, Z, k, log_scale, attn_mask, out, lse
+    inputs = query, key, value, Z, k, log_scale, W, attn_mask, out, lse
     *grad_inputs, grad_Z, grad_k = backward(grad_out, *inputs, *ctx.options, inputs_need_grad)
     grad_log_scale = None
     if ctx.needs_input_grad[5]:  # Z and k carry the factor e^b
         grad_log_scale = ((Z * grad_Z).sum(dim=(1, 2)) + (k * grad_k).sum(dim=1)).to(log_scale.dtype)
     grad_inputs = grad_inputs if inputs_need_grad else (None, None, None)
-    return *grad_inputs, grad_Z, grad_k, grad_log_scale, *(None,) * 6
+    return *grad_inputs, grad_Z, grad_k, grad_log_scale, *(None,) * 7
 
 
 forward_op.register_autograd(
@@ -195,14 +200,15 @@ def decode_op(
     Z: Tensor,
     k: Tensor,
     log_scale: Tensor,
+    W: Tensor | None,
     attn_mask: Tensor | None,
     constant: bool,
     scale: float,
     factor: float,
 ) -> Tensor:
-    return launches.decode(query, key, value, Z, k, log_scale, attn_mask, constant, scale, factor)
+    return launches.decode(query, key, value, Z, k, log_scale, W, attn_mask, constant, scale, factor)
 
 
 @decode_op.register_fake
-def _(query, key, value, Z, k, log_scale, attn_mask, constant, scale, factor):
+def _(query, key, value, Z, k, log_scale, W, attn_mask, constant, scale, factor):
     return empty_output(query, value)

@@ -1,4 +1,4 @@
-"""The fused forward pass for Hopper, in Gluon, where the order of loads and products is ours; `launches.py` launches it.
+"""The fused forward pass for Hopper, in Gluon, where the order of loads and products is ours.
 
 The same function as `kernels.fused_forward` for bf16, d = d_v in {64, 128} and no mask. A program of 64 rows is short:
 nine blocks of keys at L = 1,024. Triton waits for q, for Z and for the first keys one after another; here all are on
@@ -123,8 +123,8 @@ def fused_forward(
     s = warpgroup_mma_wait(0, deps=[s])
     synchronize()  # nobody reads Z any more
     n = (blocks - STAGES) * BN
-    load_block(K, b, h_kv, n, kv, ready, LAST, STAGES - 1 < blocks)
-    load_block(V, b, h_kv, n, kv, ready, LAST + 1, STAGES - 1 < blocks)
+    load_block(K, b, h_kv, n, kv, ready, LAST, blocks >= STAGES)
+    load_block(V, b, h_kv, n, kv, ready, LAST + 1, blocks >= STAGES)
 
     rows = i * BM + gl.arange(0, BM, row)
     columns = (blocks - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, mma))

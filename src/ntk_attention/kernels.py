@@ -1,127 +1,44 @@
-"""The Triton kernels of NTK-Attention for phi(x) = elu(x) + 1; `fused.py` launches them.
+"""The Triton kernels of NTK-Attention; `launches.py` launches them.
 
 In all of them: bf16 or fp16 tensors with 4 dimensions [B, H, L, d] come as tensor descriptors, which fill what lies
-outside with zeros; Z [H_state, r, d_v], k [H_state, r] and b [H_state] as pointers to contiguous memory, where r is D,
-or D + 1 with the feature 1 as the last one (CONSTANT). Z_blocks is a descriptor of Z. BD and BDV are D and DV
-rounded up to powers of two, BF is the number of features handled at once. Exponents are to base 2 inside a softmax;
-every stored lse is to base e.
+outside with zeros; Z [H_state, r, d_v], k [H_state, r] and b [H_state] as pointers to contiguous memory, where r is R,
+or R + 1 with the feature 1 as the last one (CONSTANT). Z_blocks is a descriptor of Z. The map is elu(x) + 1, where
+R = D, or with RANDOM that of positive random features, whose directions W [R, D] are in float32. BD and BDV are D and
+DV rounded up to powers of two, BF is the number of features handled at once. Exponents are to base 2 inside a
+softmax; every stored lse is to base e.
 """
 
-import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, for tests
-# Sizes that change from call to call; a kernel is not compiled anew for each kind of number.
-SIZES = ["B", "H", "H_kv", "heads_per_kv", "heads_per_state", "L", "S", "head_dim", "keys_per_split", "stride_split"]
-
-
-def compiled(kernel):
-    return triton.jit(kernel, do_not_specialize=[name for name in SIZES if name in kernel.__code__.co_varnames])
-
-
-TINY = tl.constexpr(1.2e-38)  # the least phi(q) k that is a weight
-NOTHING = tl.constexpr(-1e30)  # a running maximum before the first logit; finite, so that differences are numbers
-
-
-@triton.jit
-def dot(a, b, acc=None):
-    """The matrix product, accumulated in float32."""
-    if INTERPRETED:  # whose own product takes bf16 for integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc)
-
-
-@triton.jit
-def elu_features(x, columns, D: tl.constexpr, BF: tl.constexpr):
-    """phi of [rows, features] in float32; 0 in the padding behind D, where Z and k have no row."""
-    phi = tl.where(x < 0, tl.math.exp2(x * LOG2E), x + 1)
-    if D % BF != 0:
-        phi = tl.where(columns[None, :] < D, phi, 0.0)
-    return phi
-
-
-@triton.jit
-def for_dot(z, like: tl.constexpr):
-    """Z as an operand: bf16 next to bf16, tf32 next to fp16, whose exponents are too few."""
-    return z.to(tl.bfloat16 if like == tl.bfloat16 else tl.float32)
-
-
-@triton.jit
-def k_block(k_state, state, j, D: tl.constexpr, CONSTANT: tl.constexpr, BF: tl.constexpr):
-    """k of the features j ... j + BF of one head."""
-    features = j + tl.arange(0, BF)
-    return tl.load(k_state + state * (D + CONSTANT) + features, mask=features < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def state_rows(
-    Z, k_state, state, j,
-    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, BF: tl.constexpr, BDV: tl.constexpr,
-):  # fmt: skip
-    """Z [BF, BDV] and k [BF] of the features j ... j + BF of one head."""
-    f = j + tl.arange(0, BF)
-    v = tl.arange(0, BDV)
-    Z += ((state * (D + CONSTANT) + f) * DV)[:, None]
-    if D % BF == 0 and DV == BDV:
-        z = tl.load(Z + v[None, :])
-    else:
-        z = tl.load(Z + v[None, :], mask=(f < D)[:, None] & (v < DV)[None, :], other=0.0)
-    return z, k_block(k_state, state, j, D, CONSTANT, BF)
-
-
-@triton.jit
-def constant_row(Z, k_state, state, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, BDV: tl.constexpr):
-    """The row of the feature 1: Z [BDV] and k; zeros without it."""
-    v = tl.arange(0, BDV)
-    if CONSTANT:
-        row = state * (D + 1) + D
-        z = tl.load(Z + row * DV + v, mask=v < DV, other=0.0).to(tl.float32)
-        return z, tl.load(k_state + row).to(tl.float32)
-    return tl.zeros([BDV], tl.float32), 0.0
-
-
-@triton.jit
-def hide(s, n, Mask, stride_ms, rows, S, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, BN: tl.constexpr):
-    """Logits of the keys n ... n + BN, with -inf where a row does not see the key."""
-    columns = n + tl.arange(0, BN)
-    visible = (columns < S)[None, :]
-    if IS_CAUSAL:
-        visible = visible & (columns[None, :] <= rows[:, None])
-    if MASKED:
-        visible = visible & (tl.load(Mask + columns[None, :] * stride_ms, mask=visible, other=0) != 0)
-    return tl.where(visible, s, float("-inf"))
-
-
-@triton.jit
-def attend_blocks(
-    acc, peak, mass, q, K, V, Mask, stride_ms, b, h_kv, rows, checked, end, S, qk_scale,
-    IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over the keys 0 ... end, all of them visible before `checked`; Mask points at the rows."""
-    for n in tl.range(0, end, BN):
-        k = K.load([b, h_kv, n, 0]).reshape([BN, BD])
-        s = dot(q, k.T)
-        if MASKED:
-            s = hide(s, n, Mask, stride_ms, rows, S, IS_CAUSAL, True, BN)
-        elif n + BN > checked:
-            s = hide(s, n, Mask, stride_ms, rows, S, IS_CAUSAL, False, BN)
-        new_peak = tl.maximum(peak, tl.max(s, 1) * qk_scale)
-        p = tl.math.exp2(s * qk_scale - new_peak[:, None])  # one fused multiply-add
-        alpha = tl.math.exp2(peak - new_peak)
-        mass = mass * alpha + tl.sum(p, 1)
-        v = V.load([b, h_kv, n, 0]).reshape([BN, BDV])
-        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
-        peak = new_peak
-    return acc, peak, mass
+from .kernel_parts import (
+    LOG2E,
+    NOTHING,
+    TINY,
+    attend_blocks,
+    attend_cache,
+    compiled,
+    constant_row,
+    dot,
+    elu_features,
+    elu_prefix,
+    for_dot,
+    k_block,
+    merged,
+    prefix_part,
+    random_exponents,
+    random_norm,
+    random_prefix,
+    stored_part,
+)  # fmt: skip
 
 
 @compiled
 def fused_forward(
-    Q, K, V, Z_blocks, Z, k_state, b_state, Mask, Out, Lse,
+    Q, K, V, W, Z_blocks, Z, k_state, b_state, Mask, Out, Lse,
     stride_mb, stride_mh, stride_ml, stride_ms, H, heads_per_kv, heads_per_state, L, S, head_dim, scale, factor,
-    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    RANDOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Flash attention whose online softmax starts from the block of the prefix instead of from nothing."""
     i = tl.cdiv(L, BM) - 1 - tl.program_id(0)  # under causality the longest rows first
@@ -131,20 +48,16 @@ def fused_forward(
     h_kv = h // heads_per_kv
     rows = i * BM + tl.arange(0, BM)
     q = Q.load([b, h, i * BM, 0]).reshape([BM, BD])
-    z_one, k_one = constant_row(Z, k_state, state, D, DV, CONSTANT, BDV)
-    k = k_block(k_state, state, 0, D, CONSTANT, BD)
     log_scale = tl.load(b_state + state).to(tl.float32) * LOG2E
-    phi_Z = tl.zeros([BM, BDV], tl.float32) + z_one[None, :]
-    phi_k = tl.zeros([BM], tl.float32) + k_one
-    # A loop of one round: its memory, for Z, is free again before K and V take theirs.
-    for j in tl.range(0, head_dim, BD, num_stages=1):
-        z = Z_blocks.load([state, j, 0]).reshape([BD, BDV])
-        phi = elu_features(q.to(tl.float32) * factor, tl.arange(0, BD), D, BD)
-        phi_k += tl.sum(phi * k[None, :], 1)
-        phi_Z = dot(phi.to(z.dtype), z, phi_Z)
+    if RANDOM:
+        phi_Z, peak, phi_k = random_prefix(
+            q, W, Z_blocks, Z, k_state, state, factor, R, DV, CONSTANT, BM, BD, BDV, BF
+        )  # fmt: skip
+    else:
+        phi_Z, peak, phi_k = elu_prefix(q, Z_blocks, Z, k_state, state, head_dim, factor, D, DV, CONSTANT, BM, BD, BDV)
     has_weight = phi_k > TINY
     prefix_out = phi_Z * tl.where(has_weight, 1 / phi_k, 0.0)[:, None]
-    prefix_peak = tl.where(has_weight, tl.math.log2(phi_k) + log_scale, NOTHING)
+    prefix_peak = tl.where(has_weight, tl.math.log2(phi_k) + peak + log_scale, NOTHING)
     qk_scale = scale * LOG2E
     checked, end = S, S
     if IS_CAUSAL:
@@ -274,89 +187,94 @@ def prefix_backward(
         tl.store(Grad_k + D, tl.sum(grad_k_one, 0))
 
 
-@triton.jit
-def attend_cache(
-    q, K, V, Mask, stride_ks, stride_vs, stride_ms, in_rows, start, end, qk_scale,
-    D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, STAGES: tl.constexpr,
+@compiled
+def random_backward(
+    Grad, Q, Out, Lse, W, b_state, Grad_Z, Grad_k, stride_split, B, H, heads_per_state, L, factor,
+    R: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax of a few rows over the keys start ... end of one head."""
-    d = tl.arange(0, BD)
+    """Gradients of Z and k for positive random features: dZ = phi^T (w dout), dk = -phi^T (w delta), in splits."""
+    j = tl.program_id(0) * BF
+    state = tl.program_id(1)
+    split = tl.program_id(2)
+    f = j + tl.arange(0, BF)
     v = tl.arange(0, BDV)
-    acc = tl.zeros([ROWS, BDV], tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    peak = tl.zeros([ROWS], tl.float32) + NOTHING
-    for n in tl.range(start, end, BN, num_stages=STAGES):
-        keys = n + tl.arange(0, BN)
-        offset = keys.to(tl.int64)[:, None]
-        in_keys = keys < end
-        k = tl.load(K + offset * stride_ks + d[None, :], mask=in_keys[:, None] & (d < D)[None, :], other=0.0)
-        visible = in_rows[:, None] & in_keys[None, :]
-        if MASKED:
-            visible = visible & (tl.load(Mask + keys[None, :] * stride_ms, mask=visible, other=0) != 0)
-        s = tl.where(visible, dot(q, k.T) * qk_scale, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        p = tl.math.exp2(s - new_peak[:, None])
-        alpha = tl.math.exp2(peak - new_peak)
-        mass = mass * alpha + tl.sum(p, 1)
-        values = tl.load(V + offset * stride_vs + v[None, :], mask=in_keys[:, None] & (v < DV)[None, :], other=0.0)
-        acc = dot(p.to(values.dtype), values, acc * alpha[:, None])
-        peak = new_peak
-    return acc, peak, mass
+    directions = W.load([j, 0])
+    log_scale = tl.load(b_state + state).to(tl.float32)
+    grad_Z = tl.zeros([BF, BDV], tl.float32)
+    grad_k = tl.zeros([BF], tl.float32)
+    grad_z_one = tl.zeros([BDV], tl.float32)
+    grad_k_one = 0.0
+    blocks = tl.cdiv(L, BM)
+    tiles = B * heads_per_state * blocks
+    for t in tl.range(split, tiles, tl.num_programs(2), num_stages=STAGES):
+        start = t % blocks * BM
+        b = t // blocks // heads_per_state
+        h = state * heads_per_state + t // blocks % heads_per_state
+        rows = start + tl.arange(0, BM)
+        grad = Grad.load([b, h, start, 0]).reshape([BM, BDV])
+        out = Out.load([b, h, start, 0]).reshape([BM, BDV])
+        q = Q.load([b, h, start, 0]).reshape([BM, BD])
+        lse = tl.load(Lse + (b.to(tl.int64) * H + h) * L + rows, mask=rows < L, other=float("inf"))
+        delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+        s = random_exponents(q, directions, f, factor, R)
+        w_phi = tl.exp(s + (log_scale - lse - random_norm(q, factor, R))[:, None])
+        grad_k -= tl.sum(w_phi * delta[:, None], 0)
+        grad_Z = dot(w_phi.to(grad.dtype).T, grad, grad_Z)
+        if CONSTANT:
+            w = tl.exp(log_scale - lse)
+            grad_z_one += tl.sum(grad.to(tl.float32) * w[:, None], 0)
+            grad_k_one -= tl.sum(w * delta)
+    Grad_Z += split.to(tl.int64) * stride_split + state * (R + CONSTANT) * DV
+    Grad_k += split.to(tl.int64) * stride_split + state * (R + CONSTANT)
+    tl.store(Grad_Z + f[:, None] * DV + v[None, :], grad_Z, mask=(f < R)[:, None] & (v < DV)[None, :])
+    tl.store(Grad_k + f, grad_k, mask=f < R)
+    if CONSTANT and j == 0:
+        tl.store(Grad_Z + R * DV + v, grad_z_one, mask=v < DV)
+        tl.store(Grad_k + R, grad_k_one)
 
 
-@triton.jit
-def prefix_part(
-    Q, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
-    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
-    ROWS: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+@compiled
+def random_grad_query(
+    Grad, Q, Out, Lse, Grad_q, W, Z_blocks, k_state, b_state, H, heads_per_state, L, factor,
+    R: tl.constexpr, CONSTANT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """The prefixes of all query heads of one KV head: phi(q) Z, b to base 2 and phi(q) k of each row."""
-    acc = tl.zeros([ROWS, BDV], tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    peak = tl.zeros([ROWS], tl.float32)
-    states = heads_per_kv // heads_per_state
-    for state in tl.range(h_kv * states, (h_kv + 1) * states, num_stages=2 if D <= 128 else 1):
-        mine = h // heads_per_state == state
-        z_one, k_one = constant_row(Z, k_state, state, D, DV, CONSTANT, BDV)
-        acc += tl.where(mine[:, None], z_one[None, :], 0.0)
-        mass += tl.where(mine, k_one, 0.0)
-        peak += tl.where(mine, tl.load(b_state + state).to(tl.float32) * LOG2E, 0.0)
-        for j in tl.range(0, D, BF, num_stages=1):
-            f = j + tl.arange(0, BF)
-            x = tl.load(Q + f[None, :], mask=in_rows[:, None] & (f < D)[None, :], other=0.0).to(tl.float32) * factor
-            phi = tl.where(mine[:, None], elu_features(x, f, D, BF), 0.0)
-            z, k = state_rows(Z, k_state, state, j, D, DV, CONSTANT, BF, BDV)
-            z = for_dot(z, Q.dtype.element_ty)
-            mass += tl.sum(phi * k[None, :], 1)
-            acc = dot(phi.to(z.dtype), z, acc)
-    return acc, peak, mass
-
-
-@triton.jit
-def merged(acc, peak, mass, other_acc, other_peak, other_mass):
-    """Two parts of a softmax as one."""
-    new_peak = tl.maximum(peak, other_peak)
-    a = tl.math.exp2(peak - new_peak)
-    c = tl.math.exp2(other_peak - new_peak)
-    return acc * a[:, None] + other_acc * c[:, None], new_peak, mass * a + other_mass * c
-
-
-@triton.jit
-def stored_part(Partial_out, Partial_peak, Partial_mass, part, BDV: tl.constexpr):
-    """What another program has left, past the cache of this one."""
-    out = tl.load(Partial_out + part[:, None] * BDV + tl.arange(0, BDV)[None, :], cache_modifier=".cg")
-    peak = tl.load(Partial_peak + part, cache_modifier=".cg")
-    return out, peak, tl.load(Partial_mass + part, cache_modifier=".cg")
+    """What the prefix adds to the gradient of q for positive random features: with the exponents' gradient
+    ds = w phi (dout Z^T - delta k) it is dx = ds W - (ds 1) x."""
+    start = tl.program_id(0) * BM
+    bh = tl.program_id(1)
+    b, h = bh // H, bh % H
+    state = h // heads_per_state
+    rows = start + tl.arange(0, BM)
+    q = Q.load([b, h, start, 0]).reshape([BM, BD])
+    grad = Grad.load([b, h, start, 0]).reshape([BM, BDV])
+    out = Out.load([b, h, start, 0]).reshape([BM, BDV])
+    lse = tl.load(Lse + bh.to(tl.int64) * L + rows, mask=rows < L, other=float("inf"))
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    log_w = tl.load(b_state + state).to(tl.float32) - lse - random_norm(q, factor, R)
+    grad_x = tl.zeros([BM, BD], tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for j in tl.range(0, R, BF, num_stages=1):
+        directions = W.load([j, 0])
+        s = random_exponents(q, directions, j + tl.arange(0, BF), factor, R)
+        z = for_dot(Z_blocks.load([state, j, 0]).reshape([BF, BDV]), Q.dtype)
+        k = k_block(k_state, state, j, R, CONSTANT, BF)
+        grad_s = tl.exp(s + log_w[:, None]) * (dot(grad.to(z.dtype), z.T) - delta[:, None] * k[None, :])
+        total += tl.sum(grad_s, 1)
+        grad_x = dot(grad_s.to(q.dtype), directions.to(q.dtype), grad_x)
+    grad_x -= total[:, None] * q.to(tl.float32) * factor
+    grad_q = Grad_q.load([b, h, start, 0]).reshape([BM, BD]).to(tl.float32) + factor * grad_x
+    Grad_q.store([b, h, start, 0], grad_q.to(Q.dtype).reshape([1, 1, BM, BD]))
 
 
 @compiled
 def decode(
-    Q, K, V, Z, k_state, b_state, Mask, Out, Partial_out, Partial_peak, Partial_mass, Counter,
+    Q, K, V, W, Z, k_state, b_state, Mask, Out, Partial_out, Partial_peak, Partial_mass, Counter,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
     H_kv, heads_per_kv, heads_per_state, L, S, keys_per_split, scale, factor,
-    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, MASKED: tl.constexpr, SPLITS: tl.constexpr,
+    RANDOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    MASKED: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -389,8 +307,8 @@ def decode(
     if SPLITS > 1:
         if split == SPLITS:
             acc, peak, mass = prefix_part(
-                Q, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
-                D, DV, CONSTANT, ROWS, BDV, BF,
+                q, Q, W, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+                RANDOM, R, D, DV, CONSTANT, ROWS, BD, BDV, BF,
             )  # fmt: skip
         tl.store(Partial_peak + part + split * ROWS, peak)
         tl.store(Partial_mass + part + split * ROWS, mass)
@@ -410,8 +328,8 @@ def decode(
             phi_Z, log_scale, phi_k = stored_part(Partial_out, Partial_peak, Partial_mass, part + SPLITS * ROWS, BDV)
         else:
             phi_Z, log_scale, phi_k = prefix_part(
-                Q, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
-                D, DV, CONSTANT, ROWS, BDV, BF,
+                q, Q, W, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+                RANDOM, R, D, DV, CONSTANT, ROWS, BD, BDV, BF,
             )  # fmt: skip
         sees_prefix = (peak > NOTHING) & (phi_k > TINY)  # not where it sees no key
         log_scale = tl.where(sees_prefix, log_scale, NOTHING)

@@ -23,6 +23,7 @@ except (ImportError, AttributeError):  # Gluon, which changes from version to ve
     hopper = None  # type: ignore[assignment]
 
 MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 128}
+MAX_RANDOM_FEATURES = 512
 MAX_DECODE_ROWS = 64  # query heads of one KV head times query length
 
 
@@ -37,6 +38,12 @@ def covers(query: Tensor, value: Tensor) -> bool:
         and max(d, d_v) <= MAX_HEAD_DIM[query.dtype]
         and d % 8 == d_v % 8 == 0  # rows of 16 bytes
     )
+
+
+def covers_random(query: Tensor, value: Tensor, r: int) -> bool:
+    """The same for the map positive_random with r features."""
+    sizes_fit = max(query.shape[-1], value.shape[-1]) <= 128 and r <= MAX_RANDOM_FEATURES
+    return covers(query, value) and query.dtype == torch.bfloat16 and sizes_fit
 
 
 class Blocks(NamedTuple):
@@ -64,6 +71,10 @@ def hopper_blocks(head_dim: int, length: int) -> Blocks:
     return Blocks(rows=64, columns=64, warps=4, stages=3 if head_dim == 128 and length > 1024 else 2)
 
 
+def random_blocks() -> Blocks:
+    return Blocks(rows=64, columns=64, warps=4, stages=2)
+
+
 def merge_blocks(head_dim: int) -> Blocks:
     if head_dim <= 64:
         return Blocks(rows=64, columns=64, warps=4, stages=3, programs=2)
@@ -84,8 +95,11 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def fused_forward(query, key, value, Z, k, log_scale, attn_mask, constant, is_causal, scale, factor):
-    """One kernel for tokens and prefix: out [B, H, L, d_v] and the lse of both [B, H, L]."""
+def fused_forward(query, key, value, Z, k, log_scale, W, attn_mask, constant, is_causal, scale, factor):
+    """One kernel for tokens and prefix: out [B, H, L, d_v] and the lse of both [B, H, L].
+
+    W: the directions of positive random features [r, d] in float32; None for the map elu.
+    """
     B, H, L, d = query.shape
     d_v = value.shape[-1]
     Z, k = Z.contiguous(), k.contiguous()
@@ -93,7 +107,7 @@ def fused_forward(query, key, value, Z, k, log_scale, attn_mask, constant, is_ca
     Z_product = Z.to(torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32)
     out = empty_output(query, value)
     lse = query.new_empty(B, H, L, dtype=torch.float32)
-    if attn_mask is None and _suits_hopper(query, value):
+    if attn_mask is None and W is None and _suits_hopper(query, value):
         blocks = hopper_blocks(d, L)
         x, y = (1, 1, blocks.rows, d), (1, 1, blocks.columns, d)
         hopper.fused_forward[triton.cdiv(L, blocks.rows), B * H](
@@ -104,14 +118,18 @@ def fused_forward(query, key, value, Z, k, log_scale, attn_mask, constant, is_ca
             num_warps=blocks.warps,
         )  # fmt: skip
         return out, lse
-    blocks = forward_blocks(max(d, d_v), L, attn_mask is not None)
+    is_random = W is not None
+    blocks = random_blocks() if is_random else forward_blocks(max(d, d_v), L, attn_mask is not None)
+    features = blocks.columns if is_random else padded(d)
     mask, mask_strides = _mask_arguments(attn_mask, query)
     kernels.fused_forward[triton.cdiv(L, blocks.rows), B * H](
         _descriptor(query, blocks.rows), _descriptor(key, blocks.columns), _descriptor(value, blocks.columns),
-        _descriptor(Z_product, padded(d)), Z, k, log_scale, mask, _descriptor(out, blocks.rows), lse, *mask_strides,
+        _descriptor(W, features) if is_random else Z, _descriptor(Z_product, features), Z, k, log_scale, mask,
+        _descriptor(out, blocks.rows), lse, *mask_strides,
         H, H // key.shape[1], H // Z.shape[0], L, key.shape[2], d, scale, factor,
-        D=d, DV=d_v, CONSTANT=constant, IS_CAUSAL=is_causal, MASKED=attn_mask is not None,
-        BM=blocks.rows, BN=blocks.columns, BD=padded(d), BDV=padded(d_v),
+        RANDOM=is_random, R=k.shape[1] - constant, D=d, DV=d_v, CONSTANT=constant,
+        IS_CAUSAL=is_causal, MASKED=attn_mask is not None,
+        BM=blocks.rows, BN=blocks.columns, BD=padded(d), BDV=padded(d_v), BF=features,
         num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers,
     )  # fmt: skip
     return out, lse
@@ -136,8 +154,10 @@ def merge_prefix(query, context, lse, Z, k, log_scale, constant, factor):
     return out, lse
 
 
-def prefix_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, constant, factor):
+def prefix_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, W, constant, factor):
     """See `portable.prefix_backward`."""
+    if W is not None:
+        return _random_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, W, constant, factor)
     B, H, L, d = query.shape
     d_v = out.shape[-1]
     H_state, r = k.shape
@@ -161,12 +181,41 @@ def prefix_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, cons
     return grad_Z.view_as(Z), grad_k.view_as(k)
 
 
-def decode(query, key, value, Z, k, log_scale, attn_mask, constant, scale, factor):
+def _random_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, W, constant, factor):
+    B, H, L, d = query.shape
+    d_v = out.shape[-1]
+    H_state, r = k.shape
+    R = r - constant
+    blocks = random_blocks()
+    warps = 8 if max(d, d_v) > 64 else 4
+    feature_blocks = triton.cdiv(R, blocks.columns)
+    programs = 2 * _multiprocessors(query) // (H_state * feature_blocks)
+    splits = max(1, min(programs, triton.cdiv(L, blocks.rows) * B * H // H_state))
+    parts = query.new_empty(splits, H_state * r * (d_v + 1), dtype=torch.float32)
+    part_Z, part_k = parts.split((H_state * r * d_v, H_state * r), dim=1)
+    rows = tuple(_descriptor(x, blocks.rows) for x in (grad_out, query, out))
+    directions = _descriptor(W, blocks.columns)
+    sizes = {"R": R, "CONSTANT": constant, "BM": blocks.rows, "BD": padded(d), "BDV": padded(d_v), "BF": blocks.columns}
+    kernels.random_backward[feature_blocks, H_state, splits](
+        *rows, lse, directions, log_scale, part_Z, part_k, parts.stride(0), B, H, H // H_state, L, factor,
+        DV=d_v, STAGES=1, num_warps=warps, **sizes,
+    )  # fmt: skip
+    if grad_query is not None:
+        kernels.random_grad_query[triton.cdiv(L, blocks.rows), B * H](
+            *rows, lse, _descriptor(grad_query, blocks.rows), directions, _descriptor(Z.contiguous(), blocks.columns),
+            k.contiguous(), log_scale, H, H // H_state, L, factor, num_warps=warps, **sizes,
+        )  # fmt: skip
+    grad_Z, grad_k = parts.sum(dim=0).split((H_state * r * d_v, H_state * r))
+    return grad_Z.view_as(Z), grad_k.view_as(k)
+
+
+def decode(query, key, value, Z, k, log_scale, W, attn_mask, constant, scale, factor):
     """out [B, H, L, d_v] of a short query that sees all keys, or those that the mask shows; one launch."""
     B, H, L, d = query.shape
     H_kv, S, d_v = key.shape[1], key.shape[2], value.shape[-1]
     out = empty_output(query, value)
     rows, keys = padded(H // H_kv * L), 64 if max(d, d_v) <= 128 else 32
+    features = min(64, padded(d)) if W is None else 32
     splits = max(1, min(triton.cdiv(_multiprocessors(query), B * H_kv), triton.cdiv(S, 2 * keys), 64))
     keys_per_split = triton.cdiv(triton.cdiv(S, splits), keys) * keys
     splits = triton.cdiv(S, keys_per_split)
@@ -178,11 +227,13 @@ def decode(query, key, value, Z, k, log_scale, attn_mask, constant, scale, facto
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     query = query if query.stride(-1) == 1 else query.contiguous()
     kernels.decode[splits + (splits > 1), B * H_kv](
-        query, key, value, Z.contiguous(), k.contiguous(), log_scale, mask, out, partial_out, partial_m, partial_l,
+        query, key, value, Z if W is None else W.contiguous(), Z.contiguous(), k.contiguous(), log_scale, mask, out,
+        partial_out, partial_m, partial_l,
         counter, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, *out.stride()[:3],
-        H_kv, H // H_kv, H // Z.shape[0], L, S, keys_per_split, scale, factor, D=d, DV=d_v, CONSTANT=constant,
+        H_kv, H // H_kv, H // Z.shape[0], L, S, keys_per_split, scale, factor,
+        RANDOM=W is not None, R=k.shape[1] - constant, D=d, DV=d_v, CONSTANT=constant,
         MASKED=attn_mask is not None, SPLITS=splits, ROWS=rows, BN=keys, BD=padded(d), BDV=padded(d_v),
-        BF=min(64, padded(d)), STAGES=3, num_warps=4,
+        BF=features, STAGES=3, num_warps=4,
     )  # fmt: skip
     return out
 
