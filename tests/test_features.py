@@ -131,3 +131,9 @@ def test_registry():
     assert feature_map(MAPS[0]) is MAPS[0]
     with pytest.raises(ValueError, match="drawn for head_dim 3, got 4"):
         feature_map("positive_random").bind(3).bind(4)
+
+
+def test_directions_do_not_depend_on_the_default_device():
+    with torch.device("meta"):
+        bound = feature_map("positive_random", num_features=8).bind(4)
+    assert torch.equal(bound.projection, feature_map("positive_random", num_features=8).bind(4).projection)

@@ -8,6 +8,7 @@ log scale per row. The two parts are exact together: no logit is too large and n
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -198,10 +199,11 @@ class PositiveRandom(FeatureMap):
 def orthogonal_gaussian(rows: int, columns: int, seed: int) -> Tensor:
     """Gaussian rows made orthogonal in blocks of `columns`, their lengths kept: float64 [rows, columns]."""
     generator = torch.Generator().manual_seed(seed)
+    square = partial(torch.randn, columns, columns, dtype=torch.float64, generator=generator, device="cpu")
     blocks = []
     for _ in range(math.ceil(rows / columns)):
-        gaussian = torch.randn(columns, columns, dtype=torch.float64, generator=generator)
-        lengths = torch.randn(columns, columns, dtype=torch.float64, generator=generator).norm(dim=-1)
+        gaussian = square()
+        lengths = square().norm(dim=-1)
         Q, R = torch.linalg.qr(gaussian)
         # Without the signs of R, which LAPACK fixes, Q would not be uniform over rotations and the features biased.
         blocks.append(Q * R.diagonal().sign() * lengths[:, None])

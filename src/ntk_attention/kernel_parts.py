@@ -130,8 +130,13 @@ def elu_prefix(
 
 @triton.jit
 def random_exponents(q, w, features, factor, R: tl.constexpr):
-    """w_i.x of positive random features, q [rows, d] against w [BF, d]; -inf in the padding behind R. In tf32."""
-    s = dot(q.to(tl.float32), w.T) * factor
+    """w_i.x of positive random features, q [rows, d] against w [BF, d]; -inf in the padding behind R.
+
+    w in two parts, since an exponent must not have the rounding of bf16.
+    """
+    w_high = w.to(q.dtype)
+    w_low = (w - w_high.to(tl.float32)).to(q.dtype)
+    s = dot(q, w_low.T, dot(q, w_high.T)) * factor
     return tl.where((features < R)[None, :], s, float("-inf"))
 
 
