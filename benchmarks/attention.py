@@ -5,6 +5,7 @@ for the prefix:
 
 - plain cudnn, flash, efficient: scaled_dot_product_attention without a prefix, each kernel of torch forced;
 - ours auto, sdpa, triton: `ntk_attention` by backend, elu features with the constant one (r = d + 1), Z in float32;
+- ours random: the same with 256 positive random features;
 - prefix-cat, prefix-merge: m real prefix tokens, in two ways (see prefix.py);
 - naive fp32: the published formula written out, scores and all, r = d;
 - softmax + phi M: plain attention plus phi(q) M, the form of PrefixMemory-Tuning, M in bfloat16.
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from ntk_attention import PrefixState, feature_map, ntk_attention
+from ntk_attention import FeatureMap, PrefixState, feature_map, ntk_attention
 
 from .prefix import prefix_cat, prefix_merge
 from .runner import Case
@@ -106,6 +107,8 @@ def light_methods(device: str, prefixes: Sequence[int], everything: bool) -> dic
         kernels, backends, prefixes = kernels[:2], backends[:2], prefixes[:2]
     makers: dict[str, Maker] = {f"plain {name}": partial(plain, kernel=KERNELS[name]) for name in kernels}
     makers |= {f"ours {backend}": partial(ours, backend=backend) for backend in backends}
+    if everything:
+        makers["ours random"] = partial(ours, phi=feature_map("positive_random", num_features=256))
     makers["softmax + phi M"] = prefix_memory
     for m in prefixes[:-1]:
         makers |= both_ways(m)
@@ -141,19 +144,20 @@ def plain(x: Inputs, kernel: SDPBackend):
     return forward, (x.query, x.key, x.value)
 
 
-def ours(x: Inputs, backend: str):
-    state = random_state(x.query.shape[1], x.query.shape[3], x.query.device)
+def ours(x: Inputs, backend: str = "auto", phi: FeatureMap | None = None):
+    state = random_state(feature_map("elu", constant=True) if phi is None else phi, x.query)
     forward = partial(ntk_attention, x.query, x.key, x.value, state, is_causal=True, enable_gqa=True, backend=backend)
     return forward, (x.query, x.key, x.value, state.Z, state.k)
 
 
-def random_state(H: int, d: int, device: torch.device) -> PrefixState:
-    """Elu features with the constant one; the prefix weighs about as much as a few tokens."""
-    r = d + 1
-    Z = torch.randn(H, r, d, device=device) / r
-    k = torch.empty(H, r, device=device).uniform_(0.1 / r, 1 / r)
-    log_scale = torch.empty(H, device=device).normal_(1.0, 0.1)
-    return PrefixState(Z.requires_grad_(), k.requires_grad_(), log_scale, feature_map("elu", constant=True))
+def random_state(phi: FeatureMap, query: Tensor) -> PrefixState:
+    """The prefix weighs about as much as a few tokens."""
+    _, H, _, d = query.shape
+    r = phi.num_features(d)
+    Z = torch.randn(H, r, d, device=query.device) / r
+    k = torch.empty(H, r, device=query.device).uniform_(0.1 / r, 1 / r)
+    log_scale = torch.empty(H, device=query.device).normal_(1.0, 0.1)
+    return PrefixState(Z.requires_grad_(), k.requires_grad_(), log_scale, phi.bind(d).to(query.device))
 
 
 def prefix(x: Inputs, m: int, way: str):

@@ -65,7 +65,7 @@ def attention(rows: list[Row]) -> list[str]:
         lengths = prefix_lengths(own[0].rows)
         first = ["B, L", "plain", "its kernel"]
         floors = ["ours, times the floor", "plain, times the floor"]
-        others = ["ours sdpa", "ours triton", "softmax + phi M", "naive fp32"]
+        others = ["ours sdpa", "ours triton", "ours random", "softmax + phi M", "naive fp32"]
         head = [*first, "ours", *floors, *(f"prefix m={m:,}" for m in lengths), *others]
         body, memory = [], []
         for sizes, methods in own:
