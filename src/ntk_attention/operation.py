@@ -62,8 +62,9 @@ def ntk_attention(
         enable_gqa: allow H to be a multiple of H_kv.
         backend: "eager" (the reference: any dtype, O(L S) memory), "sdpa" (torch's kernels, O(L) memory), "triton"
             (our kernels) or "auto", the fastest by measurement (the table `AUTO` in fused.py). What the kernels of one
-            do not cover goes to the one before it: "triton" covers bf16 and fp16 on a GPU with the map `elu` and
-            without dropout, "sdpa" all but a mask that needs a gradient and dropout on a CPU.
+            do not cover goes to the one before it: "triton" covers bf16 and fp16 on a GPU with the map `elu`, bf16
+            with up to 512 `positive_random` features, and no dropout; "sdpa" all but a mask that needs a gradient and
+            dropout on a CPU.
 
     Returns:
         [B, H, L, d_v] in the dtype of query.
