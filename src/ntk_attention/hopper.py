@@ -19,11 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["TensorDescriptor", "fused_forward", "shared_layout"]
+from .kernel_parts import LOG2E, NOTHING, TINY
 
-LOG2E = gl.constexpr(1.4426950408889634)
-TINY = gl.constexpr(1.2e-38)  # the least phi(q) k that is a weight
-NOTHING = gl.constexpr(-1e30)  # a running maximum before the first logit; finite, so that differences are numbers
+__all__ = ["TensorDescriptor", "fused_forward", "shared_layout"]
 
 # Older names in Triton 3.6
 synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
