@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gptj import modeling_gptj
 
 from ntk_attention.routing import ROUTE
 
@@ -338,5 +339,10 @@ REFUSED: dict[str, tuple[str, Mapping[str, Any]]] = {
     "falcon": ("FalconAttention", {**BERT, "num_hidden_layers": 1}),
     "deberta": ("DebertaAttention", {**BERT, "num_hidden_layers": 1}),
     "mpt": ("MptAttention", {"vocab_size": VOCABULARY, "d_model": HIDDEN, "n_layers": 1, "n_heads": HEADS}),
-    "gptj": ("GPTJAttention", {**GPT2, **SPECIAL, "n_layer": 1, "rotary_dim": 4}),
 }
+
+GPTJ = {**GPT2, **SPECIAL, "rotary_dim": 4}
+if hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS"):  # since transformers 5.24
+    FAMILIES["gptj"] = decoder("gptj", GPTJ)
+else:
+    REFUSED["gptj"] = ("GPTJAttention", GPTJ)

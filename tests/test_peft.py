@@ -7,8 +7,10 @@ import pickle
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -20,6 +22,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from ntk_attention import NTKAttentionConfig
 from ntk_attention.observation import adapted_layers
@@ -346,6 +349,8 @@ def test_transformers_own_adapter_methods(tmp_path):
     model = tiny()
     model.load_adapter(tmp_path)
     assert torch.equal(logits(model), expected)
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):  # 5.24 asks for one that was not out yet
+        pytest.skip(f"transformers asks for PEFT {MIN_PEFT_VERSION}")
     model.disable_adapters()
     assert torch.equal(logits(model), frozen)
     model.enable_adapters()
