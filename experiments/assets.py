@@ -39,9 +39,10 @@ from safetensors.torch import load_file, save_file
 from ntk_attention.data import Item, chain_sum, gsm_symbolic_worked
 
 SPLITS = ("train", "validation", "test")
-SECTIONS = tuple(
-    "admin database devel editors games graphics mail math net science sound text utils video web x11".split()
-)
+SECTIONS = (
+    "admin", "database", "devel", "editors", "games", "graphics", "mail", "math", "net",
+    "science", "sound", "text", "utils", "video", "web", "x11",
+)  # fmt: skip
 PASSAGE = 1000  # characters
 TARGET_CLASSES = (0, 2, 3, 4, 6)  # top, pullover, dress, coat, shirt: the ones that look alike
 Rows = list[dict[str, Any]]
@@ -206,8 +207,8 @@ def sections(_: Path) -> None:
     splits: dict[str, Rows] = {split: [] for split in SPLITS}
     seen: set[str] = set()
     for paragraph in listing.split("\n\n"):
-        fields = dict(re.findall(r"^(Package|Source|Section|Description(?:-en)?): (.*)$", paragraph, re.MULTILINE))
-        text = fields.get("Description", fields.get("Description-en", ""))
+        fields = dict(re.findall(r"^(Package|Source|Section|Description): (.*)$", paragraph, re.MULTILINE))
+        text = fields.get("Description", "")
         if fields.get("Section") in SECTIONS and text and text.lower() not in seen:
             seen.add(text.lower())
             source = fields.get("Source", fields["Package"]).split()[0]
