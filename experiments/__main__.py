@@ -45,9 +45,8 @@ def list_() -> None:
     """Show the tasks and methods."""
     tasks = Table("task", "group", "model", "data", "steps x batch", "here")
     for task in registry().values():
-        tasks.add_row(
-            task.name, task.group, task.model, task.data, f"{task.steps} x {task.batch_size}", refusal(task) or "ready"
-        )
+        here = "hub or local copy" if task in recipes.RECIPES else "no" if refusal(task) else "yes"
+        tasks.add_row(task.name, task.group, task.model, task.data, f"{task.steps} x {task.batch_size}", here)
     methods = Table("method", "tier", "in tables", "learning rates")
     for name, method in METHODS.items():
         methods.add_row(name, str(method.tier), method.label, " ".join(f"{rate:g}" for rate in method.rates))

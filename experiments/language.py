@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ntk_attention.models import convert_gguf, load_model
 from . import assets
 from .tasks import Base, Batch, Score, Task
 
-MAX_LENGTH, TEXT_LENGTH = 384, 256  # tokens; longer items are left out, longer texts cut
+TEXT_LENGTH = 256  # tokens; longer texts are cut
 PAD_TO = 32  # few different shapes: kernels are tuned and planned for each
 UNRELATED_PASSAGES = 64
 VALIDATION_ITEMS, TEST_ITEMS = 300, 1000
@@ -28,6 +28,8 @@ class LanguageTask(Task):
     """Items {prompt, completion}, scored by exact match of what is generated; or {text}, scored by the loss."""
 
     max_new_tokens: int | None = None  # None: the items are texts
+    max_length: int = 384  # tokens of a training item; longer ones are left out
+    judge: Callable[[str, str], bool] = is_correct  # of a generated and an expected answer
 
     @property
     def metric(self) -> str:  # type: ignore[override]
@@ -64,7 +66,7 @@ class LanguageTask(Task):
     def examples(self, base: Base, split: str, seed: int) -> list[tuple[Row, Item]]:
         items = [as_item(row, base.tokenizer) for row in self.items(split)]
         items = items[: {"validation": VALIDATION_ITEMS, "test": TEST_ITEMS}.get(split)]
-        return encoded(items, base.tokenizer, keep_long=split == "test")
+        return encoded(items, base.tokenizer, self.max_length if split != "test" else None)
 
     def batch(self, base: Base, examples: Sequence[tuple[Row, Item]]) -> Batch:
         return collate([row for row, _ in examples], base.tokenizer.pad_token_id, PAD_TO)
@@ -74,10 +76,11 @@ class LanguageTask(Task):
         loss = mean_loss(model_, [row for row, _ in examples], base.tokenizer.pad_token_id, EVALUATION_BATCH)
         if self.max_new_tokens is None or not with_answers:
             return Score(loss)
+        # by length, which wastes little on padding; the order is the same for every method
         items = sorted((item for _, item in examples), key=lambda item: len(item.prompt))
         prompts = [item.prompt for item in items]
         texts = answers(model_, base.tokenizer, prompts, self.max_new_tokens, batch_size=GENERATION_BATCH)
-        correct = [is_correct(text, item.completion) for text, item in zip(texts, items, strict=True)]
+        correct = [self.judge(text, item.completion) for text, item in zip(texts, items, strict=True)]
         return Score(loss, sum(correct) / len(correct), correct)
 
     def unrelated(self, base: Base) -> list[Row]:
@@ -101,12 +104,12 @@ def as_item(row: dict[str, Any], tokenizer: Any) -> Item:
     return Item(row["prompt"] if tokenizer.chat_template else f"{start}{row['prompt']}\n", row["completion"])
 
 
-def encoded(items: Sequence[Item], tokenizer: Any, keep_long: bool = False) -> list[tuple[Row, Item]]:
+def encoded(items: Sequence[Item], tokenizer: Any, max_length: int | None = None) -> list[tuple[Row, Item]]:
     found = []
     for item in items:
         row = encode(item, tokenizer, 10**6)
         if not item.prompt:
             row = {name: values[:TEXT_LENGTH] for name, values in row.items()}
-        if keep_long or len(row["input_ids"]) <= MAX_LENGTH:
+        if max_length is None or len(row["input_ids"]) <= max_length:
             found.append((row, item))
     return found

@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from recording import Row
 
-from .tasks import Base, Task
+from .tasks import Base, Task, registry
 from .train import Cell, run_cell
 
 Job = tuple[Cell, Task]
@@ -51,9 +51,10 @@ class Worker:
 def serve(connection: Connection, device: str, threads: int) -> None:
     """The life of a worker process."""
     torch.set_num_threads(threads)
-    worker = Worker(device)
+    worker, tasks = Worker(device), registry()
     while True:
-        connection.send(worker(*connection.recv()))
+        cell, steps = connection.recv()
+        connection.send(worker(cell, replace(tasks[cell.task], steps=steps)))
 
 
 def run_inline(planner: Planner, device: str, write: Callable[[Row], None], deadline: float) -> None:
@@ -84,8 +85,9 @@ def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadli
                 start()
             for connection, (process, job) in running.items():
                 if job is None and ready:
-                    running[connection] = process, ready.pop(0)
-                    connection.send(running[connection][1])
+                    cell, task = ready.pop(0)
+                    running[connection] = process, (cell, task)
+                    connection.send((cell, task.steps))  # a recipe's functions do not travel
             waiting = {connection: job for connection, (_, job) in running.items() if job}
             if not waiting:
                 return

@@ -79,8 +79,8 @@ class Task(ABC):
         """With answers where the metric needs generation; selection does without, by the loss."""
 
     @abstractmethod
-    def unrelated_loss(self, base: Base, model: nn.Module) -> float:
-        """A loss that the base model was pretrained for, on data that have nothing to do with the task."""
+    def unrelated_loss(self, base: Base, model: nn.Module) -> float | None:
+        """A loss that the base model was pretrained for, on data that have nothing to do with the task; or none."""
 
     @abstractmethod
     def unrelated_batches(self, base: Base) -> list[Batch]:

@@ -112,9 +112,11 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
                 test = task.score(base, model, cached_examples(task, base, "test", cell.seed), with_answers=True)
                 row["test"] = figures(test)
                 row["test_correct"] = packed(test.correct)
-                assert unrelated_before is not None
-                row["unrelated_loss_before"] = unrelated_before
-                row["forgetting"] = task.unrelated_loss(base, model) - unrelated_before
+                if unrelated_before is not None:
+                    unrelated_after = task.unrelated_loss(base, model)
+                    assert unrelated_after is not None
+                    row["unrelated_loss_before"] = unrelated_before
+                    row["forgetting"] = unrelated_after - unrelated_before
     row["seconds"] = round(time.perf_counter() - started, 2)
     return row
 
