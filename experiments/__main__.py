@@ -104,7 +104,7 @@ def run(
     tasks, methods = chosen(names, method, max_tier, steps)
     todo, final_seeds = pairs(tasks, methods), tuple(range(FINAL_SEEDS[0], FINAL_SEEDS[0] + seeds))
     own_commit, path = commit("src", "experiments"), out / ROWS
-    rows = [row for row in read(path) if not again or row.get("commit") == own_commit]
+    rows = [row for row in read(path) if counts(row) and (not again or row["commit"] == own_commit)]
 
     def planner() -> list[Job]:
         return [(cell, task) for task, name in todo for cell in next_cells(rows, task, name, final_seeds)]
@@ -113,6 +113,11 @@ def run(
         task.warm_up()
     total = sum(len(METHODS[name].rates) + seeds for _, name in todo) - len(rows)
     execute(planner, rows, path, own_commit, device_or_default(device), jobs, minutes, max(1, total))
+
+
+def counts(row: Row) -> bool:
+    """A cell whose loss was not finite, or that cannot have its size, has its result; other errors are tried again."""
+    return "error" not in row or row["error"].startswith(("the loss is not finite", "ValueError: no ranks give"))
 
 
 @app.command(name="time")

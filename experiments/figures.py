@@ -56,36 +56,32 @@ def shown(result: Result, x: float) -> float:
 
 
 def differences(results: Results, path: Path) -> bool:
-    """A line for each task and method of equal size, with intervals."""
-    lines = []
+    """A panel for each task, a line for each method of equal size, with intervals."""
+    lines: dict[str, list[tuple[str, float, float]]] = {}
     for name, own in results.items():
-        if OURS not in own or own[OURS].mean is None:
-            continue
-        size = own[OURS].any_row["trainable_parameters"]
-        for result in in_order(own.values()):
+        size = own[OURS].any_row.get("trainable_parameters") if OURS in own and own[OURS].mean is not None else None
+        for result in in_order(own.values()) if size else ():
             trained = result.any_row.get("trainable_parameters", 0)
             if result.method == OURS or METHODS[result.method].ablation or abs(trained / size - 1) > TOLERANCE:
                 continue
             if (gain := difference(own[OURS], result)) and result.mean:
                 width = 100 * gain.by_seeds / abs(result.mean) if gain.by_seeds is not None else 0.0
-                lines.append((name, result.method, 100 * gain.relative, width))
+                lines.setdefault(name, []).append((result.method, 100 * gain.relative, width))
     if not lines:
         return False
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.27 * len(lines)), layout="constrained")
-    axes.axvline(0, color="#333333", linewidth=1)
-    axes.axvspan(-2, 0, color="#333333", alpha=0.07, linewidth=0)
-    previous = ""
-    for i, (name, method, mean, width) in enumerate(lines):
-        axes.errorbar(mean, i, xerr=width, color=colour(method), marker=MARKERS[METHODS[method].family], markersize=5,
-                      capsize=2, linewidth=1.2)  # fmt: skip
-        if previous and name != previous:
-            axes.axhline(i - 0.5, color="#dddddd", linewidth=0.8)
-        previous = name
-    axes.set_yticks(range(len(lines)), [f"{name}: {label(method)}" for name, method, _, _ in lines], fontsize=8.5)
-    axes.set_xscale("symlog", linthresh=10)
-    axes.set_xticks([-100, -10, -5, -2, 0, 2, 5, 10, 100], ["-100", "-10", "-5", "-2", "0", "2", "5", "10", "100"])
-    axes.set(xlabel="ours over the method, % (symmetric log beyond 10)", ylim=(len(lines) - 0.5, -0.5))
-    axes.grid(axis="x", alpha=0.3)
+    figure, found = panels(list(lines), height=1.0 + 0.25 * max(map(len, lines.values())))
+    for name, axes in found:
+        axes.axvline(0, color="#333333", linewidth=1)
+        axes.axvspan(-2, 0, color="#333333", alpha=0.07, linewidth=0)
+        for i, (method, mean, width) in enumerate(lines[name]):
+            axes.errorbar(mean, i, xerr=width, color=colour(method), marker=MARKERS[METHODS[method].family],
+                          markersize=5, capsize=2, linewidth=1.2)  # fmt: skip
+        axes.set_yticks(range(len(lines[name])), [label(method) for method, _, _ in lines[name]], fontsize=8.5)
+        axes.set_xscale("symlog", linthresh=10)
+        axes.set_xticks([-10, -2, 0, 2, 5, 10, 100], ["-10", "-2", "0", "2", "5", "10", "100"], fontsize=8)
+        axes.minorticks_off()
+        axes.set_ylim(len(lines[name]) - 0.5, -0.5)
+    figure.supxlabel("ours over the method, % (logarithmic beyond 10)", fontsize=10)
     return save(figure, path)
 
 
@@ -111,6 +107,7 @@ def sizes(results: Results, path: Path) -> bool:
             axes.annotate(method, (trained, y), xytext=(5, 3), textcoords="offset points", fontsize=6.5, alpha=0.85)
         task = next(iter(results[name].values())).task
         axes.set(xscale="log", ylabel=f"{task.metric}{', %' if task.higher_is_better else ', nats'}")
+        axes.xaxis.set_minor_formatter("")
         axes.margins(x=0.15)
     figure.supxlabel("trainable parameters", fontsize=10)
     return save(figure, path)

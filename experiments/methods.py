@@ -58,7 +58,6 @@ class Method:
     rates: tuple[float, ...]
     ablation: str = ""
     only: Callable[[Task], bool] = lambda task: True
-    weights: str = "frozen"  # "all" trains the model itself
 
 
 def peft_options(task: Task) -> dict[str, Any]:
@@ -212,10 +211,6 @@ at_ours, at_kv = budgets.ours, partial(budgets.ours, heads="kv")
 qv, attention = budgets.QUERY_VALUE, budgets.ATTENTION
 
 
-def is_language(task: Task) -> bool:
-    return not task.has_head
-
-
 def has_groups(task: Task) -> bool:
     """Fewer KV heads than query heads: only the language models here."""
     return not task.has_head
@@ -232,12 +227,12 @@ METHODS: dict[str, Method] = {
         "LoRA, attention", "lora", 0, partial(lora, budget=at_ours, pattern=attention), LORA_RATES
     ),
     "prefix": Method("prefix, equal size", "prefix", 0, prefix, PREFIX_RATES),
-    "ntk-published": Method("NTK-Attention as published", "ntk", 1, ntk_published, NTK_RATES),
+    "ntk-published": Method("NTK-Attention as published", "ntk", 1, ntk_published, (1e-4, 3e-4, 1e-3, 3e-3)),
     "lora-all": Method("LoRA, all linear", "lora", 1, partial(lora, budget=at_ours), LORA_RATES),
     "lora-qv": Method("LoRA, q and v", "lora", 1, partial(lora, budget=at_ours, pattern=qv), LORA_RATES),
     "prefix-text": Method("prefix, equal size, from text", "prefix", 1, partial(prefix, from_text=True), PREFIX_RATES),
     "prefix-memory": Method("softmax + phi(q) M", "prefix", 1, prefix_memory, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
-    "full": Method("full fine-tuning", "other", 1, full, (1e-5, 3e-5, 1e-4, 3e-4), weights="all"),
+    "full": Method("full fine-tuning", "other", 1, full, (1e-5, 3e-5, 1e-4, 3e-4)),
     "head": Method("head only", "other", 1, head_only, (1e-3, 3e-3, 1e-2, 3e-2), only=lambda task: task.has_head),
     "dora": Method(
         "DoRA, attention", "lora", 2, partial(lora, budget=at_ours, pattern=attention, dora=True), LORA_RATES

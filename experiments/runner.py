@@ -91,7 +91,7 @@ def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadli
             waiting = {connection: job for connection, (_, job) in running.items() if job}
             if not waiting:
                 return
-            for connection in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
+            for connection in wait(list(waiting), timeout=min(max(0.0, deadline - time.monotonic()), 3600.0)):
                 assert isinstance(connection, Connection)
                 process, _ = running.pop(connection)
                 try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from recording import Row
 
+from .methods import METHODS
 from .plan import best_rate
 from .tasks import Task
 from .train import unpacked
@@ -71,7 +72,7 @@ def collect(rows: Iterable[Row], tasks: dict[str, Task]) -> dict[str, dict[str, 
     found: dict[str, dict[str, Result]] = {}
     for row in latest.values():
         task = tasks.get(row["task"])
-        if task is None or row.get("steps") != task.steps:
+        if task is None or row.get("steps") != task.steps or row["method"] not in METHODS:
             continue
         result = found.setdefault(task.name, {}).setdefault(row["method"], Result(task, row["method"]))
         if row["stage"] == "select":

@@ -100,8 +100,8 @@ def registry() -> dict[str, Task]:
     vision, second = "vision", "second language model"
     smollm, gemma, minilm, vit = "smollm2-135m", "gemma3-270m", "minilm", "vit-fashion"
     tasks: list[Task] = [
-        LanguageTask("gsm-worked", words, smollm, "gsm-worked", 300, 16, max_new_tokens=192),
         LanguageTask("chain-sum", words, smollm, "chain-sum", 400, 32, max_new_tokens=8),
+        LanguageTask("gsm-worked", words, smollm, "gsm-worked", 300, 16, max_new_tokens=192),
         LanguageTask("perl", text, smollm, "perl", 300, 16),
         TextTask("sections-16", few, minilm, "sections", 300, 32, shots=16),
         TextTask("sections-64", few, minilm, "sections", 300, 32, shots=64),

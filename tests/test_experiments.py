@@ -1,5 +1,6 @@
 """The comparison at tiny sizes on a CPU: every method on every kind of task, the plan, the rows and the report."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -7,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from PIL import Image
+from transformers import BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
 from typer.testing import CliRunner
 
-from experiments import assets, budgets, pretraining
+from experiments import assets, budgets, pretraining, recipes
 from experiments.__main__ import app
 from experiments.classification import classifier_of
 from experiments.methods import METHODS, Context
@@ -18,6 +20,7 @@ from experiments.plan import best_rate, neighbour, next_cells, pairs
 from experiments.runner import Worker
 from experiments.tasks import registry
 from experiments.train import Cell, packed, thinned, trainable, training_order, unpacked
+from recording import read
 
 TASKS = {"chain-sum": 4, "sections-16": 4, "fashion-64": 3}  # steps
 
@@ -222,3 +225,215 @@ def test_small_pieces():
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
     assert len(order) == 12
     assert order != training_order(5, 12, seed=2)
+
+
+@pytest.fixture(scope="module")
+def results(folder, tmp_path_factory):
+    """What the command line writes for the default, a rival and a prefix on one task, and the report made of it."""
+    path = tmp_path_factory.mktemp("results")
+    methods = [part for name in ("ntk", "lora-qv", "prefix-text") for part in ("--method", name)]
+    done = command("run", "sections-16", *methods, "--steps", 2, "--seeds", 2, "--device", "cpu", "--out", path)
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def test_rows(results):
+    rows = read(results / "rows.jsonl")
+    for row in rows:
+        assert row.keys() >= {
+            "hardware",
+            "versions",
+            "commit",
+            "jobs",
+            "trainable_parameters",
+            "adapter_bytes",
+            "seconds",
+        }
+        assert ("test" in row) == ("forgetting" in row) == (row["stage"] == "final")
+        assert (row["seed"] == 0) == (row["stage"] == "select")
+    for method in ("ntk", "lora-qv", "prefix-text"):
+        own = [row for row in rows if row["method"] == method]
+        selected = [row for row in own if row["stage"] == "select"]
+        assert len({row["learning_rate"] for row in selected}) == len(selected) >= 4
+        best = max(selected, key=lambda row: (row["validation"]["share"], -row["validation"]["loss"]))
+        finals = [row for row in own if row["stage"] == "final"]
+        assert {row["seed"] for row in finals} == {1, 2}
+        assert {row["learning_rate"] for row in finals} == {best["learning_rate"]}
+
+
+def test_a_stopped_run_goes_on(results, tmp_path):
+    """With two processes; a row that was there is not run again."""
+    rows = (results / "rows.jsonl").read_text().splitlines()
+    own = [line for line in rows if json.loads(line)["method"] == "ntk"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(own[:-2]) + "\n")
+    arguments = ("run", "sections-16", "--method", "ntk", "--steps", 2, "--seeds", 2, "--device", "cpu")
+    assert command(*arguments, "--jobs", 2, "--out", tmp_path).exit_code == 0
+    resumed = read(tmp_path / "rows.jsonl")
+    assert [json.dumps(row) for row in resumed[:-2]] == own[:-2]
+    assert {row["jobs"] for row in resumed[-2:]} == {2}
+    scores = {row["seed"]: row["test"]["loss"] for row in resumed if row["stage"] == "final"}
+    before = {row["seed"]: row["test"]["loss"] for row in map(json.loads, own) if row["stage"] == "final"}
+    assert scores == pytest.approx(before, rel=1e-4)  # a cell is the same wherever it runs
+
+
+def test_report(tmp_path):
+    """Tables and figures of made-up rows, with the numbers that they must show."""
+    rows, steps = [], registry()["sections-16"].steps
+    for method, shares in {
+        "ntk": (0.80, 0.82, 0.84),
+        "lora-attention": (0.78, 0.81, 0.81),
+        "no-normaliser": (0.5,) * 3,
+    }.items():
+        same = {"task": "sections-16", "method": method, "steps": steps, "curve": [[1, 2.0], [2, 1.0]],
+                "trainable_parameters": 1000, "head_parameters": 10, "adapter_bytes": 4000, "training_seconds": 1.0,
+                "peak_memory_bytes": 2**20, "seconds": 2.0, "hardware": "a test", "versions": {"torch": "1"},
+                "commit": "c", "jobs": 1}  # fmt: skip
+        for rate in METHODS[method].rates:
+            found = {"loss": 1.0, "share": 0.7 if rate == 3e-3 else 0.6}
+            rows.append({**same, "stage": "select", "seed": 0, "learning_rate": rate, "validation": found})
+        for seed, share in enumerate(shares, start=1):
+            correct = packed([i < 100 * share for i in range(100)])
+            found = {"loss": 1.0, "share": share}
+            rows.append({**same, "stage": "final", "seed": seed, "learning_rate": 3e-3, "validation": found,
+                         "test": found, "test_correct": correct, "forgetting": 0.25})  # fmt: skip
+        rows.append({**same, "stage": "final", "seed": 4, "learning_rate": 1e-3, "validation": found, "test": found})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command("report", "--out", tmp_path).exit_code == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| sections-16 | accuracy ↑ | 3 | 82.0 % | 80.0 % |" in text
+    assert "| **NTK-Attention** | 1,000 | 82.0 % ± 2.0 | 3 | 0.003 | +0.250 |" in text
+    assert "| LoRA, attention | 1,000 = | 80.0 % ± 1.7 |" in text
+    # differences 2, 1, 3 points: mean 2, half width 4.303 * 1 / sqrt(3)
+    assert "| LoRA, attention | +2.0 | ± 2.5 |" in text
+    assert "at least level with the best LoRA in 1 of 1 task groups" in text
+    assert "| **70.0 %** |" in text
+    assert "without the normaliser k | normaliser" in text
+    html = (tmp_path / "index.html").read_text()
+    assert html.count("data:image/png;base64,") == len(list(tmp_path.glob("*.png"))) >= 3
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
+    assert "http" not in html.replace("http-equiv", "")  # self-contained
+    assert command("report", "--out", tmp_path / "empty").exit_code == 2
+
+
+def test_bad_input_is_refused(folder, tmp_path, monkeypatch):
+    for arguments, text in (
+        (("run", "sections-17"), "unknown task 'sections-17'"),
+        (("run", "sections-16", "--method", "lora"), "unknown method 'lora'"),
+        (("run", "perl"), "the data 'perl' is not at"),
+        (("run", "gemma-chain-sum"), "the model 'gemma3-270m' is not at"),
+        (("prepare", "mnist"), "unknown asset 'mnist'"),
+    ):
+        options = () if arguments[0] == "prepare" else ("--out", tmp_path)
+        done = command(*arguments, *options)
+        assert done.exit_code != 0
+        assert text in " ".join(done.output.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_is_a_result(tasks, worker):
+    row = worker(Cell("sections-16", "full", 1e30, 0, "select"), tasks["sections-16"])
+    assert row["error"].startswith("the loss is not finite")
+    assert "validation" not in row
+
+
+# --- the paper's own tasks, on small local files with the columns of the real ones ---
+
+SCHEMAS = {
+    "super_glue-boolq": [{"question": "is ice water", "passage": "Ice is water.", "idx": 0, "label": 1}],
+    "super_glue-cb": [{"premise": "It rained.", "hypothesis": "It is wet.", "idx": 0, "label": 2}],
+    "super_glue-copa": [
+        {"premise": "It rained.", "choice1": "Wet.", "choice2": "Dry.", "question": "effect", "idx": 0, "label": 0}
+    ],
+    "super_glue-multirc": [{"paragraph": "P.", "question": "Q?", "answer": "A", "idx": {"answer": 0}, "label": 0}],
+    "super_glue-rte": [{"premise": "P.", "hypothesis": "H.", "idx": 0, "label": 0}],
+    "super_glue-wic": [{"word": "bank", "sentence1": "A.", "sentence2": "B.", "start1": 0, "idx": 0, "label": 1}],
+    "super_glue-wsc": [
+        {"text": "Ann says she won.", "span1_index": 0, "span2_index": 2, "span1_text": "Ann", "span2_text": "she",
+         "idx": 0, "label": 1}
+    ],
+    "gsm8k-main": [{"question": "2 + 3?", "answer": "It is <<2+3=5>>5.\n#### 5"}],
+    "MATH-lighteval": [
+        {"problem": "Solve.", "level": "Level 1", "solution": r"So $\boxed{\frac{1}{2}}$.", "type": "Algebra"}
+    ],
+}  # fmt: skip
+ANSWERS = {"boolq": "yes", "cb": "neutral", "copa": "1", "multirc": "no", "rte": "yes", "wic": "yes", "wsc": "yes"}
+
+
+@pytest.fixture
+def copies(folder, tmp_path, monkeypatch, model_folder):
+    """Local copies of data and model, where the recipes look for them."""
+    monkeypatch.setenv("NTK_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("NTK_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    recipes.load_split.cache_clear()
+    shutil.copytree(model_folder, tmp_path / "models" / recipes.LLAMA_1B.split("/")[-1])
+    shutil.copytree(model_folder, tmp_path / "models" / recipes.LLAMA_3B.split("/")[-1])
+    return tmp_path
+
+
+def recipe_names(kind):
+    return [task.name for task in recipes.RECIPES if isinstance(task, kind) and task.model != recipes.GLM]
+
+
+@pytest.mark.parametrize("name", recipe_names(recipes.LanguageRecipe))
+def test_language_recipes_read_the_real_columns(copies, name):
+    pytest.importorskip("datasets")
+    task = registry()[name]
+    data = recipes.folder_name(task.data, task.config)
+    (copies / "data" / data).mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        lines = [json.dumps(row) for row in SCHEMAS[data] * (20 if split == "train" else 3)]
+        (copies / "data" / data / f"{split}.jsonl").write_text("\n".join(lines))
+    task.check()
+    assert [len(task.items(split)) for split in ("train", "validation", "test")] == [18, 2, 3]
+    item = task.items("test")[0]
+    expected = ANSWERS.get(name.removeprefix("superglue-"), {"gsm8k": "It is 5.\n#### 5"}.get(name))
+    assert item["completion"] == expected or (name == "math" and item["completion"].endswith("\n#### \\frac{1}{2}"))
+    assert task.judge(item["completion"], item["completion"])
+    assert not task.judge("something else, 17", item["completion"])
+    (copies / "data" / data / "train.jsonl").unlink()
+    recipes.load_split.cache_clear()
+    with pytest.raises(ValueError, match=f"put a copy into NTK_DATA/{data}/"):
+        task.check()
+
+
+@pytest.mark.parametrize("name", recipe_names(recipes.PictureRecipe))
+def test_picture_recipes_train_on_a_local_copy(copies, worker, name):
+    """Parquet with the columns of the real data set, a tiny ViT and its processor."""
+    datasets = pytest.importorskip("datasets")
+    task = replace(registry()[name], steps=2, batch_size=2)
+    target = copies / "models" / task.model.split("/")[-1]
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(target)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(target)
+    features = datasets.Features({task.image: datasets.Image(), task.label: datasets.ClassLabel(names=["a", "b"])})
+    folder = copies / "data" / task.data.split("/")[-1]
+    folder.mkdir(parents=True)
+    for split in ("train", task.splits.test):
+        rows = {task.image: [Image.new("RGB", (20, 18), (i, 0, 0)) for i in range(20)], task.label: [0, 1] * 10}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    task.check()
+    row = worker(Cell(name, "ntk", 1e-3, 1, "final"), task)
+    assert "error" not in row, row
+    assert len(unpacked(row["test_correct"])) == 20
+    assert "forgetting" not in row  # the checkpoint has no head
+
+
+def test_dry_run_needs_no_network():
+    done = command("dry-run", "vit-cifar100", "superglue-copa", "math")
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.output.split())
+    assert "NTK-Attention: 608,400 trainable of 86," in text  # 12 layers x 12 heads x 65 x (64 + 1)
+    assert "Which is the effect?" in text
+    assert "or a copy in NTK_DATA/super_glue-copa" in text
+
+
+def test_boxed_answers():
+    assert recipes.boxed(r"a \boxed{1} and \boxed{\frac{a}{b}}.") == r"\frac{a}{b}"
+    assert recipes.boxed("no box ") == "no box"
+    assert recipes.same_answer("x\n#### \\frac{1}{2}", "#### \\frac{1} {2}")
+    assert not recipes.same_answer("#### 2", "#### \\frac{1}{2}")
