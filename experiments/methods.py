@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
-from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
+from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 from torch import nn
+from transformers import DynamicCache
 
 from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.layer import LOG_OF_NOTHING, PrefixAdapter
-from ntk_attention.observation import adapted_layers
+from ntk_attention.observation import adapted_layers, evaluating
 
 from . import budgets
 from .extensions import ExactPrefix, PrefixMemory, extend, start_from_tokens
@@ -180,11 +181,18 @@ def prefix(model: nn.Module, context: Context, m: int | None = None, from_text: 
         return model
     model = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=m, **peft_options(context.task)))
     if from_text:
-        tokenizer = context.base.tokenizer
-        tokens = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in context.batches])
-        text = tokenizer.decode(tokens[: 2 * m + 64])
-        initialize_kv_prefix_from_text(model, tokenizer, text=text, use_chat_template=False)
+        start_from_text(model, context.batches, m)
     return model
+
+
+@torch.no_grad()
+def start_from_text(model: Any, batches: list[Batch], m: int) -> None:
+    """The prefix as keys and values of the first m tokens of the training data, all of them also in sliding layers."""
+    tokens = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
+    tokens = tokens.repeat(-(-m // len(tokens)))[None, :m].to(model.device)
+    with model.disable_adapter(), evaluating(model):
+        cache = model.get_base_model()(input_ids=tokens, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
 
 
 def prefix_memory(model: nn.Module, context: Context) -> nn.Module:

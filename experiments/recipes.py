@@ -16,9 +16,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Resampling
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ntk_attention.data import Item, is_correct
 
@@ -248,7 +250,7 @@ def boxed(solution: str) -> str:
 
 @dataclass(frozen=True)
 class PictureRecipe(FromHub, ClassificationTask):
-    """Pictures of a data set with the processor of the model."""
+    """Pictures of a data set, resized and scaled to [-1, 1], as the processor of the ViT checkpoints does it."""
 
     config: str | None = None
     splits: Splits = Splits(validation=None)
@@ -261,25 +263,34 @@ class PictureRecipe(FromHub, ClassificationTask):
     def load(self, device: str) -> Base:
         num_classes = self.splits.rows(self.data, self.config, "train").features[self.label].num_classes
         model = Classifier(self.load_encoder(), num_classes, "first")
-        return Base(model.to(device).requires_grad_(False), AutoImageProcessor.from_pretrained(self.source()))
+        return Base(model.to(device).requires_grad_(False))
 
     def examples(self, base: Base, split: str, seed: int) -> Pictures:
         rows = self.splits.rows(self.data, self.config, split)
         return Pictures(rows, self.few(rows[self.label][:], seed) if split == "train" else list(range(len(rows))))
 
     def batch(self, base: Base, examples: Sequence[Example]) -> Batch:
-        pictures = [example[self.image].convert("RGB") for example in examples]
-        pixels = base.tokenizer(images=pictures, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, "labels": torch.tensor([example[self.label] for example in examples])}
+        size = picture_size(base)
+        pictures = [
+            example[self.image].convert("RGB").resize((size, size), Resampling.BILINEAR) for example in examples
+        ]
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+        labels = torch.tensor([example[self.label] for example in examples])
+        return {"pixel_values": pixels.float() / 127.5 - 1, "labels": labels}
 
     def unrelated_batches(self, base: Base) -> list[Batch]:
-        size = base.model.get_submodule("encoder").config.image_size  # type: ignore[union-attr]
+        size = picture_size(base)
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch_size, 3, size, size)
         return [{"pixel_values": torch.randn(shape, generator=generator)} for _ in range(self.calibration_batches)]
 
     def unrelated_loss(self, base: Base, model: nn.Module) -> None:
         """The checkpoints on the hub come without the head that they were pretrained with."""
+
+
+def picture_size(base: Base) -> int:
+    model: Any = base.model
+    return model.config.image_size
 
 
 class Pictures(Sequence):

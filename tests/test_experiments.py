@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 from typer.testing import CliRunner
 
 from experiments import assets, budgets, pretraining, recipes
@@ -181,6 +181,20 @@ def test_prefix_of_encoders_is_real_tokens(tasks, worker):
     text = METHODS["prefix-text"].build(task.fresh(base, 0), Context(task, base, [batch]))
     first = text.encoder.encoder.layer[0].attention.self
     assert (first.extension.value[:, 0] - heads(first.value(seen["hidden"]))[0, :, 0]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_prefix_from_text_continues_the_text(tasks, worker):
+    """A prefix made of tokens of the training data does what those tokens do in front of the input."""
+    task, m = tasks["chain-sum"], 6
+    base = worker.base(task)
+    batch = task.batch(base, task.examples(base, "train", 0)[:3])
+    model = METHODS["prefix-text"].build.func(task.fresh(base, 0), Context(task, base, [batch]), m=m, from_text=True)
+    tokens = batch["input_ids"][batch["attention_mask"].bool()]
+    text, rest = tokens[None, :m], tokens[None, m : m + 9]
+    expected = base.model.eval()(input_ids=torch.cat([text, rest], dim=1)).logits[:, m:]
+    mask = torch.ones_like(rest)
+    torch.testing.assert_close(model.eval()(input_ids=rest, attention_mask=mask).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_plan(tasks):
@@ -400,7 +414,7 @@ def test_language_recipes_read_the_real_columns(copies, name):
 
 @pytest.mark.parametrize("name", recipe_names(recipes.PictureRecipe))
 def test_picture_recipes_train_on_a_local_copy(copies, worker, name):
-    """Parquet with the columns of the real data set, a tiny ViT and its processor."""
+    """Parquet with the columns of the real data set, a tiny ViT."""
     datasets = pytest.importorskip("datasets")
     task = replace(registry()[name], steps=2, batch_size=2)
     target = copies / "models" / task.model.split("/")[-1]
@@ -409,7 +423,6 @@ def test_picture_recipes_train_on_a_local_copy(copies, worker, name):
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
     )
     ViTModel(config, add_pooling_layer=False).save_pretrained(target)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(target)
     features = datasets.Features({task.image: datasets.Image(), task.label: datasets.ClassLabel(names=["a", "b"])})
     folder = copies / "data" / task.data.split("/")[-1]
     folder.mkdir(parents=True)
