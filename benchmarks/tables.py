@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from recording import table
+
 from .grouping import by_sizes, fastest, fastest_prefix, median, prefix_lengths
 from .rows import Row
 
 MIB = 2**20
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Markdown, without the columns that are empty."""
-    used = [i for i in range(len(head)) if any(line[i] for line in body)]
-    lines = [[head[i] for i in used], ["---"] * len(used), *([line[i] for i in used] for line in body)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def milliseconds(row: Row | None, reference: float | None = None) -> str:

@@ -156,9 +156,9 @@ def encode_all(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, max_le
     return encoded
 
 
-def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows as one batch, padded on the right."""
-    length = max(len(row["input_ids"]) for row in rows)
+def collate(rows: Sequence[Row], pad_token_id: int, multiple: int = 1) -> dict[str, Tensor]:
+    """Rows as one batch, padded on the right to a multiple of that many tokens."""
+    length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
 
     def pad(name: str, value: int) -> Tensor:
         return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])

@@ -16,12 +16,12 @@ Progress = Callable[[int], None]  # called with the number of items done since t
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int) -> float:
+def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, batch_size: int = BATCH_SIZE) -> float:
     """Cross-entropy in nats, averaged over all tokens that count."""
     total, count = 0.0, 0
     with evaluating(model):
-        for i in range(0, len(rows), BATCH_SIZE):
-            batch = collate(rows[i : i + BATCH_SIZE], pad_token_id)
+        for i in range(0, len(rows), batch_size):
+            batch = collate(rows[i : i + batch_size], pad_token_id)
             n = int((batch["labels"][:, 1:] != IGNORED).sum())
             if n:
                 total += n * model(**{k: v.to(model.device) for k, v in batch.items()}).loss.item()
@@ -38,12 +38,13 @@ def answers(
     prompts: Sequence[str],
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Progress = lambda n: None,
+    batch_size: int = BATCH_SIZE,
 ) -> list[str]:
     """What the model writes after each prompt, greedily."""
     texts = []
     with evaluating(model):
-        for i in range(0, len(prompts), BATCH_SIZE):
-            part = [render_prompt(prompt, tokenizer) for prompt in prompts[i : i + BATCH_SIZE]]
+        for i in range(0, len(prompts), batch_size):
+            part = [render_prompt(prompt, tokenizer) for prompt in prompts[i : i + batch_size]]
             batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
             batch = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask")}
             out = model.generate(

@@ -1,0 +1,116 @@
+"""What a task is, and the tasks by name. The paper's own, which need the hub or a local copy, stand in recipes.py."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Base:
+    """A pretrained model as it was loaded, which every cell copies, and what goes with it."""
+
+    model: nn.Module
+    tokenizer: Any = None
+    source_head: nn.Module | None = None  # what a picture model was pretrained with
+
+
+@dataclass(frozen=True)
+class Score:
+    """On one split: the loss, and the share of items that are right, where items can be."""
+
+    loss: float
+    share: float | None = None
+    correct: Sequence[bool] | None = None
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """One model on one data set.
+
+    Args:
+        group: of tasks that ask the same question.
+        model: an asset, a folder or a name on the hub.
+        data: likewise.
+        steps, batch_size: of training, the same for every method.
+        calibration_batches: how many training batches calibration sees.
+    """
+
+    name: str
+    group: str
+    model: str
+    data: str
+    steps: int
+    batch_size: int
+    calibration_batches: int = 4
+
+    metric = "accuracy"
+    higher_is_better = True
+    has_head = False  # a new classifier on top, trained by every method
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ValueError if the model or the data are missing."""
+
+    def warm_up(self) -> None:  # noqa: B027
+        """What is to be done once, before several processes load the model. Nothing, unless a task says otherwise."""
+
+    @abstractmethod
+    def load(self, device: str) -> Base: ...
+
+    @abstractmethod
+    def examples(self, base: Base, split: str, seed: int) -> Sequence[Any]:
+        """Of one split. Only few-shot training examples depend on the seed."""
+
+    @abstractmethod
+    def batch(self, base: Base, examples: Sequence[Any]) -> Batch:
+        """Keyword arguments of the model, labels included, on the CPU."""
+
+    @abstractmethod
+    def score(self, base: Base, model: nn.Module, examples: Sequence[Any], with_answers: bool) -> Score:
+        """With answers where the metric needs generation; selection does without, by the loss."""
+
+    @abstractmethod
+    def unrelated_loss(self, base: Base, model: nn.Module) -> float | None:
+        """A loss that the base model was pretrained for, on data that have nothing to do with the task; or none."""
+
+    @abstractmethod
+    def unrelated_batches(self, base: Base) -> list[Batch]:
+        """Inputs that have nothing to do with the task."""
+
+    def fresh(self, base: Base, seed: int) -> nn.Module:
+        """A copy of the base model to adapt."""
+        return copy.deepcopy(base.model)
+
+
+def registry() -> dict[str, Task]:
+    from .classification import PictureTask, TextTask
+    from .language import LanguageTask
+    from .recipes import RECIPES
+
+    words, text, few, full = "word problems", "held-out text", "text classification, few-shot", "text classification"
+    vision, second = "vision", "second language model"
+    smollm, gemma, minilm, vit = "smollm2-135m", "gemma3-270m", "minilm", "vit-fashion"
+    tasks: list[Task] = [
+        LanguageTask("chain-sum", words, smollm, "chain-sum", 400, 32, max_new_tokens=8),
+        LanguageTask("gsm-worked", words, smollm, "gsm-worked", 300, 16, max_new_tokens=192),
+        LanguageTask("perl", text, smollm, "perl", 300, 16),
+        TextTask("sections-16", few, minilm, "sections", 300, 32, shots=16),
+        TextTask("sections-64", few, minilm, "sections", 300, 32, shots=64),
+        TextTask("bbc-16", few, minilm, "bbc", 200, 16, shots=16),
+        TextTask("sections", full, minilm, "sections", 600, 32),
+        TextTask("bbc", full, minilm, "bbc", 300, 16),
+        PictureTask("fashion-64", vision, vit, "fashion-target", 300, 64, shots=64),
+        PictureTask("fashion", vision, vit, "fashion-target", 600, 128),
+        LanguageTask("gemma-chain-sum", second, gemma, "chain-sum", 300, 32, max_new_tokens=8),
+        LanguageTask("gemma-gsm-worked", second, gemma, "gsm-worked", 300, 16, max_new_tokens=192),
+    ]
+    return {task.name: task for task in (*tasks, *RECIPES)}

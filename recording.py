@@ -1,0 +1,79 @@
+"""What `benchmarks` and `experiments` share: rows of results as JSON lines, and where a number was made."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def append(path: Path, row: Row) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    threads = torch.get_num_threads()
+    return f"{names[0] if names else platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "peft"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(*sources: str) -> str:
+    """NTK_COMMIT where it is set; else the commit, with "-dirty-" and a digest if the folders have changed since."""
+    if "NTK_COMMIT" in os.environ:
+        return os.environ["NTK_COMMIT"]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        head, changes = git("rev-parse", "--short=10", "HEAD"), git("status", "--porcelain", "--", *sources)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-dirty-{digest(*sources)}" if changes else head
+
+
+def digest(*sources: str) -> str:
+    paths = sorted(path for folder in sources for path in (ROOT / folder).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:8]
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Markdown, without the columns that are empty."""
+    used = [i for i in range(len(head)) if any(line[i] for line in body)]
+    lines = [[head[i] for i in used], ["---"] * len(used), *([line[i] for i in used] for line in body)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

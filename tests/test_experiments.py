@@ -1,0 +1,452 @@
+"""The comparison at tiny sizes on a CPU: every method on every kind of task, the plan, the rows and the report."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+from typer.testing import CliRunner
+
+from experiments import assets, budgets, pretraining, recipes
+from experiments.__main__ import app
+from experiments.classification import classifier_of
+from experiments.methods import METHODS, Context
+from experiments.plan import best_rate, neighbour, next_cells, pairs
+from experiments.runner import Worker
+from experiments.tasks import registry
+from experiments.train import Cell, packed, thinned, trainable, training_order, unpacked
+from recording import read
+
+TASKS = {"chain-sum": 4, "sections-16": 4, "fashion-64": 3}  # steps
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model_folder):
+    """Assets of the right form with tiny models."""
+    path = tmp_path_factory.mktemp("assets")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("NTK_ASSETS", str(path))
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    patch.setattr(pretraining, "CONFIG", {**pretraining.CONFIG, **small, "patch_size": 14})
+    patch.setattr(pretraining, "BATCH", 8)
+    (path / "models").mkdir()
+    shutil.copytree(model_folder, path / "models/smollm2-135m")
+    shutil.copytree(model_folder, path / "models/minilm", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(path / "models/minilm")
+    sizes = {"train": 24, "validation": 6, "test": 9}
+    items = {name: [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(n)] for name, n in sizes.items()}
+    texts = {name: [{"text": f"word {i} {i % 2}", "label": i % 2} for i in range(n)] for name, n in sizes.items()}
+    assets.write_splits("chain-sum", items)
+    assets.write_splits("sections", texts)
+    assets.write_splits("python-docs", {"validation": [{"text": f"A passage, number {i}."} for i in range(64)]})
+    rng = np.random.default_rng(0)
+    for name in ("source", "target"):
+        (path / "data" / f"fashion-{name}").mkdir()
+        for split, n in sizes.items():
+            pictures = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+            np.savez_compressed(
+                path / "data" / f"fashion-{name}" / f"{split}.npz", images=pictures, labels=np.arange(n) % 2
+            )
+    pretraining.pretrain("cpu", steps=2)
+    yield path
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def tasks(folder):
+    return {name: replace(registry()[name], steps=steps, batch_size=4) for name, steps in TASKS.items()}
+
+
+@pytest.fixture(scope="module")
+def worker():
+    return Worker("cpu")
+
+
+@pytest.fixture(scope="module")
+def rows(tasks, worker):
+    """Every method once on every task, as a final run."""
+    found = {}
+    for task in tasks.values():
+        for name, method in METHODS.items():
+            if method.only(task):
+                found[task.name, name] = worker(Cell(task.name, name, method.rates[1], 1, "final"), task)
+    return found
+
+
+def test_every_method_runs_on_every_task(rows):
+    for (task, method), row in rows.items():
+        if "error" in row:
+            # tiny models leave little room to choose ranks
+            assert "no ranks give" in row["error"], f"{task} {method}: {row['error']}"
+            continue
+        assert row["trainable_parameters"] > 0 or method == "head"
+        assert row["adapter_bytes"] > 4 * row["trainable_parameters"] * (0.4 if method == "full" else 1)
+        assert math.isfinite(row["forgetting"])
+        assert row["curve"][-1][0] == TASKS[task]
+        assert math.isfinite(row["test"]["loss"])
+        assert sum(unpacked(row["test_correct"])) / 9 == row["test"]["share"]
+    ran = {method for (_, method), row in rows.items() if "error" not in row}
+    assert ran == set(METHODS)
+
+
+def test_sizes_are_equal(rows):
+    """Every method that is compared at equal size is within 5 % of ours."""
+    for task in TASKS:
+        sizes = {method: row["trainable_parameters"] for (name, method), row in rows.items()
+                 if name == task and "error" not in row}  # fmt: skip
+        for method in ("lora-attention", "lora-all", "lora-qv", "ntk-published", "prefix-memory"):
+            if method in sizes and method not in ("ntk-published", "prefix-memory"):
+                assert abs(sizes[method] / sizes["ntk"] - 1) <= budgets.TOLERANCE
+        for rank in (2, 8, 32):
+            if f"lora-attention-{rank}" in sizes:
+                assert abs(sizes[f"lora-attention-{rank}"] / sizes[f"ntk-rank-{rank}"] - 1) <= budgets.TOLERANCE
+        assert sizes["full"] > sizes["ntk"]
+    assert rows["sections-16", "head"]["trainable_parameters"] == 0
+    assert rows["sections-16", "head"]["head_parameters"] == 32 * 2 + 2
+
+
+@pytest.mark.parametrize("magnitudes", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("pattern", [budgets.QUERY_VALUE, budgets.ATTENTION, None], ids=["qv", "attention", "all"])
+def test_ranks_give_what_peft_makes_of_them(tasks, worker, pattern, magnitudes):
+    """The number that peft's own layers then have."""
+    task, build = tasks["chain-sum"], METHODS["lora-all"].build.func
+    base = worker.base(task)
+    model = build(task.fresh(base, 0), Context(task, base, []), lambda _: 9000, pattern, magnitudes)
+    count = sum(p.numel() for p in trainable(model)[0])
+    assert abs(count / 9000 - 1) <= budgets.TOLERANCE
+    with pytest.raises(ValueError, match="no ranks give 7 parameters"):
+        budgets.lora_ranks(base.model, 7, pattern, magnitudes)
+
+
+@pytest.mark.parametrize("name", ["ntk", "start-scale", "prefix-memory", "lora-qv", "ia3"])
+@pytest.mark.parametrize("task_name", TASKS)
+def test_starts_are_close_to_the_frozen_model(tasks, worker, task_name, name):
+    """What a method promises about its start; random prefixes are far."""
+    task = tasks[task_name]
+    base = worker.base(task)
+    batch = task.batch(base, task.examples(base, "train", 0)[:4])
+
+    @torch.no_grad()
+    def output(name):
+        model = task.fresh(base, 0)
+        if name:
+            model = METHODS[name].build(model, Context(task, base, [batch]))
+        model.eval()
+        if not task.has_head:
+            return model(**batch).logits
+        return classifier_of(model).pooled(**{k: v for k, v in batch.items() if k != "labels"})
+
+    frozen = output(None)
+    if name in ("prefix-memory", "lora-qv", "ia3"):
+        torch.testing.assert_close(output(name), frozen)
+    else:
+        assert (output(name) - frozen).norm() < 0.5 * (output("prefix") - frozen).norm()
+
+
+def test_prefix_of_encoders_is_real_tokens(tasks, worker):
+    """Against the same model fed with the prefix as m more keys and values, in the first layer, by hand."""
+    task = tasks["sections-16"]
+    base = worker.base(task)
+    batch = task.batch(base, task.examples(base, "train", 0)[:3])
+    model = METHODS["prefix"].build(task.fresh(base, 0), Context(task, base, [batch]))
+    attention = model.encoder.encoder.layer[0].attention.self
+    seen = {}
+    attention.register_forward_hook(lambda module, inputs, output: seen.update(hidden=inputs[0], out=output[0]))
+    model.eval()(**batch)
+
+    def heads(x):
+        return x.unflatten(-1, (4, 8)).transpose(1, 2)
+
+    query, key, value = (heads(layer(seen["hidden"])) for layer in (attention.query, attention.key, attention.value))
+    prefix = attention.extension
+    key, value = (torch.cat([p.expand(3, -1, -1, -1), x], 2) for p, x in ((prefix.key, key), (prefix.value, value)))
+    logits = query @ key.transpose(-1, -2) / 8**0.5
+    hidden = ~batch["attention_mask"].bool()[:, None, None]
+    logits[..., prefix.key.shape[1] :] = logits[..., prefix.key.shape[1] :].masked_fill(hidden, -math.inf)
+    expected = (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(seen["out"], expected)
+    text = METHODS["prefix-text"].build(task.fresh(base, 0), Context(task, base, [batch]))
+    first = text.encoder.encoder.layer[0].attention.self
+    assert (first.extension.value[:, 0] - heads(first.value(seen["hidden"]))[0, :, 0]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_prefix_from_text_continues_the_text(tasks, worker):
+    """A prefix made of tokens of the training data does what those tokens do in front of the input."""
+    task, m = tasks["chain-sum"], 6
+    base = worker.base(task)
+    batch = task.batch(base, task.examples(base, "train", 0)[:3])
+    model = METHODS["prefix-text"].build.func(task.fresh(base, 0), Context(task, base, [batch]), m=m, from_text=True)
+    tokens = batch["input_ids"][batch["attention_mask"].bool()]
+    text, rest = tokens[None, :m], tokens[None, m : m + 9]
+    expected = base.model.eval()(input_ids=torch.cat([text, rest], dim=1)).logits[:, m:]
+    mask = torch.ones_like(rest)
+    torch.testing.assert_close(model.eval()(input_ids=rest, attention_mask=mask).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_plan(tasks):
+    """All rates first, then more at an end of the grid, then seeds at the best; rows of other steps do not count."""
+    task, rates = tasks["sections-16"], METHODS["ntk"].rates
+
+    def row(rate, share, stage="select", seed=0, steps=4):
+        return {"task": task.name, "method": "ntk", "learning_rate": rate, "seed": seed, "stage": stage, "steps": steps,
+                "validation": {"loss": 1.0, "share": share}}  # fmt: skip
+
+    assert next_cells([], task, "ntk") == [Cell(task.name, "ntk", rate, 0, "select") for rate in rates]
+    assert len(next_cells([row(rates[0], 0.5, steps=5)], task, "ntk")) == 4
+    rows = [row(rate, 0.5 + i / 10) for i, rate in enumerate(rates)]
+    assert [cell.learning_rate for cell in next_cells(rows, task, "ntk")] == [0.1]
+    rows.append({**row(0.1, 0.0), "error": "the loss is not finite"})
+    del rows[-1]["validation"]
+    cells = next_cells(rows, task, "ntk")
+    assert [(cell.learning_rate, cell.seed, cell.stage) for cell in cells] == [
+        (rates[-1], s, "final") for s in (1, 2, 3)
+    ]
+    rows += [row(rates[-1], 0.8, "final", seed) for seed in (1, 3)]
+    assert [cell.seed for cell in next_cells(rows, task, "ntk")] == [2]
+    assert best_rate(task, [{"error": "all diverged"}]) is None
+    assert [neighbour(rate, True) for rate in (1e-5, 3e-4, 0.01, 0.3)] == [3e-5, 1e-3, 0.03, 1.0]
+    assert [neighbour(rate, False) for rate in (1e-5, 3e-4, 1.0)] == [3e-6, 1e-4, 0.3]
+
+
+def test_the_most_informative_come_first():
+    tasks = [task for task in registry().values() if "/" not in task.model]
+    found = [(task.group, method) for task, method in pairs(tasks, list(METHODS))]
+    groups = {task.group for task in tasks}
+    assert set(found[: 3 * len(groups)]) == {(g, m) for g in groups for m in ("ntk", "lora-attention", "prefix")}
+
+
+def test_small_pieces():
+    correct = [True, False, False, True, True, False, True, False, True]
+    assert unpacked(packed(correct)) == correct
+    assert unpacked(packed([False, False])) == [False, False]
+    assert thinned([1.0] * 7 + [3.0]) == [[i + 1, 3.0 if i == 7 else 1.0] for i in range(8)]
+    assert thinned([2.0] * 120)[-1] == [120, 2.0]
+    order = training_order(5, 12, seed=1)
+    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
+    assert len(order) == 12
+    assert order != training_order(5, 12, seed=2)
+
+
+@pytest.fixture(scope="module")
+def results(folder, tmp_path_factory):
+    """What the command line writes for the default, a rival and a prefix on one task, and the report made of it."""
+    path = tmp_path_factory.mktemp("results")
+    methods = [part for name in ("ntk", "lora-qv", "prefix-text") for part in ("--method", name)]
+    done = command("run", "sections-16", *methods, "--steps", 2, "--seeds", 2, "--device", "cpu", "--out", path)
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def test_rows(results):
+    rows = read(results / "rows.jsonl")
+    for row in rows:
+        assert row.keys() >= {
+            "hardware",
+            "versions",
+            "commit",
+            "jobs",
+            "trainable_parameters",
+            "adapter_bytes",
+            "seconds",
+        }
+        assert ("test" in row) == ("forgetting" in row) == (row["stage"] == "final")
+        assert (row["seed"] == 0) == (row["stage"] == "select")
+    for method in ("ntk", "lora-qv", "prefix-text"):
+        own = [row for row in rows if row["method"] == method]
+        selected = [row for row in own if row["stage"] == "select"]
+        assert len({row["learning_rate"] for row in selected}) == len(selected) >= 4
+        best = max(selected, key=lambda row: (row["validation"]["share"], -row["validation"]["loss"]))
+        finals = [row for row in own if row["stage"] == "final"]
+        assert {row["seed"] for row in finals} == {1, 2}
+        assert {row["learning_rate"] for row in finals} == {best["learning_rate"]}
+
+
+def test_a_stopped_run_goes_on(results, tmp_path):
+    """With two processes; a row that was there is not run again."""
+    rows = (results / "rows.jsonl").read_text().splitlines()
+    own = [line for line in rows if json.loads(line)["method"] == "ntk"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(own[:-2]) + "\n")
+    arguments = ("run", "sections-16", "--method", "ntk", "--steps", 2, "--seeds", 2, "--device", "cpu")
+    assert command(*arguments, "--jobs", 2, "--out", tmp_path).exit_code == 0
+    resumed = read(tmp_path / "rows.jsonl")
+    assert [json.dumps(row) for row in resumed[:-2]] == own[:-2]
+    assert {row["jobs"] for row in resumed[-2:]} == {2}
+    scores = {row["seed"]: row["test"]["loss"] for row in resumed if row["stage"] == "final"}
+    before = {row["seed"]: row["test"]["loss"] for row in map(json.loads, own) if row["stage"] == "final"}
+    assert scores == pytest.approx(before, rel=1e-4)  # a cell is the same wherever it runs
+
+
+def test_report(tmp_path):
+    """Tables and figures of made-up rows, with the numbers that they must show."""
+    rows, steps = [], registry()["sections-16"].steps
+    for method, shares in {
+        "ntk": (0.80, 0.82, 0.84),
+        "lora-attention": (0.78, 0.81, 0.81),
+        "no-normaliser": (0.5,) * 3,
+    }.items():
+        same = {"task": "sections-16", "method": method, "steps": steps, "curve": [[1, 2.0], [2, 1.0]],
+                "trainable_parameters": 1000, "head_parameters": 10, "adapter_bytes": 4000, "training_seconds": 1.0,
+                "peak_memory_bytes": 2**20, "seconds": 2.0, "hardware": "a test", "versions": {"torch": "1"},
+                "commit": "c", "jobs": 1}  # fmt: skip
+        for rate in METHODS[method].rates:
+            found = {"loss": 1.0, "share": 0.7 if rate == 3e-3 else 0.6}
+            rows.append({**same, "stage": "select", "seed": 0, "learning_rate": rate, "validation": found})
+        for seed, share in enumerate(shares, start=1):
+            correct = packed([i < 100 * share for i in range(100)])
+            found = {"loss": 1.0, "share": share}
+            rows.append({**same, "stage": "final", "seed": seed, "learning_rate": 3e-3, "validation": found,
+                         "test": found, "test_correct": correct, "forgetting": 0.25})  # fmt: skip
+        rows.append({**same, "stage": "final", "seed": 4, "learning_rate": 1e-3, "validation": found, "test": found})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command("report", "--out", tmp_path).exit_code == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| sections-16 | accuracy ↑ | 3 | 82.0 % | 80.0 % |" in text
+    assert "| **NTK-Attention** | 1,000 | 82.0 % ± 2.0 | 3 | 0.003 | +0.250 |" in text
+    assert "| LoRA, attention | 1,000 = | 80.0 % ± 1.7 |" in text
+    # differences 2, 1, 3 points: mean 2, half width 4.303 * 1 / sqrt(3)
+    assert "| LoRA, attention | +2.0 | ± 2.5 |" in text
+    assert "at least level with the best LoRA in 1 of 1 task groups" in text
+    assert "| **70.0 %** |" in text
+    assert "without the normaliser k | normaliser" in text
+    html = (tmp_path / "index.html").read_text()
+    assert html.count("data:image/png;base64,") == len(list(tmp_path.glob("*.png"))) >= 3
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
+    assert "http" not in html.replace("http-equiv", "")  # self-contained
+    assert command("report", "--out", tmp_path / "empty").exit_code == 2
+
+
+def test_bad_input_is_refused(folder, tmp_path, monkeypatch):
+    for arguments, text in (
+        (("run", "sections-17"), "unknown task 'sections-17'"),
+        (("run", "sections-16", "--method", "lora"), "unknown method 'lora'"),
+        (("run", "perl"), "the data 'perl' is not at"),
+        (("run", "gemma-chain-sum"), "the model 'gemma3-270m' is not at"),
+        (("prepare", "mnist"), "unknown asset 'mnist'"),
+    ):
+        options = () if arguments[0] == "prepare" else ("--out", tmp_path)
+        done = command(*arguments, *options)
+        assert done.exit_code != 0
+        assert text in " ".join(done.output.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_is_a_result(tasks, worker):
+    row = worker(Cell("sections-16", "full", 1e30, 0, "select"), tasks["sections-16"])
+    assert row["error"].startswith("the loss is not finite")
+    assert "validation" not in row
+
+
+# --- the paper's own tasks, on small local files with the columns of the real ones ---
+
+SCHEMAS = {
+    "super_glue-boolq": [{"question": "is ice water", "passage": "Ice is water.", "idx": 0, "label": 1}],
+    "super_glue-cb": [{"premise": "It rained.", "hypothesis": "It is wet.", "idx": 0, "label": 2}],
+    "super_glue-copa": [
+        {"premise": "It rained.", "choice1": "Wet.", "choice2": "Dry.", "question": "effect", "idx": 0, "label": 0}
+    ],
+    "super_glue-multirc": [{"paragraph": "P.", "question": "Q?", "answer": "A", "idx": {"answer": 0}, "label": 0}],
+    "super_glue-rte": [{"premise": "P.", "hypothesis": "H.", "idx": 0, "label": 0}],
+    "super_glue-wic": [{"word": "bank", "sentence1": "A.", "sentence2": "B.", "start1": 0, "idx": 0, "label": 1}],
+    "super_glue-wsc": [
+        {"text": "Ann says she won.", "span1_index": 0, "span2_index": 2, "span1_text": "Ann", "span2_text": "she",
+         "idx": 0, "label": 1}
+    ],
+    "gsm8k-main": [{"question": "2 + 3?", "answer": "It is <<2+3=5>>5.\n#### 5"}],
+    "MATH-lighteval": [
+        {"problem": "Solve.", "level": "Level 1", "solution": r"So $\boxed{\frac{1}{2}}$.", "type": "Algebra"}
+    ],
+}  # fmt: skip
+ANSWERS = {"boolq": "yes", "cb": "neutral", "copa": "1", "multirc": "no", "rte": "yes", "wic": "yes", "wsc": "yes"}
+
+
+@pytest.fixture
+def copies(folder, tmp_path, monkeypatch, model_folder):
+    """Local copies of data and model, where the recipes look for them."""
+    monkeypatch.setenv("NTK_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("NTK_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    recipes.load_split.cache_clear()
+    shutil.copytree(model_folder, tmp_path / "models" / recipes.LLAMA_1B.split("/")[-1])
+    shutil.copytree(model_folder, tmp_path / "models" / recipes.LLAMA_3B.split("/")[-1])
+    return tmp_path
+
+
+def recipe_names(kind):
+    return [task.name for task in recipes.RECIPES if isinstance(task, kind) and task.model != recipes.GLM]
+
+
+@pytest.mark.parametrize("name", recipe_names(recipes.LanguageRecipe))
+def test_language_recipes_read_the_real_columns(copies, name):
+    pytest.importorskip("datasets")
+    task = registry()[name]
+    data = recipes.folder_name(task.data, task.config)
+    (copies / "data" / data).mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        lines = [json.dumps(row) for row in SCHEMAS[data] * (20 if split == "train" else 3)]
+        (copies / "data" / data / f"{split}.jsonl").write_text("\n".join(lines))
+    task.check()
+    assert [len(task.items(split)) for split in ("train", "validation", "test")] == [18, 2, 3]
+    item = task.items("test")[0]
+    expected = ANSWERS.get(name.removeprefix("superglue-"), {"gsm8k": "It is 5.\n#### 5"}.get(name))
+    assert item["completion"] == expected or (name == "math" and item["completion"].endswith("\n#### \\frac{1}{2}"))
+    assert task.judge(item["completion"], item["completion"])
+    assert not task.judge("something else, 17", item["completion"])
+    (copies / "data" / data / "train.jsonl").unlink()
+    recipes.load_split.cache_clear()
+    with pytest.raises(ValueError, match=f"put a copy into NTK_DATA/{data}/"):
+        task.check()
+
+
+@pytest.mark.parametrize("name", recipe_names(recipes.PictureRecipe))
+def test_picture_recipes_train_on_a_local_copy(copies, worker, name):
+    """Parquet with the columns of the real data set, a tiny ViT."""
+    datasets = pytest.importorskip("datasets")
+    task = replace(registry()[name], steps=2, batch_size=2)
+    target = copies / "models" / task.model.split("/")[-1]
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(target)
+    features = datasets.Features({task.image: datasets.Image(), task.label: datasets.ClassLabel(names=["a", "b"])})
+    folder = copies / "data" / task.data.split("/")[-1]
+    folder.mkdir(parents=True)
+    for split in ("train", task.splits.test):
+        rows = {task.image: [Image.new("RGB", (20, 18), (i, 0, 0)) for i in range(20)], task.label: [0, 1] * 10}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    task.check()
+    row = worker(Cell(name, "ntk", 1e-3, 1, "final"), task)
+    assert "error" not in row, row
+    assert len(unpacked(row["test_correct"])) == 20
+    assert "forgetting" not in row  # the checkpoint has no head
+
+
+def test_dry_run_needs_no_network():
+    done = command("dry-run", "vit-cifar100", "superglue-copa", "math")
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.output.split())
+    assert "NTK-Attention: 608,400 trainable of 86," in text  # 12 layers x 12 heads x 65 x (64 + 1)
+    assert "Which is the effect?" in text
+    assert "or a copy in NTK_DATA/super_glue-copa" in text
+
+
+def test_boxed_answers():
+    assert recipes.boxed(r"a \boxed{1} and \boxed{\frac{a}{b}}.") == r"\frac{a}{b}"
+    assert recipes.boxed("no box ") == "no box"
+    assert recipes.same_answer("x\n#### \\frac{1}{2}", "#### \\frac{1} {2}")
+    assert not recipes.same_answer("#### 2", "#### \\frac{1}{2}")
