@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .adapter_folder import check_shape, check_values
 from .config import NTKAttentionConfig
 from .operation import Block
 from .routing import Geometry
@@ -18,6 +19,33 @@ from .state import PrefixState
 
 # The published start, k = 0, cannot be a logarithm; this k weighs nothing and, like |k| at 0, has no gradient.
 LOG_OF_NOTHING = -40.0
+MAX_FEATURES = 2**18
+
+
+def parameter_shapes(config: NTKAttentionConfig, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """The tensors of a `PrefixAdapter`, all of which go into files, by name; they are not made here.
+
+    Raises:
+        ValueError: if the feature map makes more features than any state can hold.
+    """
+    d, d_v = geometry.head_dim, geometry.value_dim
+    H = geometry.num_heads if config.state_heads == "query" else geometry.num_kv_heads
+    feature_map = config.make_feature_map()
+    r = feature_map.num_features(d)
+    if r > MAX_FEATURES:
+        raise ValueError(
+            f"the feature map {config.feature_map!r} makes more features of head_dim {d} than a state can hold: "
+            f"at most {MAX_FEATURES:,} are expected"
+        )
+    num_positive = int(feature_map.nonnegative(d).sum())
+    shapes: dict[str, tuple[int, ...]] = {"log_k": (H, num_positive), "log_scale": (H,)}
+    if config.rank is None:
+        shapes["Z"] = (H, r, d_v)
+    else:
+        shapes |= {"Z_A": (H, r, config.rank), "Z_B": (H, config.rank, d_v)}
+    if num_positive < r:
+        shapes["k_signed"] = (H, r - num_positive)
+    return shapes | {f"feature_map.{name}": shape for name, shape in feature_map.stored_shapes(d).items()}
 
 
 class PrefixAdapter(nn.Module):
@@ -34,24 +62,20 @@ class PrefixAdapter(nn.Module):
 
     def __init__(self, config: NTKAttentionConfig, geometry: Geometry):
         super().__init__()
-        d, d_v = geometry.head_dim, geometry.value_dim
-        H = geometry.num_heads if config.state_heads == "query" else geometry.num_kv_heads
-        self.feature_map = config.make_feature_map().bind(d)
-        r = self.feature_map.num_features(d)
-        if config.rank is None:
-            self.Z = nn.Parameter(torch.empty(H, r, d_v))
-        else:
-            self.Z_A = nn.Parameter(torch.empty(H, r, config.rank))
-            self.Z_B = nn.Parameter(torch.empty(H, config.rank, d_v))
-        nonnegative = self.feature_map.nonnegative(d)
+        shapes = parameter_shapes(config, geometry)
+        self.feature_map = config.make_feature_map().bind(geometry.head_dim)
+        for name in ("Z", "Z_A", "Z_B"):
+            if name in shapes:
+                setattr(self, name, nn.Parameter(torch.empty(shapes[name])))
+        self.log_k = nn.Parameter(torch.empty(shapes["log_k"]))
+        nonnegative = self.feature_map.nonnegative(geometry.head_dim)
         self.normaliser_features = None if nonnegative.all() else nonnegative.nonzero().squeeze(1)
-        self.log_k = nn.Parameter(torch.empty(H, int(nonnegative.sum())))
         self.k_signed: nn.Parameter | None
         self.register_parameter("k_signed", None)
-        if not nonnegative.all():
+        if "k_signed" in shapes:
             self.signed_features = (~nonnegative).nonzero().squeeze(1)
-            self.k_signed = nn.Parameter(torch.empty(H, len(self.signed_features)), requires_grad=False)
-        self.log_scale = nn.Parameter(torch.empty(H), requires_grad=False)
+            self.k_signed = nn.Parameter(torch.empty(shapes["k_signed"]), requires_grad=False)
+        self.log_scale = nn.Parameter(torch.empty(shapes["log_scale"]), requires_grad=False)
         self.register_buffer("coordinates", None, persistent=False)
         self.log_k_unit = 1.0
         self.reset_parameters(config.init_weights)
@@ -163,13 +187,8 @@ class PrefixAdapter(nn.Module):
             given = state_dict.get(prefix + name)
             if given is None:
                 continue
-            if given.shape != parameter.shape:
-                raise ValueError(
-                    f"{prefix}{name} is {list(given.shape)} in the adapter file, the model needs "
-                    f"{list(parameter.shape)}: the adapter was made for another model or configuration"
-                )
-            if not given.is_meta and not torch.isfinite(given).all():
-                raise ValueError(f"{prefix}{name} holds NaN or infinite values in the adapter file")
+            check_shape("the state dict", f"{prefix}{name}", tuple(given.shape), tuple(parameter.shape))
+            check_values("the state dict", f"{prefix}{name}", given)
         if self.coordinates is not None:
             if prefix + self.leading in state_dict:
                 state_dict[prefix + self.leading] = self._to_coordinates(state_dict[prefix + self.leading])
