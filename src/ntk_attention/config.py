@@ -16,7 +16,6 @@ from .adapter_folder import CONFIG, WEIGHTS, AdapterError, read_config, shown, w
 from .features import FeatureMap, feature_map
 from .registration import PEFT_TYPE
 
-
 NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # of a module, dotted
 MAX_CHARACTERS = 1000  # of a string
 MAX_ENTRIES = 10_000  # of a list
@@ -135,7 +134,7 @@ def check_fields(config: NTKAttentionConfig) -> None:
         check_regex(name, value) if isinstance(value, str) else check_names(name, value)
     check_names("modules_to_save", config.modules_to_save)
     pattern = config.layers_pattern
-    check_names("layers_pattern", [pattern] if isinstance(pattern, str) and pattern else pattern or None)
+    check_names("layers_pattern", [pattern] if isinstance(pattern, str) else pattern)
     check_layers(config.layers_to_transform)
     if not isinstance(config.feature_map, FeatureMap):
         check_text("feature_map", config.feature_map)

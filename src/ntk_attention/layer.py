@@ -64,9 +64,11 @@ class PrefixAdapter(nn.Module):
         super().__init__()
         shapes = parameter_shapes(config, geometry)
         self.feature_map = config.make_feature_map().bind(geometry.head_dim)
-        for name in ("Z", "Z_A", "Z_B"):
-            if name in shapes:
-                setattr(self, name, nn.Parameter(torch.empty(shapes[name])))
+        if config.rank is None:
+            self.Z = nn.Parameter(torch.empty(shapes["Z"]))
+        else:
+            self.Z_A = nn.Parameter(torch.empty(shapes["Z_A"]))
+            self.Z_B = nn.Parameter(torch.empty(shapes["Z_B"]))
         self.log_k = nn.Parameter(torch.empty(shapes["log_k"]))
         nonnegative = self.feature_map.nonnegative(geometry.head_dim)
         self.normaliser_features = None if nonnegative.all() else nonnegative.nonzero().squeeze(1)

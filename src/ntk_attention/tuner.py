@@ -36,7 +36,9 @@ class NTKAttentionModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if not re.fullmatch(r"[^./\\]+", adapter_name):
-            raise ValueError(f"an adapter is saved in a folder of its name: expected no . / or \\, got {adapter_name!r}")
+            raise ValueError(
+                f"an adapter is saved in a folder of its name: expected no . / or \\, got {adapter_name!r}"
+            )
         # On a copy: what is filled in for this model must not bind the user's config to it.
         peft_config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if peft_config.task_type in HEADS and peft_config.modules_to_save is None:
@@ -75,7 +77,7 @@ class NTKAttentionModel(BaseTuner):
         """Everything that can be refused is refused here, before the model is touched."""
         if not names:
             raise ValueError(
-                f"what target_modules, exclude_modules and layers_to_transform name was not found in "
+                "what target_modules, exclude_modules, modules_to_save and layers_to_transform leave was not found in "
                 f"{type(self.model).__name__}: expected at least one attention module"
             )
         if peft_config.task_type in GENERATING and not hasattr(self.model, "prepare_inputs_for_generation"):
@@ -110,16 +112,15 @@ class NTKAttentionModel(BaseTuner):
     def _check_modules_to_save(self, targets: list[str], peft_config: NTKAttentionConfig) -> None:
         modules = self._modules_to_save(peft_config)
         for name in peft_config.modules_to_save or ():
-            if name not in sum(HEADS.values(), []) and not any(found.endswith(name) for found in modules):
+            is_added = any(name in heads for heads in HEADS.values())
+            if not is_added and not any(found.endswith(name) for found in modules):
                 raise ValueError(f"modules_to_save holds {name!r}, but {type(self.model).__name__} has no such module")
         for name, module in modules.items():
             if isinstance(module, nn.ModuleList | nn.ModuleDict):
                 raise ValueError(f"modules_to_save means {name}, a {type(module).__name__}, which PEFT cannot copy")
-            for other in (*targets, *modules):
-                if f"{other}.".startswith(f"{name}.") and other != name or other in targets and other == name:
-                    raise ValueError(f"modules_to_save means {name}, which holds {other}: expected modules apart")
-                if other in targets and name.startswith(f"{other}."):
-                    raise ValueError(f"modules_to_save means {name}, a part of {other}: expected modules apart")
+            for other in (*targets, *(other for other in modules if other != name)):
+                if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
+                    raise ValueError(f"modules_to_save means {name}, which overlaps {other}: expected modules apart")
 
     def _saved_shapes(self, peft_config: NTKAttentionConfig) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors in the file of an adapter of this model."""
