@@ -50,11 +50,17 @@ def finish(settings: Settings, output: Path) -> None:
         raise AssertionError(f"the run in {output} ended with status {status}")
 
 
+def is_finished(output: Path) -> bool:
+    return (output / RECORD).is_file() and "after" in json.loads((output / RECORD).read_text())
+
+
 def state_of(output: Path) -> str:
     """What a killed run left behind."""
     if not (output / RECORD).is_file():
         return "before the record"
-    if (output / CHECKPOINTS / STAGING).exists():
+    if is_finished(output):
+        return "after the record"
+    if any((output / CHECKPOINTS / STAGING).glob("*")):
         return "in a checkpoint"
     checkpoint = last_good_checkpoint(output / CHECKPOINTS)
     return "before a checkpoint" if checkpoint is None else "between checkpoints"
@@ -99,20 +105,26 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> Counter[str]:
         steps = -1
         while sum(found.values()) < kills:
             child = spawn(settings, output)
-            deadline = time.time() + rng.uniform(0, seconds)
-            while time.time() < deadline and os.waitpid(child, os.WNOHANG)[0] == 0:
+            deadline = time.time() + rng.uniform(0, seconds / 2)
+            ended, status = 0, 0
+            while time.time() < deadline and not ended:
                 time.sleep(0.001)
-            if time.time() < deadline:
-                break  # it ended by itself
+                ended, status = os.waitpid(child, os.WNOHANG)
+            if status:
+                raise AssertionError(f"the run in {output} ended with status {status}")
+            if ended:
+                break
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             found[state_of(output)] += 1
+            if is_finished(output):
+                break
             checkpoint = last_good_checkpoint(output / CHECKPOINTS)
             if checkpoint is not None:
                 if step_of(checkpoint) < steps:
                     raise AssertionError(f"went back from step {steps} to {checkpoint}")
                 steps = step_of(checkpoint)
-        if "after" not in (json.loads((output / RECORD).read_text()) if (output / RECORD).is_file() else {}):
+        if not is_finished(output):
             finish(settings, output)
         compare(folder / "whole", output)
         runs += 1

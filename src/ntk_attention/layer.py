@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .adapter_folder import check_shape, check_values
 from .config import NTKAttentionConfig
@@ -167,7 +168,7 @@ class PrefixAdapter(nn.Module):
 
     def set_coordinates(self, coordinates: Tensor, log_k_unit: float) -> None:
         """Train in these coordinates from here on; `set_plain` must follow."""
-        self.coordinates = coordinates.to(self.log_k)
+        self.coordinates = coordinates.to(self.log_k.device, self.log_k.dtype)
         self.log_k_unit = log_k_unit
 
     def freeze_constants(self) -> None:
@@ -180,8 +181,9 @@ class PrefixAdapter(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.coordinates is not None:
+            C = self.coordinates
             leading = destination[prefix + self.leading]
-            destination[prefix + self.leading] = self.coordinates.to(leading) @ leading
+            destination[prefix + self.leading] = on_the_whole(leading, lambda Z: C.to(Z) @ Z)
             destination[prefix + "log_k"] = self.log_k_unit * destination[prefix + "log_k"]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -202,7 +204,14 @@ class PrefixAdapter(nn.Module):
         if self.coordinates is None:
             return plain
         C = self.coordinates.double()
-        return torch.linalg.solve(C, plain.to(C)).to(plain.dtype)
+        return on_the_whole(plain, lambda Z: torch.linalg.solve(C, Z.to(C)).to(Z.dtype))
+
+
+def on_the_whole(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The function of a tensor that may be spread over processes (FSDP2), spread in the same way."""
+    if not isinstance(x, DTensor):
+        return function(x)
+    return distribute_tensor(function(x.full_tensor()), x.device_mesh, x.placements)
 
 
 class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .evaluation import mean_loss
 from .observation import adapted_layers
 from .run_folder import STAGING, last_good_checkpoint, move, seal, step_of
 
@@ -24,7 +28,18 @@ KEPT_CHECKPOINTS = 2
 
 
 class AdapterTrainer(Trainer):
-    """`Trainer`, with checkpoints that hold the trained parameters exactly and appear whole or not at all."""
+    """`Trainer`, with checkpoints that hold the trained parameters exactly and appear whole or not at all.
+
+    It runs under `accelerate launch` as `Trainer` does: DDP, and FSDP2, whose sharded parameters are put together for
+    every file.
+    """
+
+    def __init__(self, *args: Any, pad_token_id: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.pad_token_id = pad_token_id
+        if self.is_fsdp_enabled:
+            # Every process has loaded the model; to load it again from the first one would go through its state dict.
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from the start or from a checkpoint.
@@ -48,8 +63,9 @@ class AdapterTrainer(Trainer):
             with replaced(self.args, "output_dir", str(staging)):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            trained = exact_tensors(self.model)
             if self.accelerator.is_main_process:
-                save_file(exact_tensors(model), staging / name / TRAINED)
+                save_file(trained, staging / name / TRAINED)
                 seal(staging / name)
                 shutil.rmtree(checkpoints / name, ignore_errors=True)  # one that was there and not whole
                 move(staging / name, checkpoints / name)
@@ -72,16 +88,25 @@ class AdapterTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: local(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
         norms = torch._foreach_norm(list(gradients.values()))
-        if not torch.stack([loss.detach().float(), *(norm.float() for norm in norms)]).isfinite().all():
+        bad = (~torch.stack([loss.detach().float(), *(norm.float() for norm in norms)]).isfinite()).sum()
+        bad_loss = self.accelerator.reduce((~loss.detach().isfinite()).float())
+        if self.accelerator.reduce(bad.float()) > 0:  # all processes stop, whoever saw it
             broken = [name for name, norm in zip(gradients, norms, strict=True) if not norm.isfinite()]
             raise ValueError(
-                f"the {'gradient' if loss.isfinite() else 'loss'} is not finite at step {self.state.global_step + 1}: "
-                f"{self._first_broken(model, inputs, broken)}; lower the learning rate ({self.args.learning_rate}); "
+                f"the {'loss' if bad_loss > 0 else 'gradient'} is not finite at step {self.state.global_step + 1}: "
+                f"{self._first_broken(inputs, broken)}; lower the learning rate ({self.args.learning_rate}); "
                 f"{self._where_to_resume()}"
             )
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The loss of every validation token alike; each process computes it, so that it is the same for any number."""
+        metrics = {"eval_loss": mean_loss(self.model, self.eval_dataset, self.pad_token_id)}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _where_to_resume(self) -> str:
         checkpoint = last_good_checkpoint(Path(self.args.output_dir))
@@ -89,8 +114,8 @@ class AdapterTrainer(Trainer):
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {checkpoint} (--resume goes on from it)"
 
-    def _first_broken(self, model: nn.Module, inputs: dict[str, Any], gradients: list[str]) -> str:
-        name = first_broken_module(model, self._prepare_inputs(inputs))
+    def _first_broken(self, inputs: dict[str, Any], gradients: list[str]) -> str:
+        name = first_broken_module(self.model, self._prepare_inputs(inputs))
         if name is not None:
             return f"{name} is the first module that makes numbers that are not finite"
         return f"the last layer with such a gradient has it in {gradients[-1]}" if gradients else "in the loss alone"
@@ -108,9 +133,9 @@ def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def exact_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's parameters as they are, in the coordinates of calibration."""
+    """The adapter's parameters as they are, in the coordinates of calibration; all processes must ask together."""
     return {
-        f"{name}.{tensor}": parameter.detach().cpu().contiguous()
+        f"{name}.{tensor}": whole(parameter.detach()).cpu().contiguous()
         for name, layer in adapted_layers(model).items()
         for tensor, parameter in layer["default"].named_parameters()
     }
@@ -120,29 +145,54 @@ def exact_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_exact_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, layer in adapted_layers(model).items():
         for tensor, parameter in layer["default"].named_parameters():
-            parameter.copy_(tensors[f"{name}.{tensor}"])
+            value = tensors[f"{name}.{tensor}"].to(parameter.device)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
 
 
-def save_calibration(model: nn.Module, path: Path) -> None:
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def calibration_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The start of a run, coordinates included: what a resumed run must not compute anew."""
     tensors = exact_tensors(model)
     for name, layer in adapted_layers(model).items():
-        adapter = layer["default"]
-        tensors[f"{name}.coordinates"] = adapter.coordinates.cpu().contiguous()
-        tensors[f"{name}.log_k_unit"] = torch.tensor(adapter.log_k_unit, dtype=torch.float64)
+        tensors[f"{name}.coordinates"] = layer["default"].coordinates.cpu().contiguous()
+        tensors[f"{name}.log_k_unit"] = torch.tensor(layer["default"].log_k_unit, dtype=torch.float64)
+    return tensors
+
+
+def set_calibration(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, layer in adapted_layers(model).items():
+        layer["default"].set_coordinates(tensors[f"{name}.coordinates"], tensors[f"{name}.log_k_unit"].item())
+    load_exact_tensors(model, tensors)
+
+
+def save_calibration(model: nn.Module, path: Path) -> None:
     part = path.with_name(f"{path.name}.partial")
-    save_file(tensors, part)
+    path.parent.mkdir(exist_ok=True)
+    save_file(calibration_tensors(model), part)
     move(part, path)
 
 
 def load_calibration(model: nn.Module, path: Path) -> None:
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
+        set_calibration(model, load_file(path))
+    except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}): use --overwrite") from None
-    for name, layer in adapted_layers(model).items():
-        layer["default"].set_coordinates(tensors[f"{name}.coordinates"], tensors[f"{name}.log_k_unit"].item())
-    load_exact_tensors(model, tensors)
+
+
+def share_calibration(model: nn.Module, state: PartialState) -> None:
+    """Every process takes the start of the first one."""
+    if state.num_processes > 1:
+        tensors = send_to_device(calibration_tensors(model), state.device)
+        set_calibration(model, broadcast(tensors))
 
 
 @torch.no_grad()

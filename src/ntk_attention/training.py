@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import peft
 import torch
 import transformers
+from accelerate import PartialState
 from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -22,6 +24,7 @@ from .data import EMBEDDED_TASKS, Item, Row, collate, encode_all, load_items
 from .evaluation import MAX_NEW_TOKENS, exact_match, mean_loss
 from .models import load_model
 from .observation import adapted_layers
+from .routing import CHILD
 from .run_folder import (
     CHECKPOINTS,
     RECORD,
@@ -34,7 +37,7 @@ from .run_folder import (
     read_record,
     write_json,
 )
-from .trainer import AdapterTrainer, load_calibration, save_calibration
+from .trainer import AdapterTrainer, load_calibration, save_calibration, share_calibration, whole
 
 CALIBRATION = "calibration.safetensors"
 CALIBRATION_ITEMS = 64
@@ -152,69 +155,85 @@ def finetune(
             the folder; if a checkpoint cannot be written; and if a loss or a gradient is not finite: the message names
             the step, the module and the last good checkpoint.
     """
-    reporter = reporter or Silent()
     started = time.time()
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    reporter = reporter if reporter is not None and processes.is_main_process else Silent()
     config = NTKAttentionConfig(task_type="CAUSAL_LM", **settings.adapter)
-    check_folder(output, asdict(settings), resume=resume, overwrite=overwrite)
+    if settings.batch_size % processes.num_processes:
+        raise ValueError(
+            f"batch_size is that of all processes together: expected a multiple of {processes.num_processes}, got "
+            f"{settings.batch_size}"
+        )
+    if processes.is_main_process:
+        check_folder(output, asdict(settings), resume=resume, overwrite=overwrite)
     set_seed(settings.seed)
     reporter.stage(f"load {settings.model}")
     base, tokenizer = load_model(settings.model)
     split = split_items(settings, tokenizer)
     limit = getattr(base.config, "max_position_embeddings", None) or 2**20
     rows = {name: encode_all(getattr(split, name), tokenizer, limit) for name in ("train", "validation", "test")}
-    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    base.to(processes.device)
     model = get_peft_model(base, config)
     check_size(adapted_layers(model))
 
-    with locked(output):
-        check_folder(output, asdict(settings), resume=resume, overwrite=overwrite)  # as it is now that it is ours
-        if overwrite:
-            clear(output)
+    with locked(output) if processes.is_main_process else nullcontext():
+        if processes.is_main_process:
+            check_folder(output, asdict(settings), resume=resume, overwrite=overwrite)  # now that it is ours
+            if overwrite:
+                clear(output)
+        processes.wait_for_everyone()
         record = read_record(output) or {"settings": asdict(settings)}
+        checkpoint = last_good_checkpoint(output / CHECKPOINTS)
+        processes.wait_for_everyone()  # what is there was read by all before one writes
+        # Every process computes every figure; the first one writes.
         measure = partial(measure_test, model, tokenizer, split.test, rows["test"], settings.max_new_tokens, reporter)
+        write_record = partial(write_json, output / RECORD) if processes.is_main_process else lambda record: None
         if "before" not in record:
             with model.disable_adapter():
                 record["before"] = measure("held-out items before")
-            write_json(output / RECORD, record)
+            write_record(record)
 
         reporter.stage("calibrate")
-        start(model, rows, tokenizer.pad_token_id, settings, output, record)
+        calibration = output / CHECKPOINTS / CALIBRATION
+        if calibration.is_file() and "start_loss" in record:
+            load_calibration(model, calibration)
+        else:
+            start(model, rows["train"], tokenizer.pad_token_id, settings.batch_size)
+            share_calibration(model, processes)
+            if processes.is_main_process:
+                save_calibration(model, calibration)
+            record["start_loss"] = mean_loss(model, rows["validation"], tokenizer.pad_token_id)
+            write_record(record)
+
         trainer = make_trainer(model, rows, tokenizer.pad_token_id, settings, output, reporter)
-        trainer.train_from(last_good_checkpoint(output / CHECKPOINTS))
-        save_whole(model, tokenizer, output)
+        trainer.train_from(checkpoint)
+        save_whole(trainer, tokenizer, output)
         record["after"] = measure("held-out items after")
         record |= {"train_items": len(split.train), "test_items": len(split.test), "seconds": time.time() - started}
         record |= describe_run(model, trainer, output)
-        write_json(output / RECORD, record)
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        write_record(record)
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return record
 
 
-def start(
-    model: Any, rows: dict[str, list], pad_token_id: int, settings: Settings, output: Path, record: dict[str, Any]
-) -> None:
-    """Calibrate, once in a run: a resumed one reads what the first found."""
-    path = output / CHECKPOINTS / CALIBRATION
-    if path.is_file() and "start_loss" in record:
-        load_calibration(model, path)
-        return
-    calibration_rows = rows["train"][:CALIBRATION_ITEMS]
-    parts = range(0, len(calibration_rows), settings.batch_size)
-    calibrate(model, [collate(calibration_rows[i : i + settings.batch_size], pad_token_id) for i in parts])
-    path.parent.mkdir(exist_ok=True)
-    save_calibration(model, path)
-    record["start_loss"] = mean_loss(model, rows["validation"], pad_token_id)
-    write_json(output / RECORD, record)
+def start(model: Any, rows: list[Row], pad_token_id: int, batch_size: int) -> None:
+    rows = rows[:CALIBRATION_ITEMS]
+    calibrate(model, [collate(rows[i : i + batch_size], pad_token_id) for i in range(0, len(rows), batch_size)])
 
 
-def save_whole(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+def save_whole(trainer: AdapterTrainer, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     """Every file of the adapter and of the tokenizer, one after another, each whole or not at all."""
-    staging = output / CHECKPOINTS / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    for path in staging.iterdir():
-        move(path, output / path.name)
+    tensors = {name: whole(x) for name, x in trainer.model.state_dict().items() if CHILD in name.split(".")}
+    if trainer.accelerator.is_main_process:
+        staging = output / CHECKPOINTS / STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        trainer.model.save_pretrained(staging, state_dict=tensors)
+        tokenizer.save_pretrained(staging)
+        for path in staging.iterdir():
+            move(path, output / path.name)
+    trainer.accelerator.wait_for_everyone()
 
 
 def describe_run(model: Any, trainer: Trainer, output: Path) -> dict[str, Any]:
@@ -228,6 +247,7 @@ def describe_run(model: Any, trainer: Trainer, output: Path) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "train_loss": [[h["step"], h["loss"]] for h in history if "loss" in h],
         "validation_loss": [[h["step"], h["eval_loss"]] for h in history if "eval_loss" in h],
+        "processes": PartialState().num_processes,
         "hardware": hardware(),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
     }
@@ -267,8 +287,7 @@ def make_trainer(
     arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // PartialState().num_processes,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=min(20, max(1, steps // 10)),
@@ -283,6 +302,7 @@ def make_trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
     )
     trainer = AdapterTrainer(
         model=model,
@@ -291,6 +311,7 @@ def make_trainer(
         eval_dataset=rows["validation"],
         data_collator=lambda part: collate(part, pad_token_id),
         callbacks=[ReportToUser(reporter)],
+        pad_token_id=pad_token_id,
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     return trainer
