@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,23 +32,29 @@ from .tiny import save_letters, save_model
 COMPARED = ("before", "start_loss", "train_loss", "validation_loss", "after", "steps", "trainable_parameters")
 
 
-def spawn(settings: Settings, output: Path) -> int:
-    """Start or resume the run in a child, and return its id."""
+def fork(task: Callable[[], object]) -> int:
+    """Do something in a child, and return its id. This process never computes: a fork has no threads of torch."""
     child = os.fork()
     if child:
         return child
     try:
-        finetune(settings, output, resume=True)
+        torch.set_num_threads(1)
+        task()
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)
 
 
-def finish(settings: Settings, output: Path) -> None:
-    _, status = os.waitpid(spawn(settings, output), 0)
+def spawn(settings: Settings, output: Path) -> int:
+    """Start or resume the run in a child."""
+    return fork(lambda: finetune(settings, output, resume=True))
+
+
+def wait(child: int) -> None:
+    _, status = os.waitpid(child, 0)
     if status:
-        raise AssertionError(f"the run in {output} ended with status {status}")
+        raise AssertionError(f"a child ended with status {status}")
 
 
 def is_finished(output: Path) -> bool:
@@ -85,8 +92,9 @@ def compare(expected: Path, actual: Path) -> None:
 def kill_and_resume(folder: Path, kills: int, seed: int) -> Counter[str]:
     """Returns how many kills fell where; raises AssertionError if an end is another."""
     rng = random.Random(seed)
+    wait(fork(lambda: save_model(folder / "model")))
     settings = Settings(
-        str(save_model(folder / "model")),
+        str(folder / "model"),
         str(save_letters(folder / "letters.jsonl", "abcdefghijklmnopqrst")),
         items=200,
         held_out=10,
@@ -96,7 +104,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> Counter[str]:
         max_new_tokens=4,
     )
     started = time.time()
-    finish(settings, folder / "whole")
+    wait(spawn(settings, folder / "whole"))
     seconds = time.time() - started
     found: Counter[str] = Counter()
     runs = 0
@@ -125,7 +133,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> Counter[str]:
                     raise AssertionError(f"went back from step {steps} to {checkpoint}")
                 steps = step_of(checkpoint)
         if not is_finished(output):
-            finish(settings, output)
+            wait(spawn(settings, output))
         compare(folder / "whole", output)
         runs += 1
     found["runs"] = runs
@@ -137,7 +145,6 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     started = time.time()
