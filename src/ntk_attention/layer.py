@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from .adapter_folder import check_shape, check_values
 from .config import NTKAttentionConfig
 from .operation import Block
 from .routing import Geometry
-from .state import PrefixState
+from .state import PrefixState, RowStates
 
 # The published start, k = 0, cannot be a logarithm; this k weighs nothing and, like |k| at 0, has no gradient.
 LOG_OF_NOTHING = -40.0
@@ -223,6 +223,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         super().__init__()
         self._attention = (attention,)  # in a tuple, since a child must not register its parent
         self.geometry = geometry
+        self.rows: RowStates | None = None  # of a mixed batch, while it lasts
         # A function put here sees every call: the query, the block of the real tokens, the block of the prefix (None
         # while the adapters rest) and the factor that makes phi's input of the query.
         self.observer: Callable[[Tensor, Block, Block | None, float], None] | None = None
@@ -258,7 +259,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             self[name].freeze_constants()
 
     def has_active_state(self) -> bool:
-        return not self.disable_adapters and bool(self.active_names())
+        return not self.disable_adapters and (self.rows is not None or bool(self.active_names()))
 
     def active_names(self) -> list[str]:
         """Active adapters that this layer has."""
@@ -274,9 +275,23 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         finally:
             self._disable_adapters = before
 
-    def states(self) -> list[PrefixState]:
-        """The prefixes of all active adapters, one after another."""
-        return [self[name].state() for name in self.active_names()]
+    def states(self, batch_size: int) -> Sequence[PrefixState | RowStates]:
+        """The prefixes of all active adapters, one after another; or, in a mixed batch, the prefix of every row."""
+        if self.rows is None:
+            return [self[name].state() for name in self.active_names()]
+        if len(self.rows.Z) != batch_size:
+            raise ValueError(
+                f"adapter_names has {len(self.rows.Z)} names for a batch of {batch_size}: expected as many"
+            )
+        return [self.rows]
+
+    def gather(self, names: Sequence[str]) -> None:
+        """Take the prefix of the adapter that is named for each row from here on; rows of others have none."""
+        own = [name for name in dict.fromkeys(names) if name in self]
+        if own:
+            states = [self[name].state() for name in own]
+            rows = torch.tensor([own.index(name) if name in self else -1 for name in names])
+            self.rows = RowStates.gather(states, rows.to(states[0].Z.device))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self or any(p.is_meta for p in self[adapter_name].parameters()):

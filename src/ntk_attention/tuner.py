@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
+import operator
 import re
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import reduce
 from typing import Any
 
+import torch
 from peft.functional import delete_adapter
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
@@ -18,6 +24,7 @@ from .layer import NTKAttentionLayer, parameter_shapes
 from .registration import NAME
 from .routing import CHILD, attach, check_implementation, check_routes, detach, geometry_of, routes, unrouted_attention
 
+NO_ADAPTER = "__base__"  # PEFT's name for a row that no adapter is for
 GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # task types whose PEFT model needs a model that generates
 # What PEFT adds to modules_to_save, whether the model has it or not; for these task types only after it injected.
 HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
@@ -158,6 +165,78 @@ class NTKAttentionModel(BaseTuner):
             layer.set_adapter(self.active_adapters)
             attach(target, layer)
         layer.add_adapter(adapter_name, peft_config)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """A batch whose rows use different adapters, `adapter_names` of PEFT; "__base__" is a row without one.
+
+        The states of the rows are gathered once, before the first layer runs and, in `generate`, before the first
+        token; attention itself knows of no adapters then.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names is for inference: call model.eval() first")
+        unknown = set(names) - set(self.peft_config) - {NO_ADAPTER}
+        if unknown:
+            raise ValueError(f"adapter_names holds {sorted(unknown)}, expected names of {sorted(self.peft_config)}")
+        beams = kwargs.get("num_beams") or 1
+        names = [name for name in names for _ in range(beams)]
+        layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+        try:
+            for layer in layers:
+                layer.gather(names)
+            with ExitStack() as stack:
+                for layer in layers:
+                    if layer.rows is None:  # none of the adapters is here
+                        stack.enter_context(layer.resting())
+                yield
+        finally:
+            for layer in layers:
+                layer.rows = None
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose states are sums: Z = sum_i w_i Z_i, k = sum_i w_i k_i.
+
+        A state stands for a set of prefix tokens, so this is the prefix of all adapters with every token of adapter i
+        counted w_i times: T = (A V + sum_i w_i phi Z_i) / (A 1 + sum_i w_i phi k_i). Weights of 1 are all adapters
+        active at once. It is no average of outputs: equal weights that sum to 1 halve (for two) the share of each.
+
+        Args:
+            adapters: names of adapters on the same modules, with one feature map and as many state heads.
+            weights: as many, none negative (a normaliser would be), not all zero.
+            adapter_name: of the new adapter, whose Z has full rank; it is not activated.
+
+        Raises:
+            ValueError: if names are unknown or taken, or adapters or weights do not fit.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name {adapter_name!r} already exists")
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"adapters holds {unknown}, expected names of {sorted(self.peft_config)}")
+        if len(weights) != len(adapters) or not all(0 <= w < math.inf for w in weights) or not any(weights):
+            raise ValueError(
+                f"weights must be {len(adapters)} finite numbers, none negative (k is a normaliser) and not all zero, "
+                f"got {list(weights)}"
+            )
+        layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+        if any(any(name in layer for name in adapters) != all(name in layer for name in adapters) for layer in layers):
+            raise ValueError(f"the adapters {list(adapters)} sit on different modules: expected the same")
+        parts = [(name, math.log(w)) for name, w in zip(adapters, weights, strict=True) if w > 0]
+        with torch.no_grad():
+            sums = {
+                layer: reduce(operator.add, (layer[name].state().weighted(log_w) for name, log_w in parts))
+                for layer in layers
+                if adapters[0] in layer
+            }
+            self.peft_config[adapter_name] = replace(
+                self.peft_config[adapters[0]], rank=None, init_weights=True, inference_mode=True
+            )
+            self.inject_adapter(self.model, adapter_name)
+            for layer, state in sums.items():
+                layer[adapter_name].load_state(state)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As every tuner does it, which would look past modules whose name holds the prefix, and so past ours."""
