@@ -26,6 +26,7 @@ def start(*arguments, status=0):
     environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (result.returncode == 0) == (status == 0), result.stderr[-3000:]
+    assert status == 0 or f"exitcode  : {status} " in result.stderr, result.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

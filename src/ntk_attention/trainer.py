@@ -37,9 +37,6 @@ class AdapterTrainer(Trainer):
     def __init__(self, *args: Any, pad_token_id: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.pad_token_id = pad_token_id
-        if self.is_fsdp_enabled:
-            # Every process has loaded the model; to load it again from the first one would go through its state dict.
-            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from the start or from a checkpoint.

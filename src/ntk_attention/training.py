@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from contextlib import nullcontext
@@ -167,6 +168,9 @@ def finetune(
     if processes.is_main_process:
         check_folder(output, asdict(settings), resume=resume, overwrite=overwrite)
     set_seed(settings.seed)
+    # With FSDP, transformers and accelerate would leave the model empty on all processes but the first until the
+    # trainer shards it: too late for calibration.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     reporter.stage(f"load {settings.model}")
     base, tokenizer = load_model(settings.model)
     split = split_items(settings, tokenizer)
