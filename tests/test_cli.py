@@ -103,8 +103,8 @@ def broken(kind, finetuned, tmp_path, model_folder):
         ("no weights", "has no adapter_model.safetensors"),
         ("truncated", "adapter_model.safetensors is damaged"),
         ("nan", "holds NaN or infinite values"),
-        ("lora", "holds a LORA adapter, expected NTK_ATTENTION"),
-        ("no json", "adapter_config.json is not an adapter's"),
+        ("lora", "peft_type is 'LORA', expected 'NTK_ATTENTION'"),
+        ("no json", "adapter_config.json is not JSON"),
     ],
 )
 def test_bad_adapters(kind, message, finetuned, tmp_path, model_folder):

@@ -13,18 +13,20 @@ import torch
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Trainer,
     TrainingArguments,
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from ntk_attention import NTKAttentionConfig
+from ntk_attention.adapter_folder import AdapterError
 from ntk_attention.observation import adapted_layers
 
 from .families import BERT, FAMILIES, LLAMA
@@ -206,6 +208,32 @@ def test_modules_to_save(tmp_path):
             assert torch.equal(loaded(**inputs).logits, classifier()(**inputs).logits)
 
 
+@pytest.mark.parametrize(
+    ("auto", "task", "head"),
+    [
+        (AutoModelForTokenClassification, "TOKEN_CLS", "classifier"),
+        (AutoModelForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+    ],
+    ids=["tokens", "questions"],
+)
+def test_other_heads_train_and_come_back(auto, task, head, tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return auto.from_config(AutoConfig.for_model("bert", **BERT))
+
+    config = NTKAttentionConfig(task_type=task, init_weights=False)
+    model = get_peft_model(base(), config).eval()
+    assert config.geometry is None
+    assert {name.split(".")[2] for name in trainable(model)} == {"bert", head}
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    inputs = {"input_ids": INPUTS["input_ids"]}
+    assert torch.equal(model(**inputs)[0], loaded(**inputs)[0])
+
+
 def test_auto_peft_model(tmp_path):
     tiny().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -247,10 +275,10 @@ def reshape(folder):
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (truncate, SafetensorError, "incomplete"),
-        (poison, ValueError, "NaN"),
-        (reshape, ValueError, "in the adapter file"),
-        (lambda folder: (folder / FILE).unlink(), ValueError, "Repo id"),
+        (truncate, AdapterError, "safetensors is damaged: .*incomplete"),
+        (poison, AdapterError, "NaN"),
+        (reshape, AdapterError, "in the adapter file"),
+        (lambda folder: (folder / FILE).unlink(), AdapterError, "has no adapter_model.safetensors"),
         (lambda folder: (folder / "adapter_config.json").unlink(), ValueError, "Can't find 'adapter_config.json'"),
     ],
     ids=["truncated", "NaN", "other shape", "no tensors", "no config"],

@@ -10,15 +10,16 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from ntk_attention import training
-from ntk_attention.training import RECORD, Settings, finetune
+from ntk_attention.run_folder import RECORD
+from ntk_attention.trainer import AdapterTrainer
+from ntk_attention.training import Settings, finetune
+
+from .tiny import save_letters
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "letters.jsonl"
-    lines = [{"prompt": f"{a}{b}", "completion": a} for a in "abcdefghij" for b in "0123456789"]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return save_letters(tmp_path_factory.mktemp("data") / "letters.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +92,10 @@ def test_an_interrupted_run_resumes_to_the_same_end(run, settings, tmp_path):
         finetune(settings, tmp_path / "out")
     resumed = finetune(settings, tmp_path / "out", resume=True)
     assert resumed["before"] == record["before"]
-    torch.testing.assert_close(
-        torch.tensor(resumed["train_loss"]), torch.tensor(record["train_loss"]), rtol=1e-2, atol=0
-    )
-    expected, actual = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / "out"))
-    for name in expected:  # the checkpoint holds plain Z, so that going back to coordinates rounds
-        assert (actual[name] - expected[name]).norm() < 1e-2 * expected[name].norm()
+    for name in ("start_loss", "train_loss", "validation_loss", "after"):
+        assert resumed[name] == record[name]
+    expected, actual = ((f / "adapter_model.safetensors").read_bytes() for f in (folder, tmp_path / "out"))
+    assert actual == expected
 
 
 def test_text_has_no_exact_match(model_folder, tmp_path):
@@ -173,12 +172,41 @@ def test_a_full_disk_is_seen_at_the_start(settings, tmp_path, monkeypatch):
         finetune(settings, tmp_path / "out")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "calibrate", lambda model, batches: poison(model))
-    with pytest.raises(ValueError, match="the loss is not finite at step 1: lower the learning rate"):
-        finetune(settings, tmp_path / "out")
+def broken_at(step, breaks, monkeypatch):
+    """A run that something breaks in this step."""
+    training_step = AdapterTrainer.training_step
+
+    def step_of_a_broken_run(self, model, inputs, *args, **kwargs):
+        if self.state.global_step + 1 == step:
+            breaks(model, monkeypatch)
+        return training_step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", step_of_a_broken_run)
 
 
-def poison(model):
+def poison_state(model, _):
     with torch.no_grad():
-        next(p for n, p in model.named_parameters() if n.endswith(".Z")).fill_(float("nan"))
+        next(p for n, p in model.named_parameters() if "layers.1" in n and n.endswith(".Z"))[0, 0, 0] = torch.nan
+
+
+def poison_gradient(model, _):
+    next(p for n, p in model.named_parameters() if "layers.1" in n and n.endswith(".log_k")).register_hook(
+        lambda gradient: gradient / 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (poison_state, "the loss is not finite at step 12: .*layers.1.self_attn is the first module that makes"),
+        (poison_gradient, "the gradient is not finite at step 12: the last layer .*layers.1.self_attn.*log_k"),
+    ],
+    ids=["state", "gradient"],
+)
+def test_numbers_that_are_not_finite_stop_the_run(breaks, message, run, settings, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        broken_at(12, breaks, patch)
+        checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-11"
+        with pytest.raises(ValueError, match=f"{message}.*lower the learning rate.*checkpoint is {checkpoint} "):
+            finetune(settings, tmp_path / "out")
+    assert finetune(settings, tmp_path / "out", resume=True)["after"] == run[0]["after"]

@@ -1,7 +1,12 @@
 """A tiny adapted Llama and what tests ask of it."""
 
+import json
+from pathlib import Path
+
 import torch
 from peft import get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ntk_attention import NTKAttentionConfig
 from ntk_attention.layer import NTKAttentionLayer
@@ -50,3 +55,35 @@ def losses_of_training(model, steps, learning_rate):
 
 def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_model(folder: Path) -> Path:
+    """A random Llama with a byte tokenizer, saved as from_pretrained wants it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<end>", *alphabet]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # large enough for a prefix to move the outputs
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_letters(path: Path, letters: str = "abcdefghij") -> Path:
+    """A task to learn: the letter of a letter and a digit."""
+    lines = [{"prompt": f"{a}{b}", "completion": a} for a in letters for b in "0123456789"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

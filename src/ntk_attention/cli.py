@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -128,25 +127,17 @@ def show_summary(record: dict[str, Any], output: Path) -> None:
 def load_adapter(folder: Path, model: str | None) -> tuple[Any, Any]:
     """The base model with the adapter in `folder`, and the tokenizer; ValueError for a folder that does not fit."""
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
+    from .adapter_folder import CONFIG
     from .config import NTKAttentionConfig
     from .models import base_of, load_model
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: expected the folder of a saved adapter")
-    try:
-        config = PeftConfig.from_pretrained(folder)
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}/adapter_config.json is not an adapter's: {error}") from None
-    if not isinstance(config, NTKAttentionConfig):
-        raise ValueError(f"{folder} holds a {config.peft_type.value} adapter, expected NTK_ATTENTION")
+    if not (folder / CONFIG).exists():  # PEFT would look for it on the hub
+        raise ValueError(f"{folder} has no {CONFIG}: expected the folder of a saved adapter")
+    config = NTKAttentionConfig.from_pretrained(folder)
     base, tokenizer = load_model(model or base_of(config.base_model_name_or_path))
-    try:
-        adapted = PeftModel.from_pretrained(base, folder)
-    except SafetensorError as error:
-        raise ValueError(f"{folder}/adapter_model.safetensors is damaged: {error}") from None
+    adapted = PeftModel.from_pretrained(base, folder)
     return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

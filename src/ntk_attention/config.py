@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import hf_hub_download
 from peft.config import PeftConfig
 
+from .adapter_folder import CONFIG, WEIGHTS, AdapterError, read_config, shown, weights_file
 from .features import FeatureMap, feature_map
 from .registration import PEFT_TYPE
+
+NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # of a module, dotted
+MAX_CHARACTERS = 1000  # of a string
+MAX_ENTRIES = 10_000  # of a list
+MAX_REPEATS = 4  # of a regex: matching takes at most the length of a module's name to this power
+MAX_RANK = 2**16
 
 
 @dataclass
@@ -47,6 +59,9 @@ class NTKAttentionConfig(PeftConfig):
     geometry: dict[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:
+        # The safetensors file that belongs to a config that was read from a folder.
+        self.weights: Path | None = None
+        check_fields(self)
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         for name in ("target_modules", "exclude_modules"):
@@ -57,16 +72,151 @@ class NTKAttentionConfig(PeftConfig):
             self.constant_feature = self.constant_feature or self.feature_map.constant
             self.feature_map = self.feature_map.name
         self.make_feature_map()  # raises ValueError for unknown names and options
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ValueError(f"rank must be a positive integer or None, got {self.rank!r}")
+        if self.rank is not None and (type(self.rank) is not int or not 0 < self.rank <= MAX_RANK):
+            raise ValueError(f"rank must be a positive integer up to {MAX_RANK} or None, got {shown(self.rank)}")
         if self.state_heads not in ("query", "kv"):
-            raise ValueError(f"state_heads must be 'query' or 'kv', got {self.state_heads!r}")
+            raise ValueError(f"state_heads must be 'query' or 'kv', got {shown(self.state_heads)}")
         if self.init_weights not in (True, False, "published"):
-            raise ValueError(f"init_weights must be True, False or 'published', got {self.init_weights!r}")
+            raise ValueError(f"init_weights must be True, False or 'published', got {shown(self.init_weights)}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform needs target_modules as a list or None, got a regex")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern was given without layers_to_transform")
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        return read_config(Path(path_json_file), {f.name for f in fields(cls)})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> NTKAttentionConfig:
+        """The config of a saved adapter, in a folder or on the hub, whose weights are compared with the model later.
+
+        Raises:
+            AdapterError: if the folder lacks a file or holds a pickle instead, or a field is not what it may be; the
+                message names file and field.
+        """
+        name = str(pretrained_model_name_or_path)
+        folder = Path(name, subfolder or "")
+        if (folder / CONFIG).exists():
+            weights = weights_file(folder)
+        else:
+            hub_options, _, _ = cls._split_kwargs(kwargs)
+            weights = Path(hf_hub_download(name, WEIGHTS, subfolder=subfolder, **hub_options))
+        try:
+            config = super().from_pretrained(name, subfolder=subfolder, **kwargs)
+        except AdapterError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise AdapterError(f"{folder / CONFIG}: {error}") from None
+        config.weights = weights
+        return config
+
     def make_feature_map(self) -> FeatureMap:
         return feature_map(self.feature_map, **{"constant": self.constant_feature, **self.feature_map_options})
+
+
+def check_fields(config: NTKAttentionConfig) -> None:
+    """Types and ranges of all fields, since a config may come from a stranger's file.
+
+    Raises:
+        ValueError: if one is not what it may be; the message names the field.
+    """
+    for name in ("base_model_name_or_path", "revision", "task_type", "peft_version"):
+        if getattr(config, name) is not None:
+            check_text(name, getattr(config, name))
+    for name in ("inference_mode", "constant_feature"):
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be True or False, got {shown(getattr(config, name))}")
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        check_regex(name, value) if isinstance(value, str) else check_names(name, value)
+    check_names("modules_to_save", config.modules_to_save)
+    pattern = config.layers_pattern
+    check_names("layers_pattern", [pattern] if isinstance(pattern, str) else pattern)
+    check_layers(config.layers_to_transform)
+    if not isinstance(config.feature_map, FeatureMap):
+        check_text("feature_map", config.feature_map)
+    check_options(config.feature_map_options)
+    check_geometry(config.geometry)
+    check_auto_mapping(config.auto_mapping)
+
+
+def check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or len(value) > MAX_CHARACTERS:
+        raise ValueError(f"{name} must be a string of at most {MAX_CHARACTERS} characters, got {shown(value)}")
+
+
+def check_names(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, list | tuple | set) or len(value) > MAX_ENTRIES:
+        raise ValueError(f"{name} must be a list of at most {MAX_ENTRIES} module names or None, got {shown(value)}")
+    for entry in value:
+        if not isinstance(entry, str) or len(entry) > MAX_CHARACTERS or not NAME.fullmatch(entry):
+            raise ValueError(f"{name} holds {shown(entry)}, expected the name of a module")
+
+
+def check_regex(name: str, value: str) -> None:
+    """A regex is matched against every module name: one that could take for ever is refused."""
+    check_text(name, value)
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{name} is not a regex: {shown(str(error))}") from None
+    repeats = len(re.findall(r"[*+?{]", value.replace("(?:", "(")))
+    if repeats > MAX_REPEATS or re.search(r"\)[*+{]", value):
+        raise ValueError(
+            f"{name} {shown(value)} may take very long to match: at most {MAX_REPEATS} repeats and none of a group are "
+            "expected, or a list of names"
+        )
+
+
+def check_layers(value: Any) -> None:
+    values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if len(values) > MAX_ENTRIES or not all(type(index) is int and abs(index) < 2**31 for index in values):
+        raise ValueError(f"layers_to_transform must be a layer index, a list of them or None, got {shown(value)}")
+
+
+def check_options(value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"feature_map_options must be a dict, got {shown(value)}")
+    for option, entry in value.items():
+        check_text("a name in feature_map_options", option)
+        if entry is not None and (type(entry) not in (int, bool) or not 0 <= entry < 2**63):
+            raise ValueError(f"feature_map_options: {shown(option)} is {shown(entry)}, expected an integer")
+
+
+def check_geometry(value: Any) -> None:
+    def is_count(x: Any) -> bool:
+        return type(x) is int and 0 <= x < 2**31
+
+    if value is None:
+        return
+    if not isinstance(value, dict) or set(value) != {"num_modules", "sizes"} or not is_count(value["num_modules"]):
+        raise ValueError(f"geometry must hold num_modules, a number, and sizes, got {shown(value)}")
+    sizes = value["sizes"]
+    if not isinstance(sizes, list) or len(sizes) > MAX_ENTRIES:
+        raise ValueError(f"geometry: sizes must be a list, got {shown(sizes)}")
+    for size in sizes:
+        if not isinstance(size, list) or len(size) != 4 or not all(map(is_count, size)):
+            raise ValueError(
+                f"geometry: sizes holds {shown(size)}, expected lists of four numbers: heads, KV heads, head_dim and "
+                "value dim"
+            )
+
+
+def check_auto_mapping(value: Any) -> None:
+    """PEFT imports the library that this names: a file may only name one that is there already, or transformers."""
+    if value is None:
+        return
+    if not isinstance(value, dict) or len(value) > MAX_ENTRIES:
+        raise ValueError(f"auto_mapping must be a dict or None, got {shown(value)}")
+    for name, entry in value.items():
+        check_text("a name in auto_mapping", name)
+        if entry is not None:
+            check_text(f"auto_mapping: {shown(name)}", entry)
+    library = value.get("parent_library")
+    if library is not None and library not in sys.modules and not library.startswith("transformers.models."):
+        raise ValueError(f"auto_mapping: parent_library is {shown(library)}, expected a module of transformers")

@@ -33,6 +33,8 @@ class FeatureMap(nn.Module):
 
     def __init__(self, *, constant: bool = False):
         super().__init__()
+        if not isinstance(constant, bool):
+            raise ValueError(f"constant must be True or False, got {constant!r}")
         self.constant = constant
         self.options: dict[str, Any] = {}
 
@@ -64,6 +66,10 @@ class FeatureMap(nn.Module):
     def bind(self, head_dim: int) -> "FeatureMap":
         """Draw what depends on d (only random maps hold such a tensor); called before the first use."""
         return self
+
+    def stored_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """The tensors that a bound map keeps in files."""
+        return {}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in {**self.options, "constant": self.constant}.items())
@@ -168,8 +174,10 @@ class PositiveRandom(FeatureMap):
 
     def __init__(self, num_features: int | None = None, seed: int = 0, *, constant: bool = False):
         super().__init__(constant=constant)
-        if num_features is not None and (not isinstance(num_features, int) or num_features < 1):
+        if num_features is not None and (type(num_features) is not int or num_features < 1):
             raise ValueError(f"positive_random needs num_features >= 1, got {num_features!r}")
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise ValueError(f"positive_random needs a seed from 0 to 2^63 - 1, got {seed!r}")
         self.size = num_features
         self.seed = seed
         self.options = {"num_features": num_features, "seed": seed}
@@ -178,6 +186,9 @@ class PositiveRandom(FeatureMap):
 
     def _num_features(self, head_dim: int) -> int:
         return self.size if self.size is not None else 4 * head_dim
+
+    def stored_shapes(self, head_dim: int) -> dict[str, tuple[int, ...]]:
+        return {"projection": (self._num_features(head_dim), head_dim)}
 
     def bind(self, head_dim: int) -> "PositiveRandom":
         if self.projection is None:

@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .adapter_folder import check_shape, check_values
 from .config import NTKAttentionConfig
 from .operation import Block
 from .routing import Geometry
-from .state import PrefixState
+from .state import PrefixState, RowStates
 
 # The published start, k = 0, cannot be a logarithm; this k weighs nothing and, like |k| at 0, has no gradient.
 LOG_OF_NOTHING = -40.0
+MAX_FEATURES = 2**18
+
+
+def parameter_shapes(config: NTKAttentionConfig, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """The tensors of a `PrefixAdapter`, all of which go into files, by name; they are not made here.
+
+    Raises:
+        ValueError: if the feature map makes more features than any state can hold.
+    """
+    d, d_v = geometry.head_dim, geometry.value_dim
+    H = geometry.num_heads if config.state_heads == "query" else geometry.num_kv_heads
+    feature_map = config.make_feature_map()
+    r = feature_map.num_features(d)
+    if r > MAX_FEATURES:
+        raise ValueError(
+            f"the feature map {config.feature_map!r} makes more features of head_dim {d} than a state can hold: "
+            f"at most {MAX_FEATURES:,} are expected"
+        )
+    num_positive = int(feature_map.nonnegative(d).sum())
+    shapes: dict[str, tuple[int, ...]] = {"log_k": (H, num_positive), "log_scale": (H,)}
+    if config.rank is None:
+        shapes["Z"] = (H, r, d_v)
+    else:
+        shapes |= {"Z_A": (H, r, config.rank), "Z_B": (H, config.rank, d_v)}
+    if num_positive < r:
+        shapes["k_signed"] = (H, r - num_positive)
+    return shapes | {f"feature_map.{name}": shape for name, shape in feature_map.stored_shapes(d).items()}
 
 
 class PrefixAdapter(nn.Module):
@@ -34,24 +63,22 @@ class PrefixAdapter(nn.Module):
 
     def __init__(self, config: NTKAttentionConfig, geometry: Geometry):
         super().__init__()
-        d, d_v = geometry.head_dim, geometry.value_dim
-        H = geometry.num_heads if config.state_heads == "query" else geometry.num_kv_heads
-        self.feature_map = config.make_feature_map().bind(d)
-        r = self.feature_map.num_features(d)
+        shapes = parameter_shapes(config, geometry)
+        self.feature_map = config.make_feature_map().bind(geometry.head_dim)
         if config.rank is None:
-            self.Z = nn.Parameter(torch.empty(H, r, d_v))
+            self.Z = nn.Parameter(torch.empty(shapes["Z"]))
         else:
-            self.Z_A = nn.Parameter(torch.empty(H, r, config.rank))
-            self.Z_B = nn.Parameter(torch.empty(H, config.rank, d_v))
-        nonnegative = self.feature_map.nonnegative(d)
+            self.Z_A = nn.Parameter(torch.empty(shapes["Z_A"]))
+            self.Z_B = nn.Parameter(torch.empty(shapes["Z_B"]))
+        self.log_k = nn.Parameter(torch.empty(shapes["log_k"]))
+        nonnegative = self.feature_map.nonnegative(geometry.head_dim)
         self.normaliser_features = None if nonnegative.all() else nonnegative.nonzero().squeeze(1)
-        self.log_k = nn.Parameter(torch.empty(H, int(nonnegative.sum())))
         self.k_signed: nn.Parameter | None
         self.register_parameter("k_signed", None)
-        if not nonnegative.all():
+        if "k_signed" in shapes:
             self.signed_features = (~nonnegative).nonzero().squeeze(1)
-            self.k_signed = nn.Parameter(torch.empty(H, len(self.signed_features)), requires_grad=False)
-        self.log_scale = nn.Parameter(torch.empty(H), requires_grad=False)
+            self.k_signed = nn.Parameter(torch.empty(shapes["k_signed"]), requires_grad=False)
+        self.log_scale = nn.Parameter(torch.empty(shapes["log_scale"]), requires_grad=False)
         self.register_buffer("coordinates", None, persistent=False)
         self.log_k_unit = 1.0
         self.reset_parameters(config.init_weights)
@@ -141,7 +168,7 @@ class PrefixAdapter(nn.Module):
 
     def set_coordinates(self, coordinates: Tensor, log_k_unit: float) -> None:
         """Train in these coordinates from here on; `set_plain` must follow."""
-        self.coordinates = coordinates.to(self.log_k)
+        self.coordinates = coordinates.to(self.log_k.device, self.log_k.dtype)
         self.log_k_unit = log_k_unit
 
     def freeze_constants(self) -> None:
@@ -154,8 +181,9 @@ class PrefixAdapter(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.coordinates is not None:
+            C = self.coordinates
             leading = destination[prefix + self.leading]
-            destination[prefix + self.leading] = self.coordinates.to(leading) @ leading
+            destination[prefix + self.leading] = on_the_whole(leading, lambda Z: C.to(Z) @ Z)
             destination[prefix + "log_k"] = self.log_k_unit * destination[prefix + "log_k"]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -163,13 +191,8 @@ class PrefixAdapter(nn.Module):
             given = state_dict.get(prefix + name)
             if given is None:
                 continue
-            if given.shape != parameter.shape:
-                raise ValueError(
-                    f"{prefix}{name} is {list(given.shape)} in the adapter file, the model needs "
-                    f"{list(parameter.shape)}: the adapter was made for another model or configuration"
-                )
-            if not given.is_meta and not torch.isfinite(given).all():
-                raise ValueError(f"{prefix}{name} holds NaN or infinite values in the adapter file")
+            check_shape("the state dict", f"{prefix}{name}", tuple(given.shape), tuple(parameter.shape))
+            check_values("the state dict", f"{prefix}{name}", given)
         if self.coordinates is not None:
             if prefix + self.leading in state_dict:
                 state_dict[prefix + self.leading] = self._to_coordinates(state_dict[prefix + self.leading])
@@ -181,7 +204,14 @@ class PrefixAdapter(nn.Module):
         if self.coordinates is None:
             return plain
         C = self.coordinates.double()
-        return torch.linalg.solve(C, plain.to(C)).to(plain.dtype)
+        return on_the_whole(plain, lambda Z: torch.linalg.solve(C, Z.to(C)).to(Z.dtype))
+
+
+def on_the_whole(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The function of a tensor that may be spread over processes (FSDP2), spread in the same way."""
+    if not isinstance(x, DTensor):
+        return function(x)
+    return distribute_tensor(function(x.full_tensor()), x.device_mesh, x.placements)
 
 
 class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
@@ -193,6 +223,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         super().__init__()
         self._attention = (attention,)  # in a tuple, since a child must not register its parent
         self.geometry = geometry
+        self.rows: RowStates | None = None  # of a mixed batch, while it lasts
         # A function put here sees every call: the query, the block of the real tokens, the block of the prefix (None
         # while the adapters rest) and the factor that makes phi's input of the query.
         self.observer: Callable[[Tensor, Block, Block | None, float], None] | None = None
@@ -228,7 +259,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             self[name].freeze_constants()
 
     def has_active_state(self) -> bool:
-        return not self.disable_adapters and bool(self.active_names())
+        return not self.disable_adapters and (self.rows is not None or bool(self.active_names()))
 
     def active_names(self) -> list[str]:
         """Active adapters that this layer has."""
@@ -244,9 +275,23 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         finally:
             self._disable_adapters = before
 
-    def states(self) -> list[PrefixState]:
-        """The prefixes of all active adapters, one after another."""
-        return [self[name].state() for name in self.active_names()]
+    def states(self, batch_size: int) -> Sequence[PrefixState | RowStates]:
+        """The prefixes of all active adapters, one after another; or, in a mixed batch, the prefix of every row."""
+        if self.rows is None:
+            return [self[name].state() for name in self.active_names()]
+        if len(self.rows.Z) != batch_size:
+            raise ValueError(
+                f"adapter_names has {len(self.rows.Z)} names for a batch of {batch_size}: expected as many"
+            )
+        return [self.rows]
+
+    def gather(self, names: Sequence[str]) -> None:
+        """Take the prefix of the adapter that is named for each row from here on; rows of others have none."""
+        own = [name for name in dict.fromkeys(names) if name in self]
+        if own:
+            states = [self[name].state() for name in own]
+            rows = torch.tensor([own.index(name) if name in self else -1 for name in names])
+            self.rows = RowStates.gather(states, rows.to(states[0].Z.device))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self or any(p.is_meta for p in self[adapter_name].parameters()):

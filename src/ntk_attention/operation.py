@@ -18,7 +18,7 @@ from torch import Tensor
 from . import launches
 from .fused import attend_fused, covers
 from .sdpa import HiddenRows, additive_mask, attend_sdpa, context_forward, hidden_rows, supports_sdpa
-from .state import PrefixState
+from .state import PrefixState, RowStates
 
 BACKENDS = ("auto", "eager", "sdpa", "triton")
 
@@ -89,12 +89,13 @@ def autocast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
 
 
-def prefix_block(query: Tensor, state: PrefixState, factor: float) -> Block:
+def prefix_block(query: Tensor, state: PrefixState | RowStates, factor: float) -> Block:
     """The block of the prefix: out = phi(Q) Z / phi(Q) k, lse = log(phi(Q) k) + b.
 
     Args:
         query: [B, H, L, d].
-        state: with H heads, or fewer that divide H: then each serves the query heads of its group.
+        state: with H heads, or fewer that divide H: then each serves the query heads of its group. One for all rows or
+            one for each.
         factor: what the query is multiplied by before phi; sqrt(scale) unless the query is scaled already.
 
     Returns:
@@ -108,7 +109,7 @@ def prefix_block(query: Tensor, state: PrefixState, factor: float) -> Block:
     phi = phi.reshape(B, state.num_heads, groups * L, state.num_features)
     phi_Z = (phi @ state.Z.to(dtype)).view(B, H, L, state.Z.shape[-1])
     phi_k = (phi @ state.k.to(dtype)[..., None]).view(B, H, L)
-    b = state.log_scale.to(dtype).repeat_interleave(groups)[:, None]
+    b = state.log_scale.to(dtype).repeat_interleave(groups, dim=-1)[..., None]
     # Where the signed monomials of a trained or rounded state sum to nothing positive, the prefix has no weight.
     has_weight = phi_k > torch.finfo(dtype).tiny
     phi_k = torch.where(has_weight, phi_k, 1.0)
@@ -116,7 +117,7 @@ def prefix_block(query: Tensor, state: PrefixState, factor: float) -> Block:
     return Block(out, torch.where(has_weight, torch.log(phi_k) + row_scale + b, -math.inf))
 
 
-def prefix_blocks(query: Tensor, states: Sequence[PrefixState], factor: float) -> Block:
+def prefix_blocks(query: Tensor, states: Sequence[PrefixState | RowStates], factor: float) -> Block:
     """Several prefixes as one block."""
     return reduce(merge_blocks, (prefix_block(query, state, factor) for state in states))
 
@@ -132,7 +133,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    states: Sequence[PrefixState],
+    states: Sequence[PrefixState | RowStates],
     factor: float,
     attn_mask: Tensor | None,
     dropout_p: float,
@@ -153,7 +154,11 @@ def attend(
     """
     if backend in ("auto", "triton") and len(states) == 1 and dropout_p == 0 and softcap is None and sink is None:
         state = states[0]
-        if covers(query, key, value, state, attn_mask) and (backend == "auto" or launches.covers(query, value)):
+        if (
+            isinstance(state, PrefixState)
+            and covers(query, key, value, state, attn_mask)
+            and (backend == "auto" or launches.covers(query, value))
+        ):
             return attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, backend)
     prefix = prefix_blocks(query, states, factor)
     hidden = None if attn_mask is None else hidden_rows(attn_mask)
@@ -290,7 +295,9 @@ def check_arguments(
         raise ValueError(f"unknown backend {backend!r}: expected one of {BACKENDS}")
 
 
-def check_state_fits(state: PrefixState, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int) -> None:
+def check_state_fits(
+    state: PrefixState | RowStates, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int
+) -> None:
     """Raise ValueError unless the state has the heads, r and d_v that the attention needs."""
     if state.num_heads not in (num_heads, num_kv_heads):
         raise ValueError(
@@ -303,5 +310,5 @@ def check_state_fits(state: PrefixState, *, num_heads: int, num_kv_heads: int, h
             f"the state has r = {state.num_features} features, but {state.feature_map.name!r} makes r = {r} of "
             f"head_dim {head_dim}"
         )
-    if state.Z.shape[2] != value_dim:
-        raise ValueError(f"the state has values of size {state.Z.shape[2]}, the attention has {value_dim}")
+    if state.Z.shape[-1] != value_dim:
+        raise ValueError(f"the state has values of size {state.Z.shape[-1]}, the attention has {value_dim}")

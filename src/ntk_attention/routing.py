@@ -167,7 +167,7 @@ def ntk_attention_forward(
         query = query.expand(key.shape[0], -1, -1, -1)
     options: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sink": kwargs.get("s_aux")}
     with torch.autocast(query.device.type, enabled=False):
-        states = layer.states() if layer.has_active_state() else []
+        states = layer.states(query.shape[0]) if layer.has_active_state() else []
         for state in states:
             check_state_fits(
                 state,

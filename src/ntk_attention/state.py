@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,6 +141,10 @@ class PrefixState:
         (Z1, k1), (Z2, k2) = (state._at_scale(peak) for state in (self, other))
         return self._rebuilt(Z1 + Z2, k1 + k2, peak)
 
+    def weighted(self, log_weight: float) -> "PrefixState":
+        """The state with every token of its prefix counted e^log_weight times."""
+        return PrefixState.trusted(self.Z, self.k, self.log_scale + log_weight, self.feature_map)
+
     def all_reduce(self, group: Any = None) -> "PrefixState":
         """The state of a prefix that is spread over the processes of a group; every process gets the same."""
         peak = self.log_scale.to(torch.float64, copy=True)  # reduced in place
@@ -202,6 +207,42 @@ class PrefixState:
                 f"k must be positive for the feature map {self.feature_map.name!r}, got a minimum of "
                 f"{positive.min().item():.3g}: it is the normaliser phi(q).k of the prefix"
             )
+
+
+@dataclass(frozen=True)
+class RowStates:
+    """A prefix for every row of a batch: Z [B, H, r, d_v], k [B, H, r] and log_scale [B, H], which is -inf for none."""
+
+    Z: Tensor
+    k: Tensor
+    log_scale: Tensor
+    feature_map: FeatureMap
+
+    @classmethod
+    def gather(cls, states: Sequence[PrefixState], rows: Tensor) -> "RowStates":
+        """The states of rows [B], given as indices into `states`; -1 for a row without a prefix.
+
+        Raises:
+            ValueError: if the states differ in shape or feature map.
+        """
+        first = states[0]
+        for state in states[1:]:
+            if state.Z.shape != first.Z.shape or not same_map(state.feature_map, first.feature_map):
+                raise ValueError(
+                    f"the rows of a batch need states of one shape and feature map: got Z {list(first.Z.shape)} with "
+                    f"{first.feature_map!r} and Z {list(state.Z.shape)} with {state.feature_map!r}"
+                )
+        chosen = rows.clamp_min(0)
+        Z, k, b = (torch.stack([getattr(s, n) for s in states])[chosen] for n in ("Z", "k", "log_scale"))
+        return cls(Z, k, b.masked_fill((rows < 0)[:, None], -math.inf), first.feature_map)
+
+    @property
+    def num_heads(self) -> int:
+        return self.Z.shape[1]
+
+    @property
+    def num_features(self) -> int:
+        return self.Z.shape[2]
 
 
 def same_map(first: FeatureMap, second: FeatureMap) -> bool:

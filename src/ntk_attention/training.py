@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import peft
 import torch
 import transformers
+from accelerate import PartialState
 from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from .calibration import calibrate, check_size
 from .config import NTKAttentionConfig
@@ -25,13 +25,26 @@ from .data import EMBEDDED_TASKS, Item, Row, collate, encode_all, load_items
 from .evaluation import MAX_NEW_TOKENS, exact_match, mean_loss
 from .models import load_model
 from .observation import adapted_layers
+from .routing import CHILD
+from .run_folder import (
+    CHECKPOINTS,
+    RECORD,
+    STAGING,
+    check_folder,
+    clear,
+    last_good_checkpoint,
+    locked,
+    move,
+    read_record,
+    write_json,
+)
+from .trainer import AdapterTrainer, load_calibration, save_calibration, share_calibration, whole
 
-RECORD = "finetune.json"  # settings and results; its presence says that a folder is ours
-CHECKPOINTS = "checkpoints"
-WRITTEN = (RECORD, "adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "shares.png")
+CALIBRATION = "calibration.safetensors"
 CALIBRATION_ITEMS = 64
 VALIDATION_ITEMS = 64
-FREE_BYTES = 200 * 2**20  # an adapter, its optimizer state and one more checkpoint
+CHECKPOINTS_OF_A_RUN = 20
+EVALUATIONS_OF_A_RUN = 5
 
 
 @dataclass(frozen=True)
@@ -92,48 +105,6 @@ def split_items(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split
     return Split(train, others[:num_validation], others[num_validation:])
 
 
-def check_folder(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
-    """Make sure that the run may write into the folder, before any long work.
-
-    Raises:
-        ValueError: if the folder holds something else, or a run that neither `resume` nor `overwrite` was asked for,
-            or one with other settings; or if its disk is nearly full.
-    """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file: expected a folder to write the adapter to")
-    ours = (output / RECORD).is_file() and (overwrite or read_record(output) is not None)
-    if output.exists() and any(output.iterdir()) and not ours:
-        raise ValueError(f"{output} is not empty and not a run of this program: choose another folder")
-    if ours and not overwrite:
-        record = read_record(output) or {}
-        if not resume:
-            raise ValueError(f"{output} already holds a run: add --resume to go on, or --overwrite to start anew")
-        changed = [name for name, value in asdict(settings).items() if record["settings"].get(name) != value]
-        if changed:
-            raise ValueError(f"{output} was started with other settings ({', '.join(changed)}): cannot resume")
-        if "after" in record:
-            raise ValueError(f"the run in {output} is finished: nothing to resume")
-    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < FREE_BYTES:
-        raise ValueError(f"{output} has {free / 2**20:.0f} MiB of free disk space, {FREE_BYTES / 2**20:.0f} are needed")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"{existing} cannot be written to")
-
-
-def read_record(output: Path) -> dict[str, Any] | None:
-    path = output / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error.msg}, line {error.lineno}): use --overwrite") from None
-    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-        raise ValueError(f"{path} is not the record of a run: expected an object with settings")
-    return record
-
-
 class Reporter(Protocol):
     """What a run tells while it works."""
 
@@ -165,11 +136,6 @@ class ReportToUser(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         names = {"loss": "loss", "eval_loss": "validation"}
         self.figures.update({names[k]: v for k, v in (logs or {}).items() if k in names})
-        if not all(math.isfinite(v) for v in self.figures.values()):
-            raise ValueError(
-                f"the loss is not finite at step {state.global_step}: lower the learning rate "
-                f"({args.learning_rate}); the last good checkpoint is in {args.output_dir}"
-            )
 
 
 def finetune(
@@ -182,52 +148,96 @@ def finetune(
 ) -> dict[str, Any]:
     """Calibrate and train an adapter, save it to `output`, and return the record that is written beside it.
 
+    A run that was stopped at any moment, by kill -9 as well, goes on with `resume` from its last whole checkpoint and
+    ends as it would have (on a CPU, bit by bit).
+
     Raises:
-        ValueError: for unusable settings, data or folders, before any long work starts.
+        ValueError: for unusable settings, data or folders, before any long work starts; if another run writes into
+            the folder; if a checkpoint cannot be written; and if a loss or a gradient is not finite: the message names
+            the step, the module and the last good checkpoint.
     """
-    reporter = reporter or Silent()
     started = time.time()
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    reporter = reporter if reporter is not None and processes.is_main_process else Silent()
     config = NTKAttentionConfig(task_type="CAUSAL_LM", **settings.adapter)
-    check_folder(output, settings, resume=resume, overwrite=overwrite)
+    if settings.batch_size % processes.num_processes:
+        raise ValueError(
+            f"batch_size is that of all processes together: expected a multiple of {processes.num_processes}, got "
+            f"{settings.batch_size}"
+        )
+    if processes.is_main_process:
+        check_folder(output, asdict(settings), resume=resume, overwrite=overwrite)
     set_seed(settings.seed)
+    # With FSDP, transformers and accelerate would leave the model empty on all processes but the first until the
+    # trainer shards it: too late for calibration.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     reporter.stage(f"load {settings.model}")
     base, tokenizer = load_model(settings.model)
     split = split_items(settings, tokenizer)
     limit = getattr(base.config, "max_position_embeddings", None) or 2**20
     rows = {name: encode_all(getattr(split, name), tokenizer, limit) for name in ("train", "validation", "test")}
-    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    base.to(processes.device)
     model = get_peft_model(base, config)
     check_size(adapted_layers(model))
 
-    if overwrite and output.exists():
-        for name in WRITTEN:
-            (output / name).unlink(missing_ok=True)
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-    record = read_record(output) or {"settings": asdict(settings)}
-    measure = partial(measure_test, model, tokenizer, split.test, rows["test"], settings.max_new_tokens, reporter)
-    if "before" not in record:
-        with model.disable_adapter():
-            record["before"] = measure("held-out items before")
-        write_json(output / RECORD, record)
+    with locked(output) if processes.is_main_process else nullcontext():
+        if processes.is_main_process:
+            check_folder(output, asdict(settings), resume=resume, overwrite=overwrite)  # now that it is ours
+            if overwrite:
+                clear(output)
+        processes.wait_for_everyone()
+        record = read_record(output) or {"settings": asdict(settings)}
+        checkpoint = last_good_checkpoint(output / CHECKPOINTS)
+        processes.wait_for_everyone()  # what is there was read by all before one writes
+        # Every process computes every figure; the first one writes.
+        measure = partial(measure_test, model, tokenizer, split.test, rows["test"], settings.max_new_tokens, reporter)
+        write_record = partial(write_json, output / RECORD) if processes.is_main_process else lambda record: None
+        if "before" not in record:
+            with model.disable_adapter():
+                record["before"] = measure("held-out items before")
+            write_record(record)
 
-    reporter.stage("calibrate")
-    calibration_rows = rows["train"][:CALIBRATION_ITEMS]
-    parts = range(0, len(calibration_rows), settings.batch_size)
-    calibrate(model, [collate(calibration_rows[i : i + settings.batch_size], tokenizer.pad_token_id) for i in parts])
-    record["start_loss"] = mean_loss(model, rows["validation"], tokenizer.pad_token_id)
+        reporter.stage("calibrate")
+        calibration = output / CHECKPOINTS / CALIBRATION
+        if calibration.is_file() and "start_loss" in record:
+            load_calibration(model, calibration)
+        else:
+            start(model, rows["train"], tokenizer.pad_token_id, settings.batch_size)
+            share_calibration(model, processes)
+            if processes.is_main_process:
+                save_calibration(model, calibration)
+            record["start_loss"] = mean_loss(model, rows["validation"], tokenizer.pad_token_id)
+            write_record(record)
 
-    trainer = make_trainer(model, rows, tokenizer.pad_token_id, settings, output, reporter)
-    checkpoints = output / CHECKPOINTS
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    record["after"] = measure("held-out items after")
-    record |= {"train_items": len(split.train), "test_items": len(split.test), "seconds": time.time() - started}
-    record |= describe_run(model, trainer, output)
-    write_json(output / RECORD, record)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+        trainer = make_trainer(model, rows, tokenizer.pad_token_id, settings, output, reporter)
+        trainer.train_from(checkpoint)
+        save_whole(trainer, tokenizer, output)
+        record["after"] = measure("held-out items after")
+        record |= {"train_items": len(split.train), "test_items": len(split.test), "seconds": time.time() - started}
+        record |= describe_run(model, trainer, output)
+        write_record(record)
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return record
+
+
+def start(model: Any, rows: list[Row], pad_token_id: int, batch_size: int) -> None:
+    rows = rows[:CALIBRATION_ITEMS]
+    calibrate(model, [collate(rows[i : i + batch_size], pad_token_id) for i in range(0, len(rows), batch_size)])
+
+
+def save_whole(trainer: AdapterTrainer, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Every file of the adapter and of the tokenizer, one after another, each whole or not at all."""
+    tensors = {name: whole(x) for name, x in trainer.model.state_dict().items() if CHILD in name.split(".")}
+    if trainer.accelerator.is_main_process:
+        staging = output / CHECKPOINTS / STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        trainer.model.save_pretrained(staging, state_dict=tensors)
+        tokenizer.save_pretrained(staging)
+        for path in staging.iterdir():
+            move(path, output / path.name)
+    trainer.accelerator.wait_for_everyone()
 
 
 def describe_run(model: Any, trainer: Trainer, output: Path) -> dict[str, Any]:
@@ -241,6 +251,7 @@ def describe_run(model: Any, trainer: Trainer, output: Path) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "train_loss": [[h["step"], h["loss"]] for h in history if "loss" in h],
         "validation_loss": [[h["step"], h["eval_loss"]] for h in history if "eval_loss" in h],
+        "processes": PartialState().num_processes,
         "hardware": hardware(),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
     }
@@ -272,42 +283,39 @@ def make_trainer(
     model: Any, rows: dict[str, list], pad_token_id: int, settings: Settings, output: Path, reporter: Reporter
 ) -> Trainer:
     steps = math.ceil(len(rows["train"]) / settings.batch_size * settings.epochs)
-    every = max(1, steps // 5)
+    # Both fall on a step that is logged, so that a resumed run logs the same figures.
+    logged = max(1, steps // 100)
+    evaluated, saved = (
+        logged * max(1, steps // (parts * logged)) for parts in (EVALUATIONS_OF_A_RUN, CHECKPOINTS_OF_A_RUN)
+    )
     arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // PartialState().num_processes,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=min(20, max(1, steps // 10)),
-        logging_steps=max(1, steps // 100),
+        logging_steps=logged,
         eval_strategy="steps",
-        eval_steps=every,
+        eval_steps=evaluated,
         save_strategy="steps",
-        save_steps=every,
-        save_total_limit=1,
+        save_steps=saved,
         seed=settings.seed,
         report_to=[],
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
     )
-    trainer = Trainer(
+    trainer = AdapterTrainer(
         model=model,
         args=arguments,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=lambda part: collate(part, pad_token_id),
         callbacks=[ReportToUser(reporter)],
+        pad_token_id=pad_token_id,
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     return trainer
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+import math
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import reduce
 from typing import Any
 
+import torch
 from peft.functional import delete_adapter
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
 from torch import nn
 
+from .adapter_folder import CONFIG, AdapterError, check_state_dict, check_weights
 from .config import NTKAttentionConfig
-from .layer import NTKAttentionLayer
+from .layer import NTKAttentionLayer, parameter_shapes
 from .registration import NAME
 from .routing import CHILD, attach, check_implementation, check_routes, detach, geometry_of, routes, unrouted_attention
+
+NO_ADAPTER = "__base__"  # PEFT's name for a row that no adapter is for
+GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # task types whose PEFT model needs a model that generates
+# What PEFT adds to modules_to_save, whether the model has it or not; for these task types only after it injected.
+HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
 class NTKAttentionModel(BaseTuner):
@@ -29,11 +42,27 @@ class NTKAttentionModel(BaseTuner):
     tuner_layer_cls = NTKAttentionLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not re.fullmatch(r"[^./\\]+", adapter_name):
+            raise ValueError(
+                f"an adapter is saved in a folder of its name: expected no . / or \\, got {adapter_name!r}"
+            )
         # On a copy: what is filled in for this model must not bind the user's config to it.
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        peft_config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        if peft_config.task_type in HEADS and peft_config.modules_to_save is None:
+            peft_config.modules_to_save = list(HEADS[peft_config.task_type])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: NTKAttentionConfig, model_config: dict) -> NTKAttentionConfig:
+        if peft_config.weights is None:
+            return self._prepare(peft_config)
+        try:
+            prepared = self._prepare(peft_config)
+        except ValueError as error:
+            raise AdapterError(f"{peft_config.weights.with_name(CONFIG)}: {error}") from None
+        check_weights(peft_config.weights, self._saved_shapes(peft_config))
+        return prepared
+
+    def _prepare(self, peft_config: NTKAttentionConfig) -> NTKAttentionConfig:
         routed = [name for name, module in self.model.named_modules() if name and routes(module)]
         if not routed:
             attention = unrouted_attention(self.model)
@@ -44,18 +73,31 @@ class NTKAttentionModel(BaseTuner):
         if peft_config.target_modules is None:
             others = [name for name, module in self.model.named_modules() if name and not routes(module)]
             peft_config.target_modules = shortest_suffixes(routed, others)
-        names = [name for name, _ in self.model.named_modules() if name and CHILD not in name.split(".")]
-        self._check_targets([n for n in names if self._check_target_module_exists(peft_config, n)], peft_config)
+        self._check_targets(self._target_names(peft_config), peft_config)
         return peft_config
+
+    def _target_names(self, peft_config: NTKAttentionConfig) -> list[str]:
+        names = [name for name, _ in self.model.named_modules() if name and CHILD not in name.split(".")]
+        return [name for name in names if self._check_target_module_exists(peft_config, name)]
 
     def _check_targets(self, names: list[str], peft_config: NTKAttentionConfig) -> None:
         """Everything that can be refused is refused here, before the model is touched."""
+        if not names:
+            raise ValueError(
+                "what target_modules, exclude_modules, modules_to_save and layers_to_transform leave was not found in "
+                f"{type(self.model).__name__}: expected at least one attention module"
+            )
+        if peft_config.task_type in GENERATING and not hasattr(self.model, "prepare_inputs_for_generation"):
+            raise ValueError(f"task_type is {peft_config.task_type!r}, but {type(self.model).__name__} cannot generate")
         sizes = set()
         for name in names:
             module = self.model.get_submodule(name)
             check_routes(module, name)
             check_implementation(module, name)
-            sizes.add(tuple(asdict(geometry_of(module, name)).values()))
+            found = geometry_of(module, name)
+            parameter_shapes(peft_config, found)  # refuses states without end
+            sizes.add(tuple(asdict(found).values()))
+        self._check_modules_to_save(names, peft_config)
         geometry = {"num_modules": len(names), "sizes": [list(size) for size in sorted(sizes)]}
         if peft_config.geometry is not None and peft_config.geometry != geometry:
             raise ValueError(
@@ -63,6 +105,55 @@ class NTKAttentionModel(BaseTuner):
                 f"{describe(geometry)}"
             )
         peft_config.geometry = geometry
+
+    def _modules_to_save(self, peft_config: NTKAttentionConfig) -> dict[str, nn.Module]:
+        """Modules that PEFT will train and save besides the states, by its rule: their names end like this."""
+        ends = tuple(peft_config.modules_to_save or ())
+        wrappers = [n for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        return {
+            name: module.original_module if name in wrappers else module
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if ends and name.endswith(ends) and not any(name.startswith(f"{wrapper}.") for wrapper in wrappers)
+        }
+
+    def _check_modules_to_save(self, targets: list[str], peft_config: NTKAttentionConfig) -> None:
+        modules = self._modules_to_save(peft_config)
+        for name in peft_config.modules_to_save or ():
+            is_added = any(name in heads for heads in HEADS.values())
+            if not is_added and not any(found.endswith(name) for found in modules):
+                raise ValueError(f"modules_to_save holds {name!r}, but {type(self.model).__name__} has no such module")
+        for name, module in modules.items():
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):
+                raise ValueError(f"modules_to_save means {name}, a {type(module).__name__}, which PEFT cannot copy")
+            for other in (*targets, *(other for other in modules if other != name)):
+                if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
+                    raise ValueError(f"modules_to_save means {name}, which overlaps {other}: expected modules apart")
+
+    def _saved_shapes(self, peft_config: NTKAttentionConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors in the file of an adapter of this model."""
+        shapes = {}
+        for name in self._target_names(peft_config):
+            geometry = geometry_of(self.model.get_submodule(name), name)
+            for tensor, shape in parameter_shapes(peft_config, geometry).items():
+                shapes[f"base_model.model.{name}.{CHILD}.{tensor}"] = shape
+        for name, module in self._modules_to_save(peft_config).items():
+            for tensor, value in module.state_dict().items():
+                shapes[f"base_model.model.{name}.{tensor}"] = tuple(value.shape)
+        return shapes
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key, adapter_name):
+        """In a file no name holds the adapter's, nor those of tensors that lie deeper (the directions of a map)."""
+        return key.replace(f".{CHILD}.{adapter_name}.", f".{CHILD}.")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """As PEFT does it; a state dict that does not fit is refused as a whole, before one tensor is set."""
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        inside = (f"{CHILD}.{adapter_name}.", f"modules_to_save.{adapter_name}.")
+        expected = {n: tuple(x.shape) for n, x in model.state_dict().items() if any(part in n for part in inside)}
+        check_state_dict(state_dict, expected)
+        return state_dict
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **_: Any
@@ -74,6 +165,78 @@ class NTKAttentionModel(BaseTuner):
             layer.set_adapter(self.active_adapters)
             attach(target, layer)
         layer.add_adapter(adapter_name, peft_config)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """A batch whose rows use different adapters, `adapter_names` of PEFT; "__base__" is a row without one.
+
+        The states of the rows are gathered once, before the first layer runs and, in `generate`, before the first
+        token; attention itself knows of no adapters then.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names is for inference: call model.eval() first")
+        unknown = set(names) - set(self.peft_config) - {NO_ADAPTER}
+        if unknown:
+            raise ValueError(f"adapter_names holds {sorted(unknown)}, expected names of {sorted(self.peft_config)}")
+        beams = kwargs.get("num_beams") or 1
+        names = [name for name in names for _ in range(beams)]
+        layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+        try:
+            for layer in layers:
+                layer.gather(names)
+            with ExitStack() as stack:
+                for layer in layers:
+                    if layer.rows is None:  # none of the adapters is here
+                        stack.enter_context(layer.resting())
+                yield
+        finally:
+            for layer in layers:
+                layer.rows = None
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose states are sums: Z = sum_i w_i Z_i, k = sum_i w_i k_i.
+
+        A state stands for a set of prefix tokens, so this is the prefix of all adapters with every token of adapter i
+        counted w_i times: T = (A V + sum_i w_i phi Z_i) / (A 1 + sum_i w_i phi k_i). Weights of 1 are all adapters
+        active at once. It is no average of outputs: equal weights that sum to 1 halve (for two) the share of each.
+
+        Args:
+            adapters: names of adapters on the same modules, with one feature map and as many state heads.
+            weights: as many, none negative (a normaliser would be), not all zero.
+            adapter_name: of the new adapter, whose Z has full rank; it is not activated.
+
+        Raises:
+            ValueError: if names are unknown or taken, or adapters or weights do not fit.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name {adapter_name!r} already exists")
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"adapters holds {unknown}, expected names of {sorted(self.peft_config)}")
+        if len(weights) != len(adapters) or not all(0 <= w < math.inf for w in weights) or not any(weights):
+            raise ValueError(
+                f"weights must be {len(adapters)} finite numbers, none negative (k is a normaliser) and not all zero, "
+                f"got {list(weights)}"
+            )
+        layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+        if any(any(name in layer for name in adapters) != all(name in layer for name in adapters) for layer in layers):
+            raise ValueError(f"the adapters {list(adapters)} sit on different modules: expected the same")
+        parts = [(name, math.log(w)) for name, w in zip(adapters, weights, strict=True) if w > 0]
+        with torch.no_grad():
+            sums = {
+                layer: reduce(operator.add, (layer[name].state().weighted(log_w) for name, log_w in parts))
+                for layer in layers
+                if adapters[0] in layer
+            }
+            self.peft_config[adapter_name] = replace(
+                self.peft_config[adapters[0]], rank=None, init_weights=True, inference_mode=True
+            )
+            self.inject_adapter(self.model, adapter_name)
+            for layer, state in sums.items():
+                layer[adapter_name].load_state(state)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As every tuner does it, which would look past modules whose name holds the prefix, and so past ours."""

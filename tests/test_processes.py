@@ -1,0 +1,76 @@
+"""`finetune` in two processes (gloo), against one process with the same batches: start, loss curve, adapter."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ntk_attention.run_folder import CHECKPOINTS, RECORD
+
+from .tiny import save_letters
+
+FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+LAUNCH = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCH += ["--dynamo_backend", "no", "--num_processes", "2", "--main_process_port", "0"]
+
+
+def start(*arguments, status=0):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (result.returncode == 0) == (status == 0), result.stderr[-3000:]
+    assert status == 0 or f"exitcode  : {status} " in result.stderr, result.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_letters(tmp_path_factory.mktemp("data") / "letters.jsonl", "abcdefghijk")
+
+
+@pytest.fixture(scope="module")
+def alone(model_folder, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "out"
+    start("-m", "tests.processes", output, model_folder, data)
+    return output
+
+
+@pytest.mark.parametrize("kind", [["--multi_gpu"], FSDP2], ids=["DDP", "FSDP2"])
+def test_two_processes_against_one(kind, alone, model_folder, data, tmp_path):
+    output = tmp_path / "out"
+    command = [*LAUNCH, *kind, "-m", "tests.processes"]
+    if kind == FSDP2:  # stopped before step 8, and resumed from its shards
+        start(*command, output, model_folder, data, 7, status=3)
+        assert (output / CHECKPOINTS / "checkpoint-7").is_dir()
+    start(*command, output, model_folder, data)
+    record, expected = (json.loads((folder / RECORD).read_text()) for folder in (output, alone))
+    assert (record["processes"], expected["processes"]) == (2, 1)
+    assert record["before"] == expected["before"]
+    assert record["start_loss"] == expected["start_loss"]
+    for name in ("train_loss", "validation_loss"):
+        torch.testing.assert_close(torch.tensor(record[name]), torch.tensor(expected[name]), rtol=2e-6, atol=0)
+    tensors, others = (load_file(folder / "adapter_model.safetensors") for folder in (output, alone))
+    assert tensors.keys() == others.keys()
+    for name, x in tensors.items():
+        assert (x - others[name]).norm() < 1e-5 * others[name].norm()
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    inputs = {"input_ids": torch.arange(2, 12)[None]}
+    before = base(**inputs).logits
+    assert not torch.equal(PeftModel.from_pretrained(base, output)(**inputs).logits, before)
+
+
+def test_a_batch_that_does_not_divide_is_refused(model_folder, data, tmp_path, monkeypatch):
+    from ntk_attention import training
+
+    class Three:
+        num_processes, is_main_process = 3, True
+
+    monkeypatch.setattr(training, "PartialState", lambda **_: Three())
+    with pytest.raises(ValueError, match="expected a multiple of 3, got 16"):
+        training.finetune(training.Settings(str(model_folder), str(data)), tmp_path / "out")
