@@ -5,22 +5,16 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from .config import NTKAttentionConfig
+from .exact import LayerPrefix
 from .routing import CHILD, geometry_of, query_scale, routes
 from .state import PrefixState
-
-
-class LayerPrefix(NamedTuple):
-    """The prefix of one attention layer, as its queries see it."""
-
-    keys: Tensor  # [H_kv, m, d], after the position encoding
-    values: Tensor  # [H_kv, m, d_v]
 
 
 def adapter_from_prefix(
@@ -58,7 +52,7 @@ def adapter_from_prefix(
             )
         _, factor = query_scale(module, getattr(module, "scaling", None), d)
         try:
-            states[name] = PrefixState.from_prefix(*layer, copy.deepcopy(phi), scale=factor**2)
+            states[name] = PrefixState.from_prefix(layer.keys, layer.values, copy.deepcopy(phi), scale=factor**2)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
@@ -129,3 +123,14 @@ def rotated_back(model: nn.Module, module: nn.Module, keys: Tensor, offset: int)
     cos, sin = rotary(exact, torch.tensor([[offset]], device=keys.device))
     length = torch.sqrt(cos.square() + sin.square())  # some models scale their keys here, too
     return rotate(exact, exact, cos / length, -sin / length)[1].to(keys.dtype)
+
+
+def by_layer(model: nn.Module, prefix: Sequence[LayerPrefix]) -> dict[str, LayerPrefix]:
+    """The prefix of a model by the names of its NTK-Attention layers, without layers that have none."""
+    modules = dict(model.named_modules())
+    found = [
+        (f"{name}.{CHILD}", tokens)
+        for (name, _), tokens in zip(attention_modules(model), prefix, strict=True)
+        if f"{name}.{CHILD}" in modules
+    ]
+    return dict(found)

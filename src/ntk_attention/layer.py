@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import NTKAttentionConfig
+from .exact import LayerPrefix
 from .operation import Block
 from .routing import Geometry
 from .state import PrefixState
@@ -196,6 +197,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         # A function put here sees every call: the query, the block of the real tokens, the block of the prefix (None
         # while the adapters rest) and the factor that makes phi's input of the query.
         self.observer: Callable[[Tensor, Block, Block | None, float], None] | None = None
+        self.exact: LayerPrefix | None = None  # tokens of a prefix that are all there, see `exact_prefix`
 
     @property
     def adapters(self) -> nn.ModuleDict:
