@@ -21,6 +21,13 @@ class LayerPrefix(NamedTuple):
     log_weights: Tensor | None = None  # [H_kv, m], added to the logits of the tokens
 
 
+def together(first: LayerPrefix, second: LayerPrefix | None) -> LayerPrefix:
+    """Two sets of prefix tokens, without weights, as one."""
+    if second is None:
+        return first
+    return LayerPrefix(torch.cat([first.keys, second.keys], dim=1), torch.cat([first.values, second.values], dim=1))
+
+
 @contextmanager
 def exact_prefix(
     layers: Mapping[str, NTKAttentionLayer], prefix: Mapping[str, LayerPrefix], *, resting: Iterable[str] = ()

@@ -6,40 +6,47 @@ prefix, D = D_c + D_p, and t = (N_c + N_p) / D the output that is wanted. A stat
     (N_c + phi(q)^T Z) / (D_c + phi(q)^T k).
 
 1. k: phi(q)^T k should be D_p. In units of D that is the prefix's share of the attention; least squares with k >= 0 on
-   the nonnegative features.
+   the nonnegative features, lifted there to a small floor.
 2. Z, given k: phi(q)^T Z should be t (D_c + phi(q)^T k) - N_c. In units of D_c + phi(q)^T k the residual is the error
    of the output itself, so this ridge regression has the least output error that any Z can have with this k.
 
 Both read the queries only through sums of g g^T and g y^T, in float64: memory does not grow with the number of queries.
-The ridge is relative to each feature's own variance, leaves the constant feature alone, and is chosen for each head on
-batches that the sums do not hold. As everywhere, a prefix is measured through the block that it is (operation.py).
+
+Where all features are nonnegative, the output phi(q)^T Z / phi(q)^T k is a mean of the values v_j = Z_j / k_j of r
+pseudo-tokens. The ridge of Z is on those: they stay of the size of real values, so that no query, however unlike those
+of the calibration, gets an output out of range, and the floor of k lets every feature have a say. Where features have
+signs, the ridge is relative to each feature's own variance. Its size is chosen for each head on batches that the sums
+do not hold.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .exact import LayerPrefix, exact_prefix
+from .exact import LayerPrefix, exact_prefix, together
 from .features import FeatureMap
 from .layer import NTKAttentionLayer, PrefixAdapter
 from .observation import adapted_layers, observe
-from .operation import Block
+from .operation import Block, exact_block, merge_blocks
+from .routing import query_scale
 from .state import PrefixState
 
 if TYPE_CHECKING:
     from .training import Reporter
 
-RIDGES = tuple(10.0**k for k in range(-7, 1))
+SMALLEST = 1e-280  # in the place of zero
+RIDGES = tuple(10.0**k for k in range(-9, 2))
 HELD_OUT_EVERY = 4  # batches
 MAX_BYTES = 6 * 2**30  # of sums at once; more layers than that are fitted one group after another
 INTERIOR_STEPS = 40
+FLOOR = 0.5  # of the prefix's share of the attention, spread over the features
 
 
 @dataclass
@@ -58,6 +65,7 @@ def fit(
     prefix: Mapping[str, LayerPrefix],
     batches: Iterable[Mapping[str, Any]],
     *,
+    kept: Mapping[str, LayerPrefix] | None = None,
     adapter_name: str = "default",
     reporter: Reporter | None = None,
 ) -> FitReport:
@@ -70,6 +78,7 @@ def fit(
         prefix: of the layers that are to be fitted, by name, such as `by_layer` makes of `prefix_of_cache`.
         batches: keyword arguments of the model's forward: text at the positions from 0 on. Every fourth batch chooses
             the ridge.
+        kept: more tokens of the prefix, by layer, which the model goes on seeing: the state does not stand for them.
         adapter_name: which adapter.
         reporter: told about every batch.
 
@@ -87,9 +96,13 @@ def fit(
     groups = grouped({name: layers[name][adapter_name] for name in prefix})
     if reporter is not None:
         reporter.stage("fit", 2 * len(groups) * len(batches))
-    with exact_prefix(layers, prefix, resting=layers):
+    kept = kept or {}
+    whole = {name: together(tokens, kept.get(name)) for name, tokens in prefix.items()}
+    with exact_prefix(layers, {**kept, **whole}, resting=layers):
         for group in groups:
             fits = {name: AdapterFit(adapter, len(batches)) for name, adapter in group.items()}
+            for name in group.keys() & kept.keys():
+                fits[name].split = Split(prefix[name], kept[name], logit_scale(layers[name]))
             part = {name: layers[name] for name in group}
             for observer in ("observe_normaliser", "observe_values"):
                 for batch in batches:
@@ -117,6 +130,24 @@ def grouped(adapters: Mapping[str, PrefixAdapter]) -> list[dict[str, PrefixAdapt
         groups[-1][name] = adapter
         size += own
     return groups
+
+
+class Split(NamedTuple):
+    """A prefix of which the model goes on seeing a part."""
+
+    prefix: LayerPrefix
+    kept: LayerPrefix
+    scale: float  # of the logits
+
+    def blocks(self, query: Tensor, context: Block) -> tuple[Block, Block]:
+        """The block of what stays, and that of what goes."""
+        kept, prefix = (exact_block(query, tokens, self.scale) for tokens in (self.kept, self.prefix))
+        return merge_blocks(Block(context.out.to(kept.out), context.lse.to(kept.lse)), kept), prefix
+
+
+def logit_scale(layer: NTKAttentionLayer) -> float:
+    module = layer.get_base_layer()
+    return query_scale(module, getattr(module, "scaling", None), layer.geometry.head_dim)[0]
 
 
 class Sums:
@@ -161,6 +192,7 @@ class HeadFit:
         self.seen = {"share": 0, "output": 0}
         self.effect = torch.zeros(H, dtype=torch.float64, device=device)  # of the prefix on held-out outputs, squared
         self.held_out_rows = 0
+        self.split: Split | None = None
         self.k = self.Z = self.error = self.share_error = torch.empty(0)
 
     def features(self, query: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -170,6 +202,8 @@ class HeadFit:
     def rows(self, query: Tensor, context: Block, prefix: Block, factor: float, counts: Tensor) -> dict[str, Tensor]:
         """What counts of a batch, per head of the state and row, in units of D."""
         H = len(self.effect)
+        if self.split is not None:
+            context, prefix = self.split.blocks(query, context)
         context, prefix = (Block(block.out.double(), block.lse.double()) for block in (context, prefix))
         lse = torch.logaddexp(context.lse, prefix.lse)
         features, row_scale = self.features(query, factor)
@@ -195,9 +229,13 @@ class HeadFit:
 
     def solve_normaliser(self) -> None:
         train, held = self.sums["share"]
-        ridge = best_ridge(train, held, self.constant)
-        self.share_error = held.error(nonnegative(train, ridge, self.constant, self.positive)[..., None]).clamp_min(0)
-        self.k = nonnegative(train + held, ridge, self.constant, self.positive)
+        penalty = partial(own_variance, constant=self.constant)
+        ridge, both = best_ridge(train, held, penalty), train + held
+        self.share_error = held.error(nonnegative(train, ridge, penalty, self.positive)[..., None]).clamp_min(0)
+        rms = both.gram.diagonal(dim1=1, dim2=2).clamp_min(SMALLEST).sqrt()
+        floor = FLOOR * both.square.sqrt()[:, None] / (rms * rms.shape[1])
+        k = nonnegative(both, ridge, penalty, self.positive)
+        self.k = torch.where(self.positive, torch.maximum(k, floor), k)
 
     def observe_values(self, query: Tensor, context: Block, prefix: Any, factor: float, counts: Tensor) -> None:
         rows = self.rows(query, context, prefix, factor, counts)
@@ -215,12 +253,15 @@ class HeadFit:
 
     def solve_values(self, rank: int | None = None) -> None:
         train, held = self.sums["output"]
-        ridge = best_ridge(train, held, self.constant)
-        Z = of_rank(ridge_regression(train, ridge, self.constant), train, rank)
+        penalty: Penalty = partial(own_variance, constant=self.constant)
+        if self.positive.all():
+            penalty = partial(of_pseudo_tokens, k=self.k)
+        ridge = best_ridge(train, held, penalty)
+        Z = of_rank(ridge_regression(train, ridge, penalty), train, rank)
         self.error = (held.error(Z).clamp_min(0) / self.effect.clamp_min(1e-30)).sqrt()
         self.share_error = (self.share_error / max(self.held_out_rows, 1)).sqrt()
         both = train + held
-        self.Z = of_rank(ridge_regression(both, ridge, self.constant), both, rank)
+        self.Z = of_rank(ridge_regression(both, ridge, penalty), both, rank)
 
 
 class AdapterFit(HeadFit):
@@ -257,46 +298,55 @@ class AdapterFit(HeadFit):
 # --- the two problems ---
 
 
-def penalty(sums: Sums, constant: int | None) -> Tensor:
-    """What the ridge multiplies, [H, r]: each feature's own variance; nothing for the constant feature."""
-    own = sums.gram.diagonal(dim1=1, dim2=2)
-    floor = 1e-12 * own.mean(dim=1, keepdim=True).clamp_min(1e-280)
+Penalty = Callable[[Sums], Tensor]  # what the ridge multiplies for every feature: [H, r]
+
+
+def own_variance(sums: Sums, constant: int | None) -> Tensor:
+    """Each feature's own variance; nothing for the constant feature."""
+    gram = sums.gram
+    own = gram.diagonal(dim1=1, dim2=2)
+    floor = 1e-12 * own.mean(dim=1, keepdim=True).clamp_min(SMALLEST)
     if constant is None:
         return own.clamp_min(floor)
-    gram = sums.gram
-    left = own - gram[:, constant].square() / gram[:, constant, constant, None].clamp_min(1e-280)
+    left = own - gram[:, constant].square() / gram[:, constant, constant, None].clamp_min(SMALLEST)
     left[:, constant] = 0.0
     return torch.maximum(left, floor)
 
 
-def equilibrated(sums: Sums, ridge: Tensor, constant: int | None) -> tuple[Tensor, Tensor]:
+def of_pseudo_tokens(sums: Sums, k: Tensor) -> Tensor:
+    """That of Z_j / k_j, in units of the prefix's share of the attention."""
+    share = (k[:, None] @ sums.gram @ k[..., None])[:, 0]
+    return share / (k.shape[1] * k.square().clamp_min(SMALLEST))
+
+
+def equilibrated(sums: Sums, ridge: Tensor, penalty: Penalty) -> tuple[Tensor, Tensor]:
     """The ridged Gram matrix with a unit diagonal [H, r, r], and the units [H, r] that make it so."""
-    gram = sums.gram + torch.diag_embed(ridge[:, None] * penalty(sums, constant))
-    unit = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-280).rsqrt()
+    gram = sums.gram + torch.diag_embed(ridge[:, None] * penalty(sums))
+    unit = gram.diagonal(dim1=1, dim2=2).clamp_min(SMALLEST).rsqrt()
     return gram * unit[:, :, None] * unit[:, None, :], unit
 
 
-def ridge_regression(sums: Sums, ridge: Tensor, constant: int | None) -> Tensor:
+def ridge_regression(sums: Sums, ridge: Tensor, penalty: Penalty) -> Tensor:
     """argmin |G w - Y|^2 + ridge * sum_j penalty_j |w_j|^2: [H, r, outputs] for ridge [H]."""
-    gram, unit = equilibrated(sums, ridge, constant)
+    gram, unit = equilibrated(sums, ridge, penalty)
     return unit[..., None] * torch.linalg.solve(gram, unit[..., None] * sums.moment)
 
 
-def best_ridge(train: Sums, held: Sums, constant: int | None, choices: Sequence[float] = RIDGES) -> Tensor:
+def best_ridge(train: Sums, held: Sums, penalty: Penalty) -> Tensor:
     """The ridge [H] whose solution has the least error on held-out rows."""
-    grid = train.gram.new_tensor(choices)
-    errors = [held.error(ridge_regression(train, ridge.expand(len(train.gram)), constant)) for ridge in grid]
+    grid = train.gram.new_tensor(RIDGES)
+    errors = [held.error(ridge_regression(train, ridge.expand(len(train.gram)), penalty)) for ridge in grid]
     return grid[torch.stack(errors).nan_to_num(math.inf).argmin(dim=0)]
 
 
-def nonnegative(sums: Sums, ridge: Tensor, constant: int | None, positive: Tensor) -> Tensor:
-    """The ridge regression of one output with w >= 0 where `positive` [r]: [H, r], there strictly positive.
+def nonnegative(sums: Sums, ridge: Tensor, penalty: Penalty, positive: Tensor) -> Tensor:
+    """The ridge regression of one output with w > 0 where `positive` [r]: [H, r].
 
-    A primal-dual interior-point method: Newton steps on A w - a = s, w s = mu, with mu going to 0.
+    A primal-dual interior-point method: Newton steps on A w - a = s, w s = mu, mu going to 0.
     """
-    A, unit = equilibrated(sums, ridge, constant)
+    A, unit = equilibrated(sums, ridge, penalty)
     a = unit * sums.moment[..., 0]
-    scale = a.abs().amax(dim=1, keepdim=True).clamp_min(1e-280)
+    scale = a.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST)
     a = a / scale
     bound = positive.to(a.dtype)
     w, s = bound.expand_as(a).clone(), bound.expand_as(a).clone()

@@ -84,11 +84,14 @@ class PrefixAdapter(nn.Module):
                 self.Z_A.normal_(0.0, r**-0.5)
                 self.Z_B.zero_()
 
+    def plain_leading(self) -> Tensor:
+        """The leading factor of Z in plain coordinates."""
+        Z = getattr(self, self.leading)
+        return Z if self.coordinates is None else self.coordinates.to(Z.dtype) @ Z
+
     def plain_Z(self) -> Tensor:  # noqa: N802
         """Z [H, r, d_v] in plain coordinates."""
-        Z = getattr(self, self.leading)
-        if self.coordinates is not None:
-            Z = self.coordinates.to(Z.dtype) @ Z
+        Z = self.plain_leading()
         return Z if self.leading == "Z" else Z @ self.Z_B
 
     def state(self) -> PrefixState:

@@ -82,7 +82,7 @@ class PrefixState:
         Raises:
             ValueError: if shapes do not fit, a value is not finite, or the map has the constant feature.
         """
-        _check_prefix(keys, values)
+        check_tokens(keys, values)
         made = _map(feature_map).bind(keys.shape[-1])
         if made.constant:
             raise ValueError(f"a state of given tokens needs a map without the constant feature, got {made!r}")
@@ -101,7 +101,7 @@ class PrefixState:
         self, keys: Tensor, values: Tensor, *, scale: float | None = None, chunk_size: int = 4096
     ) -> "PrefixState":
         """The state with more tokens at the end of its prefix; arguments and errors as in `from_prefix`."""
-        _check_prefix(keys, values)
+        check_tokens(keys, values)
         H, m, d = keys.shape
         if self.num_heads != H or values.shape[-1] != self.Z.shape[-1]:
             raise ValueError(
@@ -212,7 +212,8 @@ def same_map(first: FeatureMap, second: FeatureMap) -> bool:
     return all(torch.equal(a, b.to(a)) for a, b in tensors)
 
 
-def _check_prefix(keys: Tensor, values: Tensor) -> None:
+def check_tokens(keys: Tensor, values: Tensor) -> None:
+    """Raise ValueError unless keys [H, m, d] and values [H, m, d_v] are a prefix, m >= 1, of finite values."""
     if keys.dim() != 3 or values.dim() != 3 or keys.shape[:2] != values.shape[:2]:
         raise ValueError(
             f"a prefix needs keys [H, m, d] and values [H, m, d_v], got {list(keys.shape)} and {list(values.shape)}"

@@ -1,20 +1,23 @@
 """Calibration text for a document: what a state of it is fitted and distilled on, made from nothing but the document.
 
-What a reader of a document will be asked is not known. Two kinds of text bring queries like those that come: the model's
-own continuations of the document, sampled while it sees all of it, and pieces of the document, read once more.
+What a reader of a document will be asked is not known. Two kinds of text bring queries like those that come: the
+model's own continuations of the document, sampled while it sees all of it, and pieces of the document, read once more.
 Studying one's own text is the idea of Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .exact import LayerPrefix, exact_prefix
 from .observation import adapted_layers, evaluating
+
+if TYPE_CHECKING:
+    from .training import Reporter
 
 # What a continuation starts with; {} is a piece of the document.
 OPENERS = (
@@ -40,6 +43,7 @@ def study(
     batch_size: int = 16,
     seed: int = 0,
     source: str = "both",
+    reporter: Reporter | None = None,
 ) -> list[dict[str, Tensor]]:
     """Batches of calibration text.
 
@@ -47,29 +51,36 @@ def study(
         model: with an NTK-Attention adapter, which rests meanwhile.
         tokenizer: of the model.
         prefix: of the document, by layer; see `by_layer`.
-        document: its tokens [m].
+        document: its tokens [m]; where they are not known, [0], all is sampled.
         rows, length: of the text in tokens; a document shorter than `length` gives shorter rows.
         batch_size: rows of a batch.
         seed: of the places and the samples.
         source: "samples" of the model, "chunks" of the document, or alternately "both".
+        reporter: told about every row.
 
     Raises:
-        ValueError: for an unknown source or an empty document.
+        ValueError: for an unknown source.
     """
     if source not in SOURCES:
         raise ValueError(f"unknown source of calibration text {source!r}: expected one of {SOURCES}")
+    openers: tuple[str, ...] = OPENERS
     if document.numel() == 0:
-        raise ValueError("the document is empty: expected at least one token")
+        source, openers = "samples", tuple(text for text in OPENERS if "{}" not in text)
+    if reporter is not None:
+        reporter.stage("write calibration text", rows)
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     sizes = [min(batch_size, rows - start) for start in range(0, rows, batch_size)]
-    batches = []
+    batches: list[dict[str, Tensor]] = []
     for i, size in enumerate(sizes):
         if source == "samples" or (source == "both" and i % 2):
-            ids = samples(model, tokenizer, prefix, document, size, length, OPENERS[i // 2 % len(OPENERS)], generator)
+            opener = openers[len(batches) % len(openers)]
+            ids = samples(model, tokenizer, prefix, document, size, length, opener, generator)
         else:
             ids = pieces(document, size, length, generator)
         batches.append({"input_ids": ids.to(device)})
+        if reporter is not None:
+            reporter.advance(size)
     return batches
 
 
@@ -119,4 +130,3 @@ def samples(
             ).cpu()
     finally:
         torch.random.set_rng_state(state)
-

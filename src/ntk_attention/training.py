@@ -92,7 +92,7 @@ def split_items(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split
     return Split(train, others[:num_validation], others[num_validation:])
 
 
-def check_folder(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
+def check_folder(output: Path, settings: Any, *, resume: bool, overwrite: bool, name: str = RECORD) -> None:
     """Make sure that the run may write into the folder, before any long work.
 
     Raises:
@@ -101,14 +101,14 @@ def check_folder(output: Path, settings: Settings, *, resume: bool, overwrite: b
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file: expected a folder to write the adapter to")
-    ours = (output / RECORD).is_file() and (overwrite or read_record(output) is not None)
+    ours = (output / name).is_file() and (overwrite or read_record(output, name) is not None)
     if output.exists() and any(output.iterdir()) and not ours:
         raise ValueError(f"{output} is not empty and not a run of this program: choose another folder")
     if ours and not overwrite:
-        record = read_record(output) or {}
+        record = read_record(output, name) or {}
         if not resume:
             raise ValueError(f"{output} already holds a run: add --resume to go on, or --overwrite to start anew")
-        changed = [name for name, value in asdict(settings).items() if record["settings"].get(name) != value]
+        changed = [key for key, value in asdict(settings).items() if record["settings"].get(key) != value]
         if changed:
             raise ValueError(f"{output} was started with other settings ({', '.join(changed)}): cannot resume")
         if "after" in record:
@@ -121,8 +121,8 @@ def check_folder(output: Path, settings: Settings, *, resume: bool, overwrite: b
         raise ValueError(f"{existing} cannot be written to")
 
 
-def read_record(output: Path) -> dict[str, Any] | None:
-    path = output / RECORD
+def read_record(output: Path, name: str = RECORD) -> dict[str, Any] | None:
+    path = output / name
     if not path.is_file():
         return None
     try:
