@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import attention, cpu, decode, figure3, training
+from . import attention, building, cpu, decode, figure3, training
 from .runner import Case
 
 
@@ -30,5 +30,6 @@ BENCHMARKS = {
     "figure3": Benchmark(figure3),
     "decode": Benchmark(decode),
     "training": Benchmark(training),
+    "building": Benchmark(building),
     "cpu": Benchmark(cpu, on_cpu=True),
 }

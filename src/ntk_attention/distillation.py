@@ -29,6 +29,7 @@ def distill(
     steps: int = 200,
     learning_rate: float = 5e-3,
     kept: Mapping[str, LayerPrefix] | None = None,
+    targets: Sequence[Tensor] | None = None,
     adapter_name: str = "default",
     reporter: Reporter | None = None,
 ) -> list[float]:
@@ -44,6 +45,7 @@ def distill(
         steps: of one batch each, in turn.
         learning_rate: the largest.
         kept: tokens of the prefix that the model goes on seeing, by layer.
+        targets: logits of the model that sees the prefix, where they are known; see `teacher_logits`.
         adapter_name: which adapter.
         reporter: told about every step.
 
@@ -57,7 +59,7 @@ def distill(
     batches = list(batches)
     if not batches:
         raise ValueError("distill got no batches: text that follows the prefix is expected")
-    targets = teacher_logits(model, prefix, batches, kept=kept)
+    targets = teacher_logits(model, prefix, batches, kept=kept) if targets is None else targets
     parameters = [p for layer in layers.values() for p in layer[adapter_name].parameters() if p.requires_grad]
     with exact_prefix(layers, kept or {}):
         set_coordinates(model, batches, adapter_name)

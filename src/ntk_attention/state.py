@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .features import FeatureMap, feature_map
 
+CHUNK_BYTES = 2**20, 2**28  # of the features of one chunk: on a CPU, on a GPU
 _map = feature_map  # arguments of this name hide the function
 
 
@@ -62,7 +63,7 @@ class PrefixState:
         feature_map: str | FeatureMap = "taylor",
         *,
         scale: float | None = None,
-        chunk_size: int = 4096,
+        chunk_size: int | None = None,
     ) -> "PrefixState":
         """The state of a given prefix: Z = sum_i phi(c_i) u_i^T and k = sum_i phi(c_i) (section 4 of the paper).
 
@@ -74,7 +75,8 @@ class PrefixState:
             values: u [H, m, d_v].
             feature_map: a name or a map, without the constant feature, which is not a sum over tokens.
             scale: of the logits, d^-1/2 by default.
-            chunk_size: tokens whose features are in memory at once.
+            chunk_size: tokens whose features are in memory at once; by default as many as a cache or, on a GPU, one
+                launch of each kernel can make good use of.
 
         Returns:
             A state with H heads in float32, or in float64 for float64 keys.
@@ -98,7 +100,7 @@ class PrefixState:
         return nothing.update(keys, values, scale=scale, chunk_size=chunk_size)
 
     def update(
-        self, keys: Tensor, values: Tensor, *, scale: float | None = None, chunk_size: int = 4096
+        self, keys: Tensor, values: Tensor, *, scale: float | None = None, chunk_size: int | None = None
     ) -> "PrefixState":
         """The state with more tokens at the end of its prefix; arguments and errors as in `from_prefix`."""
         check_tokens(keys, values)
@@ -114,6 +116,8 @@ class PrefixState:
                 f"{self.feature_map.num_features(d)} of keys of size {d}"
             )
         factor = (d**-0.5 if scale is None else scale) ** 0.5
+        if chunk_size is None:
+            chunk_size = max(1, CHUNK_BYTES[keys.is_cuda] // (4 * H * max(self.num_features, d)))
         # Sums over chunks are kept in float64: the rounding of millions of additions would show in float32.
         Z, k, b = self.Z.double(), self.k.double(), self.log_scale.double()
         for start in range(0, m, chunk_size):
@@ -223,5 +227,5 @@ def check_tokens(keys: Tensor, values: Tensor) -> None:
     for name, x in (("keys", keys), ("values", values)):
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
-        if not torch.isfinite(x).all():
+        if not torch.isfinite(torch.stack(torch.aminmax(x))).all():  # one pass over x, and no copy
             raise ValueError(f"{name} hold NaN or infinite values")
