@@ -51,7 +51,9 @@ def test_documents(folder, model_folder):
     assert rows.keys() == set(METHODS_RUN)
     assert rows["full cache"]["kl"] < 1e-6
     assert rows["no context"]["bytes"] == 0
-    same = [rows[name]["bytes"] for name in ("window", "shortened cache, distilled", "trained cache", "state elu, fitted")]
+    same = [
+        rows[name]["bytes"] for name in ("window", "shortened cache, distilled", "trained cache", "state elu, fitted")
+    ]
     assert max(same) < 1.25 * min(same)
     before = (folder / "documents.jsonl").read_text()
     assert invoke("documents", "--model", model_folder, *DOCUMENTS, "--out", folder).exit_code == 0

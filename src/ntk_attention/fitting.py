@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .training import Reporter
 
 SMALLEST = 1e-280  # in the place of zero
-RIDGES = tuple(10.0**k for k in range(-9, 2))
+RIDGES = tuple(10.0**k for k in range(-8, 2))
 HELD_OUT_EVERY = 4  # batches
 MAX_BYTES = 6 * 2**30  # of sums at once; more layers than that are fitted one group after another
 INTERIOR_STEPS = 40
@@ -51,9 +51,10 @@ FLOOR = 0.5  # of the prefix's share of the attention, spread over the features
 
 @dataclass
 class FitReport:
-    """How well the states fit, by layer: [H] each, measured on batches that the fit did not see."""
+    """How well the states fit, by layer: [H] each."""
 
-    error: dict[str, Tensor] = field(default_factory=dict)  # rms error of the output / rms effect of the prefix on it
+    # rms error of the output / rms effect of the prefix on it, on batches that the fit did not see
+    error: dict[str, Tensor] = field(default_factory=dict)
     share_error: dict[str, Tensor] = field(default_factory=dict)  # rms error of the prefix's share of the attention
 
     def mean_error(self) -> float:
@@ -191,7 +192,7 @@ class HeadFit:
         self.sums = {kind: [Sums(H, r, n, device) for _ in range(2)] for kind, n in (("share", 1), ("output", d_v))}
         self.seen = {"share": 0, "output": 0}
         self.effect = torch.zeros(H, dtype=torch.float64, device=device)  # of the prefix on held-out outputs, squared
-        self.held_out_rows = 0
+        self.rows_seen = 0
         self.split: Split | None = None
         self.k = self.Z = self.error = self.share_error = torch.empty(0)
 
@@ -225,17 +226,18 @@ class HeadFit:
 
     def observe_normaliser(self, query: Tensor, context: Block, prefix: Any, factor: float, counts: Tensor) -> None:
         rows = self.rows(query, context, prefix, factor, counts)
+        self.rows_seen += rows["g"].shape[1]
         self.sums["share"][self.held_out("share")].add(rows["g"], rows["share"])
 
     def solve_normaliser(self) -> None:
         train, held = self.sums["share"]
         penalty = partial(own_variance, constant=self.constant)
         ridge, both = best_ridge(train, held, penalty), train + held
-        self.share_error = held.error(nonnegative(train, ridge, penalty, self.positive)[..., None]).clamp_min(0)
         rms = both.gram.diagonal(dim1=1, dim2=2).clamp_min(SMALLEST).sqrt()
         floor = FLOOR * both.square.sqrt()[:, None] / (rms * rms.shape[1])
         k = nonnegative(both, ridge, penalty, self.positive)
         self.k = torch.where(self.positive, torch.maximum(k, floor), k)
+        self.share_error = (both.error(k[..., None]).clamp_min(0) / max(self.rows_seen, 1)).sqrt()
 
     def observe_values(self, query: Tensor, context: Block, prefix: Any, factor: float, counts: Tensor) -> None:
         rows = self.rows(query, context, prefix, factor, counts)
@@ -249,7 +251,6 @@ class HeadFit:
         self.sums["output"][held_out].add(g, y)
         if held_out:
             self.effect += (rows["wanted"] - rows["context"]).square().sum(dim=(1, 2))
-            self.held_out_rows += g.shape[1]
 
     def solve_values(self, rank: int | None = None) -> None:
         train, held = self.sums["output"]
@@ -259,7 +260,6 @@ class HeadFit:
         ridge = best_ridge(train, held, penalty)
         Z = of_rank(ridge_regression(train, ridge, penalty), train, rank)
         self.error = (held.error(Z).clamp_min(0) / self.effect.clamp_min(1e-30)).sqrt()
-        self.share_error = (self.share_error / max(self.held_out_rows, 1)).sqrt()
         both = train + held
         self.Z = of_rank(ridge_regression(both, ridge, penalty), both, rank)
 
@@ -326,10 +326,16 @@ def equilibrated(sums: Sums, ridge: Tensor, penalty: Penalty) -> tuple[Tensor, T
     return gram * unit[:, :, None] * unit[:, None, :], unit
 
 
+def solve(gram: Tensor, y: Tensor) -> Tensor:
+    """gram^-1 y; by LU where rounding has left a matrix that is not positive."""
+    root, failed = torch.linalg.cholesky_ex(gram)
+    return torch.linalg.solve(gram, y) if failed.any() else torch.cholesky_solve(y, root)
+
+
 def ridge_regression(sums: Sums, ridge: Tensor, penalty: Penalty) -> Tensor:
     """argmin |G w - Y|^2 + ridge * sum_j penalty_j |w_j|^2: [H, r, outputs] for ridge [H]."""
     gram, unit = equilibrated(sums, ridge, penalty)
-    return unit[..., None] * torch.linalg.solve(gram, unit[..., None] * sums.moment)
+    return unit[..., None] * solve(gram, unit[..., None] * sums.moment)
 
 
 def best_ridge(train: Sums, held: Sums, penalty: Penalty) -> Tensor:
@@ -358,7 +364,7 @@ def nonnegative(sums: Sums, ridge: Tensor, penalty: Penalty, positive: Tensor) -
         gap = torch.where(positive, centre / w.where(positive, 1.0), 0.0)
         ratio = torch.where(positive, s / w.where(positive, 1.0), 0.0)
         gradient = (A @ w[..., None])[..., 0] - a
-        step = torch.linalg.solve(A + torch.diag_embed(ratio), gap - gradient)
+        step = solve(A + torch.diag_embed(ratio), (gap - gradient)[..., None])[..., 0]
         dual = torch.where(positive, gap - s - ratio * step, 0.0)
         w = w + longest(w, step, positive) * step
         s = s + longest(s, dual, positive) * dual

@@ -141,10 +141,12 @@ def exact_block(query: Tensor, prefix: LayerPrefix, scale: float, softcap: float
     tensors = [x for x in (query, *prefix) if x is not None]
     plain = softcap is None and prefix.log_weights is None
     if plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        B = query.shape[0]
-        keys, values = (x.to(query.dtype).expand(B, *x.shape) for x in prefix[:2])
-        out, lse, _, _ = context_forward(query, keys, values, None, 0.0, False, scale)
-        return Block(out.to(dtype), lse.to(dtype))
+        B, H, L, d = query.shape
+        rows = query.transpose(0, 1).reshape(1, H, B * L, d)  # the whole batch sees the same tokens
+        keys, values = (x.to(query.dtype)[None] for x in (prefix.keys, prefix.values))
+        out, lse, _, _ = context_forward(rows, keys, values, None, 0.0, False, scale)
+        out, lse = (x[0].unflatten(1, (B, L)).transpose(0, 1).to(dtype) for x in (out, lse))
+        return Block(out, lse)
     logits = exact_scores(query, prefix, scale, softcap)
     values = prefix.values.to(dtype).repeat_interleave(query.shape[1] // prefix.values.shape[0], dim=0)
     return Block(torch.softmax(logits, dim=-1) @ values, torch.logsumexp(logits, dim=-1))
