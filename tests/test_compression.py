@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from ntk_attention import save_cache
 from ntk_attention.compression import WORK, Settings, compress
 from ntk_attention.conversion import prefix_of_cache, prefix_of_text
+from ntk_attention.evaluation import fidelity
 
 from .test_cli import expect_refusal, invoke
 
@@ -105,6 +106,22 @@ def test_a_prefix_tuning_adapter(model_folder, tmp_path):
     record = json.loads((tmp_path / "out" / "compress.json").read_text())
     assert record["prefix_tokens"] == 20
     assert record["distilled"]["kl"] < record["without"]["kl"]
+
+
+def test_fidelity():
+    """Against the formulas, with a padded row."""
+    torch.manual_seed(0)
+    expected, actual = torch.randn(2, 2, 5, 7).double()
+    batch = {"input_ids": torch.randint(0, 7, (2, 5)), "attention_mask": torch.ones(2, 5)}
+    batch["attention_mask"][1, 3:] = 0
+    figures = fidelity([batch], [expected], [actual])
+    e, a = (torch.cat([x[0], x[1, :3]]).log_softmax(-1) for x in (expected, actual))
+    assert figures["kl"] == pytest.approx((e.exp() * (e - a)).sum(-1).mean().item(), rel=1e-5)
+    assert figures["agreement"] == pytest.approx((e.argmax(-1) == a.argmax(-1)).double().mean().item())
+    logs = actual.log_softmax(-1)
+    nll = [-logs[i, t, batch["input_ids"][i, t + 1]] for i, n in ((0, 5), (1, 3)) for t in range(n - 1)]
+    assert figures["perplexity"] == pytest.approx(torch.stack(nll).mean().exp().item(), rel=1e-5)
+    assert fidelity([batch], [expected], [expected])["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_parts_of_a_long_text(model_folder):

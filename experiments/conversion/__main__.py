@@ -49,6 +49,8 @@ def documents(
     rows: Annotated[int, typer.Option(help="Of calibration text.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of such a row.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 8,
+    state_rate: Annotated[float, typer.Option(help="Learning rate of states.")] = 2e-3,
+    cache_rate: Annotated[float, typer.Option(help="Learning rate of trained caches.")] = 5e-3,
     seed: int = 0,
 ) -> None:
     """What is lost when a document's KV cache makes room for something small."""
@@ -58,7 +60,8 @@ def documents(
 
     chosen = chosen_from(texts, ",", TEXTS), chosen_from(methods, ";", METHODS)
     sizes = {"held_out": held_out, "limit": limit, "steps": steps, "rows": rows, "length": length}
-    run(out, *chosen, model=model, batch_size=batch_size, seed=seed, **sizes)
+    rates = {"state": state_rate, "cache": cache_rate}
+    run(out, *chosen, model=model, batch_size=batch_size, seed=seed, rates=rates, **sizes)
 
 
 @app.command()
@@ -73,7 +76,7 @@ def prefix_tuning(
     train_rates: Annotated[str, typer.Option(help="Of prefix tuning; the best on validation counts.")] = "1e-2,3e-3",
     calibration_batches: int = 24,
     steps: Annotated[int, typer.Option(help="Of distillation.")] = 200,
-    learning_rate: Annotated[float, typer.Option(help="Of distillation.")] = 5e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of distillation.")] = 2e-3,
     held_out: int = 300,
     seed: int = 0,
 ) -> None:

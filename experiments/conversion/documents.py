@@ -33,13 +33,14 @@ def run(
     rows: int,
     length: int,
     batch_size: int,
+    rates: dict[str, float],
     seed: int,
 ) -> None:
     """One row per text and method; those that stand in the folder are skipped."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     written = Rows(out / "documents.jsonl")
     sizes = {"held_out": held_out, "limit": limit, "steps": steps, "rows": rows, "length": length,
-             "batch_size": batch_size, "seed": seed, "model": model}  # fmt: skip
+             "batch_size": batch_size, "rates": rates, "seed": seed, "model": model}  # fmt: skip
     base: Any = None
     for text in texts:
         missing = [name for name in methods if not written.has({"text": text, "method": name, **sizes})]
@@ -49,7 +50,7 @@ def run(
             base, tokenizer = load_model(model)
             base.to(device).eval().requires_grad_(False)
         document = load_document(text, tokenizer, held_out, limit, seed)
-        job = Job(base, tokenizer, document.tokens, steps, rows, length, batch_size, seed)
+        job = Job(base, tokenizer, document.tokens, steps, rows, length, batch_size, rates, seed)
         identity = {"tokens": len(document.tokens), "sha256": hashlib.sha256(TEXTS[text]().encode()).hexdigest()[:16]}
         started = time.time()
         _ = job.targets, job.budget  # made before any method has the model
@@ -69,7 +70,6 @@ def run(
                 figures["prefill_seconds"] = round(job.prefill_seconds, 3)
                 if kept.curve:
                     figures["kl_curve"] = [round(x, 4) for x in kept.curve[:: max(1, len(kept.curve) // 20)]]
-                    figures["learning_rates"] = job.rates
             finally:
                 kept.model.unload()
             written.add({"text": text, "method": name, **sizes, **identity, **shared, **figures})

@@ -34,9 +34,9 @@ class Job:
     rows: int
     length: int
     batch_size: int
+    rates: dict[str, float]  # learning rates of states and of caches
     seed: int
     prefill_seconds: float = 0.0
-    rates: dict[str, float] = field(default_factory=lambda: {"state": 5e-3, "cache": 5e-3})
 
     @cached_property
     def tokens(self) -> list[LayerPrefix]:

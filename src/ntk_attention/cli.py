@@ -162,7 +162,7 @@ def compress(
     length: Annotated[int, typer.Option(help="Tokens of a row that the model writes itself.")] = 256,
     steps: Annotated[int, typer.Option(help="Steps of distillation; 0 leaves it out.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Of the distillation.")] = 5e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of the distillation.")] = 2e-3,
     seed: int = 0,
     feature_map: Annotated[str, typer.Option(help="elu, taylor or positive_random.")] = "elu",
     features: Annotated[int | None, typer.Option(help="Number of features of positive_random.")] = None,

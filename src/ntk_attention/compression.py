@@ -55,7 +55,7 @@ class Settings:
     length: int = 256
     steps: int = 200  # of distillation
     batch_size: int = 8
-    learning_rate: float = 5e-3
+    learning_rate: float = 2e-3
     seed: int = 0
     adapter: dict[str, Any] = field(default_factory=dict)  # options of NTKAttentionConfig
 

@@ -27,7 +27,7 @@ def distill(
     batches: Iterable[Mapping[str, Any]],
     *,
     steps: int = 200,
-    learning_rate: float = 5e-3,
+    learning_rate: float = 2e-3,
     kept: Mapping[str, LayerPrefix] | None = None,
     targets: Sequence[Tensor] | None = None,
     adapter_name: str = "default",
