@@ -60,6 +60,21 @@ def test_documents(folder, model_folder):
     assert (folder / "documents.jsonl").read_text() == before
 
 
+def test_a_method_that_fails_is_a_row(model_folder, tmp_path, monkeypatch):
+    def fails(job):
+        job.adapt()
+        raise ValueError("the divergence is NaN")
+
+    monkeypatch.setitem(METHODS, "window", fails)
+    arguments = [*DOCUMENTS[:-1], "window;no context", "--model", model_folder, "--out", tmp_path]
+    assert invoke("documents", *arguments).exit_code == 0
+    rows = {row["method"]: row for row in read(tmp_path / "documents.jsonl")}
+    assert rows["window"]["error"] == "the divergence is NaN"
+    assert rows["no context"]["kl"] > 0
+    assert invoke("report", "--out", tmp_path).exit_code == 0
+    assert "Not measured: window: the divergence is NaN" in (tmp_path / "README.md").read_text()
+
+
 def test_prefix_tuning(folder):
     rows = {(row["m"], row["method"]) for row in read(folder / "prefix_tuning.jsonl")}
     ways = {f"{how} {what}" for how in ("fitted", "distilled") for what in ("elu", "random 256")}

@@ -60,7 +60,12 @@ def run(
         shared = {"study_seconds": round(time.time() - started, 1), "budget_tokens": job.budget}
         for name in missing:
             started = time.time()
-            kept = METHODS[name](job)
+            try:
+                kept = METHODS[name](job)
+            except ValueError as error:  # sums that are no state, a divergence that is NaN
+                job.strip()
+                written.add({"text": text, "method": name, **sizes, **identity, **shared, "error": str(error)})
+                continue
             synchronize()
             seconds = time.time() - started
             try:

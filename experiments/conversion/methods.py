@@ -18,6 +18,7 @@ from ntk_attention.compression import states_of
 from ntk_attention.distillation import match, teacher_logits
 from ntk_attention.exact import LayerPrefix, exact_prefix
 from ntk_attention.observation import adapted_layers
+from ntk_attention.routing import CHILD, detach
 from ntk_attention.study import study
 
 from .shortened import shorten
@@ -71,6 +72,12 @@ class Job:
     def adapt(self, **options: Any) -> Any:
         torch.manual_seed(self.seed)
         return get_peft_model(self.base, NTKAttentionConfig(task_type="CAUSAL_LM", **options)).eval()
+
+    def strip(self) -> None:
+        """Take away the adapter that a method has left when it failed."""
+        for module in list(self.base.modules()):
+            if hasattr(module, CHILD):
+                detach(module)
 
     @property
     def token_numbers(self) -> int:

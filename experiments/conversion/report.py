@@ -134,6 +134,8 @@ def documents(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
     text = []
     for name in dict.fromkeys(row["text"] for row in rows):
         own = [row for row in rows if row["text"] == name]
+        failed = [f"{row['method']}: {row['error']}" for row in own if "error" in row]
+        own = [row for row in own if "error" not in row]
         first = own[0]
         text.append(
             f"**{name}**: {first['tokens']:,} tokens (sha256 {first['sha256']}), {first['held_out']} held out; "
@@ -141,11 +143,12 @@ def documents(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
             f"{first['study_seconds']} s; r = d takes the bytes of {first['budget_tokens']} tokens.\n"
         )
         text.append(table(DOCUMENT_COLUMNS, (document_line(row) for row in own)))
+        text += [f"Not measured: {line}\n" for line in failed]
     names = list(dict.fromkeys(row["text"] for row in rows))
     size = 4.2 * len(names) + 1.5, 4.2
     figure, panels = plt.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
     for axes, name in zip(panels[0], names, strict=True):
-        own = [row for row in rows if row["text"] == name and row["numbers"] and row["kl"] and row["kl"] > 1e-4]
+        own = [row for row in rows if row["text"] == name and row.get("numbers") and (row["kl"] or 0) > 1e-4]
         for row in own:
             colour = COLOURS[1] if row["method"].startswith("state") else COLOURS[0]
             axes.plot(row["bytes"] / 2**20, row["kl"], "o", color=colour)
