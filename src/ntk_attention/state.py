@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import summing
 from .features import FeatureMap, feature_map
 
 CHUNK_BYTES = 2**20, 2**28  # of the features of one chunk: on a CPU, on a GPU
+SMALL = 1e-30  # a sum of features that may have lost tokens
 _map = feature_map  # arguments of this name hide the function
 
 
@@ -116,6 +118,10 @@ class PrefixState:
                 f"{self.feature_map.num_features(d)} of keys of size {d}"
             )
         factor = (d**-0.5 if scale is None else scale) ** 0.5
+        if chunk_size is None and summing.covers(keys, values, self.feature_map):
+            Z, k = summing.elu_sums(keys, values, factor)
+            if (k.amax(dim=1) > SMALL).all():  # else every feature of some head is tiny, and needs its scale
+                return self + self._rebuilt(Z, k, torch.zeros_like(k[:, 0]))
         if chunk_size is None:
             chunk_size = max(1, CHUNK_BYTES[keys.is_cuda] // (4 * H * max(self.num_features, d)))
         # Sums over chunks are kept in float64: the rounding of millions of additions would show in float32.
