@@ -10,6 +10,7 @@ import transformers
 import typer
 
 from ntk_attention.models import EMBEDDED
+from ntk_attention.study import SOURCES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Out = Annotated[Path, typer.Option(help="Folder of the rows (JSON lines) and figures.")]
@@ -49,6 +50,7 @@ def documents(
     rows: Annotated[int, typer.Option(help="Of calibration text.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of such a row.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 8,
+    source: Annotated[str, typer.Option(help="Of the calibration text: samples, chunks or both.")] = "both",
     state_rate: Annotated[float, typer.Option(help="Learning rate of states.")] = 2e-3,
     cache_rate: Annotated[float, typer.Option(help="Learning rate of trained caches.")] = 5e-3,
     seed: int = 0,
@@ -60,8 +62,10 @@ def documents(
 
     chosen = chosen_from(texts, ",", TEXTS), chosen_from(methods, ";", METHODS)
     sizes = {"held_out": held_out, "limit": limit, "steps": steps, "rows": rows, "length": length}
+    if source not in SOURCES:
+        raise typer.BadParameter(f"unknown source {source!r}: expected one of {SOURCES}")
     rates = {"state": state_rate, "cache": cache_rate}
-    run(out, *chosen, model=model, batch_size=batch_size, seed=seed, rates=rates, **sizes)
+    run(out, *chosen, model=model, batch_size=batch_size, seed=seed, rates=rates, source=source, **sizes)
 
 
 @app.command()

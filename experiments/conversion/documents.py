@@ -33,6 +33,7 @@ def run(
     rows: int,
     length: int,
     batch_size: int,
+    source: str,
     rates: dict[str, float],
     seed: int,
 ) -> None:
@@ -40,7 +41,7 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     written = Rows(out / "documents.jsonl")
     sizes = {"held_out": held_out, "limit": limit, "steps": steps, "rows": rows, "length": length,
-             "batch_size": batch_size, "rates": rates, "seed": seed, "model": model}  # fmt: skip
+             "batch_size": batch_size, "source": source, "rates": rates, "seed": seed, "model": model}  # fmt: skip
     base: Any = None
     for text in texts:
         missing = [name for name in methods if not written.has({"text": text, "method": name, **sizes})]
@@ -50,7 +51,7 @@ def run(
             base, tokenizer = load_model(model)
             base.to(device).eval().requires_grad_(False)
         document = load_document(text, tokenizer, held_out, limit, seed)
-        job = Job(base, tokenizer, document.tokens, steps, rows, length, batch_size, rates, seed)
+        job = Job(base, tokenizer, document.tokens, steps, rows, length, batch_size, source, rates, seed)
         identity = {"tokens": len(document.tokens), "sha256": hashlib.sha256(TEXTS[text]().encode()).hexdigest()[:16]}
         started = time.time()
         _ = job.targets, job.budget  # made before any method has the model

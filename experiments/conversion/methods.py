@@ -35,6 +35,7 @@ class Job:
     rows: int
     length: int
     batch_size: int
+    source: str  # of the calibration text
     rates: dict[str, float]  # learning rates of states and of caches
     seed: int
     prefill_seconds: float = 0.0
@@ -53,7 +54,8 @@ class Job:
         tokens = self.tokens
         with self.adapted() as model:
             options = {"rows": self.rows, "length": self.length, "batch_size": self.batch_size, "seed": self.seed}
-            return study(model, self.tokenizer, by_layer(model, tokens), self.document, **options)
+            named = by_layer(model, tokens)
+            return study(model, self.tokenizer, named, self.document, source=self.source, **options)
 
     @cached_property
     def targets(self) -> list[Tensor]:
