@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from ntk_attention import LayerPrefix, NTKAttentionConfig, adapter_from_prefix, by_layer, distill, fit
+from ntk_attention import LayerPrefix, NTKAttentionConfig, adapter_from_prefix, anchor, by_layer, distill, fit
 from ntk_attention.distillation import set_coordinates
 from ntk_attention.exact import exact_prefix
 from ntk_attention.fitting import AdapterFit, Sums, nonnegative, of_rank, own_variance, ridge_regression
@@ -138,6 +138,31 @@ def test_a_fitted_state_stands_for_a_text(prefix, name):
     assert fitted < 0.75 * error(after_the_prefix(direct), expected)
     assert report.mean_error() < 0.2
     assert report.error.keys() == adapted_layers(model).keys()
+
+
+def test_anchored_features(prefix, tmp_path):
+    """Directions at the keys that are looked at most; with all 40 keys the state is the prefix itself."""
+    expected = with_the_text(llama())
+    errors = []
+    for n in (16, 2 * M):
+        model = adapted({"feature_map": "anchored", "feature_map_options": {"num_features": n}})
+        named = by_layer(model, prefix)
+        anchor(model, named, BATCHES)
+        fit(model, named, BATCHES)
+        errors.append(error(after_the_prefix(model), expected))
+    assert errors[0] < 0.06
+    assert errors[1] < 0.2 * errors[0]
+    name, tokens = next(iter(named.items()))
+    projection = adapted_layers(model)[name]["default"].feature_map.projection
+    keys = tokens.keys.flatten(0, 1) * 8**-0.25  # d = 8
+    assert torch.cdist(keys, projection.double()).amin(dim=1).max() < 1e-5
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert error(after_the_prefix(loaded), after_the_prefix(model)) < 1e-5
+    with pytest.raises(ValueError, match="has the feature map 'elu', expected 'anchored'"):
+        anchor(adapted({}), named, BATCHES)
+    with pytest.raises(ValueError, match="sums over tokens say nothing with the map 'anchored'"):
+        adapter_from_prefix(llama(), prefix, NTKAttentionConfig(feature_map="anchored"))
 
 
 @torch.no_grad()

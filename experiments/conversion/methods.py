@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from ntk_attention import NTKAttentionConfig, adapter_from_prefix, by_layer, distill, fit, prefix_of_text
+from ntk_attention import NTKAttentionConfig, adapter_from_prefix, anchor, by_layer, distill, fit, prefix_of_text
 from ntk_attention.compression import states_of
 from ntk_attention.distillation import match, teacher_logits
 from ntk_attention.exact import LayerPrefix, exact_prefix
@@ -112,10 +112,9 @@ class Kept:
     def numbers(self) -> int:
         held = 0 if self.rests else sum(x.numel() for x in states_of(self.model).values())
         if not self.rests:
-            maps = (
-                p for layer in adapted_layers(self.model).values() for p in layer["default"].feature_map.parameters()
-            )
-            held += sum(p.numel() for p in maps if p.requires_grad)  # random directions come from a seed
+            maps = [layer["default"].feature_map for layer in adapted_layers(self.model).values()]
+            own = [phi for phi in maps if phi.name == "anchored" or any(p.requires_grad for p in phi.parameters())]
+            held += sum(p.numel() for phi in own for p in phi.parameters())  # random directions come from a seed
         return held + sum(x.numel() for tokens in self.exact.values() for x in tokens if x is not None)
 
 
@@ -171,6 +170,8 @@ def state(job: Job, steps: bool = False, learned: bool = False, **options: Any) 
     """Fitted; with `steps` distilled; with `learned` the directions of the features train too."""
     model = job.adapt(**options)
     named = by_layer(model, job.tokens)
+    if options.get("feature_map") == "anchored":
+        anchor(model, named, job.batches)
     fit(model, named, job.batches)
     return distilled(job, model, named, {}, learned) if steps else Kept(model, rests=False)
 
@@ -209,6 +210,8 @@ def exact_layers(job: Job, count: int = 4, **options: Any) -> Kept:
 
 
 R256 = {"feature_map": "positive_random", "feature_map_options": {"num_features": 256}}
+ANCHORED = {"feature_map": "anchored", "feature_map_options": {"num_features": 63}}  # r = d with the constant
+ANCHORED_255 = {"feature_map": "anchored", "feature_map_options": {"num_features": 255}}
 TAYLOR = {"feature_map": "taylor", "state_heads": "kv", "constant_feature": False}
 METHODS: dict[str, Callable[[Job], Kept]] = {
     "no context": no_context,
@@ -225,6 +228,10 @@ METHODS: dict[str, Callable[[Job], Kept]] = {
     "state random 256, fitted": partial(state, **R256),
     "state random 256, distilled": partial(state, steps=True, **R256),
     "state random 256, features learned": partial(state, steps=True, learned=True, **R256),
+    "state anchored 63, fitted": partial(state, **ANCHORED),
+    "state anchored 63, distilled": partial(state, steps=True, **ANCHORED),
+    "state anchored 63, features learned": partial(state, steps=True, learned=True, **ANCHORED),
+    "state anchored 255, distilled": partial(state, steps=True, **ANCHORED_255),
     "state taylor 2, direct": partial(direct, **TAYLOR),
     "state taylor 2, fitted": partial(state, **TAYLOR),
     "state elu, 4 layers exact": exact_layers,

@@ -12,24 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntk_attention.anchors import attention_received
 from ntk_attention.exact import LayerPrefix, exact_prefix, exact_scores
 from ntk_attention.fitting import HeadFit, logit_scale
 from ntk_attention.observation import adapted_layers, observe
-from ntk_attention.operation import Block
-
-
-class Attended:
-    """How much of the attention each prefix token gets, per KV head: [H_kv, m]."""
-
-    def __init__(self, prefix: LayerPrefix, scale: float):
-        self.prefix, self.scale = prefix, scale
-        self.mass = torch.zeros(prefix.keys.shape[:2], dtype=torch.float64, device=prefix.keys.device)
-
-    def observe(self, query: Tensor, context: Block, prefix: Any, factor: float, counts: Tensor) -> None:
-        for one, lse, other, counted in zip(query, context.lse, prefix.lse, counts, strict=True):
-            scores = exact_scores(one[None], self.prefix, self.scale)[0]  # [H, L, m]
-            share = torch.exp(scores - torch.logaddexp(lse.float(), other)[..., None])[:, counted]
-            self.mass += share.sum(1).unflatten(0, (len(self.mass), -1)).sum(1)
 
 
 class CacheFit(HeadFit):
@@ -56,12 +42,11 @@ def shorten(
     """A cache of so many tokens in every layer."""
     layers = adapted_layers(model)
     scales = {name: logit_scale(layers[name]) for name in prefix}
+    attended = attention_received(model, prefix, batches)
     with exact_prefix(layers, prefix, resting=layers):
-        attended = {name: Attended(tokens_, scales[name]) for name, tokens_ in prefix.items()}
-        observe(model, layers, batches, {name: a.observe for name, a in attended.items()})
         fits = {}
         for name, whole in prefix.items():
-            top = attended[name].mass.topk(min(tokens, whole.keys.shape[1]), dim=1).indices.sort(dim=1).values
+            top = attended[name].topk(min(tokens, whole.keys.shape[1]), dim=1).indices.sort(dim=1).values
             keys = whole.keys.gather(1, top[..., None].expand(-1, -1, whole.keys.shape[-1]))
             fits[name] = CacheFit(keys, whole.values.shape[-1], scales[name], len(batches))
         for observer, solve in (("observe_normaliser", "solve_normaliser"), ("observe_values", "solve_values")):

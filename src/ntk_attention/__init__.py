@@ -4,6 +4,7 @@ Importing the package registers the PEFT method NTK_ATTENTION.
 """
 
 from .accuracy import choose_degree, taylor_error_bound
+from .anchors import anchor
 from .calibration import calibrate
 from .config import NTKAttentionConfig
 from .conversion import (
@@ -31,6 +32,7 @@ __all__ = [
     "NTKAttentionModel",
     "PrefixState",
     "adapter_from_prefix",
+    "anchor",
     "by_layer",
     "calibrate",
     "choose_degree",

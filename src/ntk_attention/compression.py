@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import set_seed
 
+from .anchors import anchor
 from .config import NTKAttentionConfig
 from .conversion import (
     by_layer,
@@ -120,6 +121,8 @@ def compress(
     record["with_prefix"] = fidelity(held_out, expected, expected)
 
     if not (work / "fitted").is_dir():
+        if config.feature_map == "anchored":
+            anchor(model, named, batches)
         report = fit(model, named, batches, reporter=reporter)
         record["layer_error"] = {name: [round(x, 4) for x in e.tolist()] for name, e in report.error.items()}
         keep(model, work / "fitted")

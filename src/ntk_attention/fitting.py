@@ -46,7 +46,7 @@ RIDGES = tuple(10.0**k for k in range(-8, 2))
 HELD_OUT_EVERY = 4  # batches
 MAX_BYTES = 6 * 2**30  # of sums at once; more layers than that are fitted one group after another
 INTERIOR_STEPS = 40
-FLOOR = 0.5  # of the prefix's share of the attention, spread over the features
+FLOOR = 0.1  # of the prefix's share of the attention, spread over the features
 
 
 @dataclass

@@ -26,9 +26,8 @@ class PrefixState:
 
     Args:
         Z: [H, r, d_v], floating point.
-        k: [H, r], same dtype and device. Positive for the positive maps (`elu`, `positive_random`); the signed
-            monomials of `taylor` take any sign, but the sum over their first feature, the number of tokens, must be
-            positive.
+        k: [H, r], same dtype and device. Positive for maps of positive features; the signed monomials of
+            `taylor` take any sign, but the sum over their first feature, the number of tokens, must be positive.
         log_scale: b [H]; zeros by default.
         feature_map: a name or a `FeatureMap`.
 
@@ -84,12 +83,15 @@ class PrefixState:
             A state with H heads in float32, or in float64 for float64 keys.
 
         Raises:
-            ValueError: if shapes do not fit, a value is not finite, or the map has the constant feature.
+            ValueError: if shapes do not fit, a value is not finite, or the map has the constant feature or does not
+                approximate exp.
         """
         check_tokens(keys, values)
         made = _map(feature_map).bind(keys.shape[-1])
         if made.constant:
             raise ValueError(f"a state of given tokens needs a map without the constant feature, got {made!r}")
+        if not made.approximates_exp:
+            raise ValueError(f"sums over tokens say nothing with the map {made.name!r}: fit the state instead")
         made = copy.deepcopy(made).to(keys.device)
         H, r, d_v = keys.shape[0], made.num_features(keys.shape[-1]), values.shape[-1]
         dtype = torch.promote_types(keys.dtype, torch.float32)
