@@ -19,6 +19,7 @@ METHODS_RUN = (
     "state elu, direct",
     "state elu, fitted",
     "state random 256, features learned",
+    "state anchored 63, distilled",
     "state taylor 2, fitted",
     "state elu, 4 layers exact",
     "state elu, first 4 and last 64 tokens",
@@ -77,7 +78,7 @@ def test_a_method_that_fails_is_a_row(model_folder, tmp_path, monkeypatch):
 
 def test_prefix_tuning(folder):
     rows = {(row["m"], row["method"]) for row in read(folder / "prefix_tuning.jsonl")}
-    ways = {f"{how} {what}" for how in ("fitted", "distilled") for what in ("elu", "random 256")}
+    ways = {f"{how} {what}" for how in ("fitted", "distilled") for what in ("elu", "anchored 63", "random 256")}
     assert rows == {
         (0, "base"),
         *((m, way) for m in (4, 8) for way in {"tuned", "direct elu", "direct taylor 2"} | ways),

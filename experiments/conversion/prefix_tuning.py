@@ -12,12 +12,12 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache
 
-from ntk_attention import NTKAttentionConfig, adapter_from_prefix, by_layer, distill, fit, prefix_of_adapter
+from ntk_attention import NTKAttentionConfig, adapter_from_prefix, anchor, by_layer, distill, fit, prefix_of_adapter
 from ntk_attention.data import EMBEDDED_TASKS, collate, encode_all
 from ntk_attention.evaluation import exact_match, mean_loss
 from ntk_attention.models import load_model
 
-from .methods import R256, TAYLOR
+from .methods import ANCHORED, R256, TAYLOR
 from .rows import Rows
 
 TOKENS = (32, 256, 2048)
@@ -75,6 +75,8 @@ def run(
         "direct taylor 2": partial(convert_directly, config=TAYLOR),
         "fitted elu": partial(convert, config={}),
         "distilled elu": partial(convert, config={}, distils=True),
+        "fitted anchored 63": partial(convert, config=ANCHORED),
+        "distilled anchored 63": partial(convert, config=ANCHORED, distils=True),
         "fitted random 256": partial(convert, config=R256),
         "distilled random 256": partial(convert, config=R256, distils=True),
     }
@@ -117,6 +119,8 @@ def convert(
     torch.manual_seed(seed)
     model = get_peft_model(base, NTKAttentionConfig(task_type="CAUSAL_LM", **config)).eval()
     named = by_layer(model, prefix)
+    if config.get("feature_map") == "anchored":
+        anchor(model, named, batches)
     fit(model, named, batches)
     if distils:
         distill(model, named, batches, steps=steps, learning_rate=rate)

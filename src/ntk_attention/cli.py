@@ -164,7 +164,7 @@ def compress(
     batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Of the distillation.")] = 2e-3,
     seed: int = 0,
-    feature_map: Annotated[str, typer.Option(help="elu, anchored, taylor or positive_random.")] = "elu",
+    feature_map: Annotated[str, typer.Option(help="anchored, elu, taylor or positive_random.")] = "anchored",
     features: Annotated[int | None, typer.Option(help="Number of features of anchored or positive_random.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of Z; full by default.")] = None,
     state_heads: Annotated[str, typer.Option(help="One state per 'query' or per 'kv' head.")] = "query",
