@@ -46,6 +46,7 @@ RIDGES = tuple(10.0**k for k in range(-8, 2))
 HELD_OUT_EVERY = 4  # batches
 MAX_BYTES = 6 * 2**30  # of sums at once; more layers than that are fitted one group after another
 INTERIOR_STEPS = 40
+RARE = 1e-2
 FLOOR = 0.1  # of the prefix's share of the attention, spread over the features
 
 
@@ -234,6 +235,7 @@ class HeadFit:
         penalty = partial(own_variance, constant=self.constant)
         ridge, both = best_ridge(train, held, penalty), train + held
         rms = both.gram.diagonal(dim1=1, dim2=2).clamp_min(SMALLEST).sqrt()
+        rms = torch.maximum(rms, rms.mean(dim=1, keepdim=True))  # what is rare here may be large elsewhere
         floor = FLOOR * both.square.sqrt()[:, None] / (rms * rms.shape[1])
         k = nonnegative(both, ridge, penalty, self.positive)
         self.k = torch.where(self.positive, torch.maximum(k, floor), k)
@@ -302,15 +304,18 @@ Penalty = Callable[[Sums], Tensor]  # what the ridge multiplies for every featur
 
 
 def own_variance(sums: Sums, constant: int | None) -> Tensor:
-    """Each feature's own variance; nothing for the constant feature."""
+    """Each feature's own variance, and a part of the mean one for those that calibration hardly saw; nothing for the
+    constant feature.
+    """
     gram = sums.gram
     own = gram.diagonal(dim1=1, dim2=2)
-    floor = 1e-12 * own.mean(dim=1, keepdim=True).clamp_min(SMALLEST)
     if constant is None:
-        return own.clamp_min(floor)
+        return torch.maximum(own, RARE * own.mean(dim=1, keepdim=True))
     left = own - gram[:, constant].square() / gram[:, constant, constant, None].clamp_min(SMALLEST)
     left[:, constant] = 0.0
-    return torch.maximum(left, floor)
+    left = torch.maximum(left, RARE * left.mean(dim=1, keepdim=True))
+    left[:, constant] = 0.0
+    return left
 
 
 def of_pseudo_tokens(sums: Sums, k: Tensor) -> Tensor:
