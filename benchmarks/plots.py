@@ -186,6 +186,25 @@ def adapters(rows: list[Row], path: Path) -> None:
     save(figure, path)
 
 
+def building(rows: list[Row], path: Path) -> None:
+    """Gigabytes of keys and values read per second, a panel for each dtype, beside the copy's."""
+    groups = by_sizes(rows)
+    dtypes = list(dict.fromkeys(g.sizes["dtype"] for g in groups))
+    figure, panels = plt.subplots(len(dtypes), 1, figsize=(7.5, 1 + 1.9 * len(dtypes)), layout="constrained")
+    for axes, dtype in zip(np.atleast_1d(panels), dtypes, strict=True):
+        names, rates = [], []
+        for sizes, methods in (g for g in groups if g.sizes["dtype"] == dtype):
+            for name, row in methods.items():
+                time = median(row)
+                names.append(f"{'ours, ' if name != 'copy' else ''}{name}, m = {sizes['m']:,}")
+                rates.append(row["figures"]["bytes"] / time / 1e6 if time else 0.0)
+        bars(axes, names, rates, [f"{rate:.3g}" for rate in rates])
+        axes.set_title(dtype, fontsize=10)
+    np.atleast_1d(panels)[-1].set_xlabel("GB/s of keys and values (copy: read and written)")
+    figure.suptitle(f"Building a state, H = 8, d = 64, {rows[0]['hardware']}", fontsize=11)
+    save(figure, path)
+
+
 def cpu(rows: list[Row], path: Path) -> None:
     """Time of ours over plain attention against L."""
     groups = by_sizes(rows)
@@ -219,5 +238,6 @@ PLOTS: dict[str, Callable[[list[Row], Path], None]] = {
     "decode": decode,
     "training": training,
     "adapters": adapters,
+    "building": building,
     "cpu": cpu,
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import adapters, attention, cpu, decode, figure3, training
+from . import adapters, attention, building, cpu, decode, figure3, training
 from .runner import Case
 
 
@@ -31,5 +31,6 @@ BENCHMARKS = {
     "decode": Benchmark(decode),
     "training": Benchmark(training),
     "adapters": Benchmark(adapters),
+    "building": Benchmark(building),
     "cpu": Benchmark(cpu, on_cpu=True),
 }

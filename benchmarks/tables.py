@@ -163,6 +163,35 @@ def training(rows: list[Row]) -> list[str]:
     return out
 
 
+def building(rows: list[Row]) -> list[str]:
+    body = []
+    for sizes, methods in by_sizes(rows):
+        ceiling = bytes_per_ms(methods.get("copy"))
+        for name, row in methods.items():
+            rate = bytes_per_ms(row)
+            line = [f"{sizes['m']:,}", sizes["dtype"], name, milliseconds(row)]
+            tokens = row["figures"].get("tokens")
+            line += [number(tokens / row["milliseconds"]["median"] / 1e3) if rate and tokens else ""]
+            line += [f"{rate / 1e6:.3g}" if rate else "", f"{rate / ceiling:.0%}" if rate and ceiling else ""]
+            body.append([*line, mebibytes(row, "peak_memory_bytes")])
+    head = [
+        "m",
+        "dtype",
+        "method",
+        "ms",
+        "million tokens/s",
+        "GB/s",
+        "of the copy's",
+        "peak memory above the part, MiB",
+    ]
+    return [table(head, body)]
+
+
+def bytes_per_ms(row: Row | None) -> float | None:
+    time = median(row)
+    return row["figures"]["bytes"] / time if row and time else None
+
+
 def cpu(rows: list[Row]) -> list[str]:
     body = []
     for sizes, methods in by_sizes(rows):
@@ -195,5 +224,6 @@ TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "decode": decode,
     "training": training,
     "adapters": adapters,
+    "building": building,
     "cpu": cpu,
 }

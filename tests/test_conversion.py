@@ -48,7 +48,7 @@ def test_keys_move_to_the_positions_before_zero():
     """A cache of the moved keys, read from position 0 on, says what the text says."""
     model = llama()
     cache = DynamicCache()
-    for i, (keys, values) in enumerate(prefix_of_cache(model, filled_cache(model))):
+    for i, (keys, values, _) in enumerate(prefix_of_cache(model, filled_cache(model))):
         cache.update(keys[None], values[None], i)
     actual = model(input_ids=TEXT[:, M:], past_key_values=cache, position_ids=torch.arange(L)[None]).logits
     assert error(actual, with_the_text(model)) < 1e-6
@@ -135,10 +135,10 @@ def with_nan(prefix):
         (with_nan, "model.layers.1.self_attn: keys hold NaN"),
         (lambda p: p[:1], "the prefix has 1 layers, the model 2"),
         (
-            lambda p: [LayerPrefix(k[:1], v[:1]) for k, v in p],
+            lambda p: [LayerPrefix(k[:1], v[:1]) for k, v, _ in p],
             "has 2 KV heads.*the prefix has 1, 8 and 8: it is of another",
         ),
-        (lambda p: [LayerPrefix(k[:, :0], v[:, :0]) for k, v in p], "self_attn: a prefix needs at least one token"),
+        (lambda p: [LayerPrefix(k[:, :0], v[:, :0]) for k, v, _ in p], "self_attn: a prefix needs at least one token"),
     ],
 )
 def test_a_bad_prefix_leaves_the_model_alone(change, message):

@@ -14,6 +14,7 @@ MAPS = [
     feature_map("taylor", degree=4, constant=True),
     feature_map("positive_random", num_features=24, seed=3),
     feature_map("positive_random", constant=True),
+    feature_map("anchored", num_features=24),
 ]
 
 
@@ -24,7 +25,7 @@ def points(n, d, size=1.0):
 @pytest.mark.parametrize("phi", MAPS, ids=repr)
 @pytest.mark.parametrize("d", [1, 3, 8])
 def test_size_and_signs(phi, d):
-    if phi.name == "positive_random":
+    if phi.name in ("positive_random", "anchored"):
         phi = feature_map(phi.name, constant=phi.constant, **phi.options)  # a bound map keeps its d
     features = phi(points(50, d, 3.0))
     assert features.shape == (50, phi.num_features(d))
@@ -111,7 +112,11 @@ def test_gradient(phi):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cosine", {}, r"unknown feature map 'cosine': expected one of \['elu', 'positive_random', 'taylor'\]"),
+        (
+            "cosine",
+            {},
+            r"unknown feature map 'cosine': expected one of \['anchored', 'elu', 'pos.*, 'taylor'\]",
+        ),
         ("elu", {"degree": 2}, r"'elu' does not take the options \['degree'\]"),
         ("taylor", {"degree": 3}, "even degree >= 2, got 3"),
         ("taylor", {"degree": 0}, "even degree >= 2, got 0"),
@@ -126,7 +131,7 @@ def test_bad_options(name, options, message):
 
 
 def test_registry():
-    assert sorted(FEATURE_MAPS) == ["elu", "positive_random", "taylor"]
+    assert sorted(FEATURE_MAPS) == ["anchored", "elu", "positive_random", "taylor"]
     assert all(issubclass(cls, FeatureMap) and cls.name == name for name, cls in FEATURE_MAPS.items())
     assert feature_map(MAPS[0]) is MAPS[0]
     with pytest.raises(ValueError, match="drawn for head_dim 3, got 4"):

@@ -6,6 +6,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ntk_attention import PrefixState, feature_map, ntk_attention
+from ntk_attention.launches import INTERPRETED, triton
+from ntk_attention.summing import SPLIT, elu_sums
 
 
 def test_defaults():
@@ -30,6 +32,36 @@ def test_signed_maps_need_only_a_positive_count():
     PrefixState(torch.zeros(1, 10, 4), k, feature_map=phi)
     with pytest.raises(ValueError, match="k must be positive for the feature map 'taylor', got a minimum of -5"):
         PrefixState(torch.zeros(1, 10, 4), -k * 1.0, feature_map=phi)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.skipif(triton is None or (DEVICE == "cpu" and not INTERPRETED), reason="needs Triton")
+@pytest.mark.parametrize(("m", "d", "d_v"), [(1, 16, 16), (700, 24, 40), (SPLIT + 5, 16, 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_of_the_sums(m, d, d_v, dtype):
+    """Against the features in float64, for rows that are not contiguous."""
+    torch.manual_seed(0)
+    keys, values = (torch.randn(m, 3, size).to(DEVICE, dtype).transpose(0, 1) for size in (d, d_v))
+    Z, k = elu_sums(keys, values, 0.7)
+    phi = feature_map("elu")(0.7 * keys.double())
+    for actual, expected in ((Z, phi.transpose(1, 2) @ values.double()), (k, phi.sum(1))):
+        assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("shift", [0.0, -200.0], ids=["usual", "tiny features"])
+def test_a_gpu_makes_the_same_state(shift):
+    """The kernel, and where every feature underflows what takes its place, against float64 on the CPU."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 3000, 32) + shift, torch.randn(2, 3000, 32)
+    expected = PrefixState.from_prefix(keys.double(), values.double(), "elu", scale=1.0)
+    half = PrefixState.from_prefix(keys[:, :1000].cuda(), values[:, :1000].cuda(), "elu", scale=1.0)
+    actual = half.update(keys[:, 1000:].cuda(), values[:, 1000:].cuda(), scale=1.0).to("cpu", torch.float64)
+    weight = torch.exp(actual.log_scale - expected.log_scale)[:, None]
+    assert (actual.k * weight - expected.k).norm() < 1e-4 * expected.k.norm()
+    assert (actual.Z * weight[..., None] - expected.Z).norm() < 1e-4 * expected.Z.norm()
 
 
 def with_nan(*shape):

@@ -1,4 +1,4 @@
-"""The command line: finetune, evaluate, generate, info, theory."""
+"""The command line: finetune, compress, evaluate, generate, info, theory."""
 
 from __future__ import annotations
 
@@ -139,6 +139,64 @@ def load_adapter(folder: Path, model: str | None) -> tuple[Any, Any]:
     base, tokenizer = load_model(model or base_of(config.base_model_name_or_path))
     adapted = PeftModel.from_pretrained(base, folder)
     return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+@app.command()
+def compress(
+    output: Annotated[Path, typer.Argument(help="Folder for the adapter and its record.")],
+    text: Annotated[Path | None, typer.Option(help="A text of any length.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="A KV cache that `ntk_attention.save_cache` wrote.")] = None,
+    prefix_tuning: Annotated[Path | None, typer.Option(help="Folder of a prefix-tuning or cartridge adapter.")] = None,
+    model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a folder or a name on the hub.")] = DEFAULT_MODEL,
+    calibration: Annotated[str | None, typer.Option(help="Text that follows, as --data of finetune.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows of calibration text.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of a row that the model writes itself.")] = 256,
+    steps: Annotated[int, typer.Option(help="Steps of distillation; 0 leaves it out.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Of the distillation.")] = 2e-3,
+    seed: int = 0,
+    feature_map: Annotated[str, typer.Option(help="anchored, elu, taylor or positive_random.")] = "anchored",
+    features: Annotated[int | None, typer.Option(help="Number of features of anchored or positive_random.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of Z; full by default.")] = None,
+    state_heads: Annotated[str, typer.Option(help="One state per 'query' or per 'kv' head.")] = "query",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the folder.")] = False,
+) -> None:
+    """Turn a long text, a KV cache or a prefix-tuning adapter into an adapter of fixed size, and say what was lost."""
+    with one_line_errors():
+        from .compression import Settings
+        from .compression import compress as run
+
+        given = {"text": text, "cache": cache, "prefix_tuning": prefix_tuning}
+        chosen = [(name, path) for name, path in given.items() if path is not None]
+        if len(chosen) != 1:
+            raise ValueError(f"expected one of --text, --cache and --prefix-tuning, got {len(chosen)}")
+        adapter: dict[str, Any] = {"feature_map": feature_map, "rank": rank, "state_heads": state_heads}
+        if features is not None:
+            adapter["feature_map_options"] = {"num_features": features}
+        source, path = chosen[0][0], str(chosen[0][1])
+        settings = Settings(
+            model, source, path, calibration, rows, length, steps, batch_size, learning_rate, seed, adapter
+        )
+        with bars() as reporter:
+            record = run(settings, output, resume=resume, overwrite=overwrite, reporter=reporter)
+        show_losses(record, output)
+
+
+def show_losses(record: dict[str, Any], output: Path) -> None:
+    title = f"{record['held_out_tokens']:,} held-out tokens that follow {record['prefix_tokens']:,}"
+    table = Table("model", "KL, nats per token", "same next token", "perplexity", title=title)
+    names = {"with_prefix": "with the prefix", "without": "without it", "fitted": "state, fitted"}
+    for key, name in {**names, "distilled": "state, distilled"}.items():
+        if key in record:
+            row = record[key]
+            table.add_row(name, f"{row['kl']:.3f}", f"{row['agreement']:.1%}", f"{row['perplexity']:.2f}")
+    console.print(table)
+    console.print(
+        f"KV cache {record['cache_bytes'] / 2**20:.1f} MiB, adapter {record['adapter_bytes'] / 2**20:.1f} MiB "
+        f"whatever the length; {record['seconds'] / 60:.1f} minutes on {record['hardware']}"
+    )
+    console.print(f"saved to {output}: adapter, compress.json", markup=False)
 
 
 @app.command()

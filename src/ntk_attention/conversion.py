@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from .config import NTKAttentionConfig
+from .exact import LayerPrefix
 from .routing import CHILD, geometry_of, query_scale, routes
-from .state import PrefixState
-
-
-class LayerPrefix(NamedTuple):
-    """The prefix of one attention layer, as its queries see it."""
-
-    keys: Tensor  # [H_kv, m, d], after the position encoding
-    values: Tensor  # [H_kv, m, d_v]
+from .state import PrefixState, check_tokens
 
 
 def adapter_from_prefix(
@@ -42,31 +41,43 @@ def adapter_from_prefix(
     """
     config = NTKAttentionConfig(feature_map="taylor", constant_feature=False) if config is None else copy.copy(config)
     config.state_heads = "kv"
+    check_prefix(model, prefix)
     modules = attention_modules(model)
-    if len(prefix) != len(modules):
-        raise ValueError(f"the prefix has {len(prefix)} layers, the model {len(modules)} attention layers")
     phi = config.make_feature_map()
     phi.constant = False  # a sum over tokens has none; the adapter gives it no weight
     states = {}
     for (name, module), layer in zip(modules, prefix, strict=True):
-        sizes = geometry_of(module, name)
-        H, d, d_v = layer.keys.shape[0], layer.keys.shape[-1], layer.values.shape[-1]
-        if (H, d, d_v) != (sizes.num_kv_heads, sizes.head_dim, sizes.value_dim):
-            raise ValueError(
-                f"{name} has {sizes.num_kv_heads} KV heads, keys of size {sizes.head_dim} and values of size "
-                f"{sizes.value_dim}; the prefix has {H}, {d} and {d_v}: it is of another model"
-            )
-        _, factor = query_scale(module, getattr(module, "scaling", None), d)
-        try:
-            states[name] = PrefixState.from_prefix(*layer, copy.deepcopy(phi), scale=factor**2)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        _, factor = query_scale(module, getattr(module, "scaling", None), layer.keys.shape[-1])
+        states[name] = PrefixState.from_prefix(layer.keys, layer.values, copy.deepcopy(phi), scale=factor**2)
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     for name, module in modules:
         adapters = getattr(module, CHILD, None)
         if adapters is not None:
             adapters[peft_model.active_adapter].load_state(states[name])
     return peft_model
+
+
+def check_prefix(model: nn.Module, prefix: Sequence[LayerPrefix]) -> None:
+    """Raise ValueError unless a prefix has the layers and heads of the model, at least one token and finite values."""
+    modules = attention_modules(model)
+    if len(prefix) != len(modules):
+        raise ValueError(f"the prefix has {len(prefix)} layers, the model {len(modules)} attention layers")
+    for (name, module), layer in zip(modules, prefix, strict=True):
+        check_sizes(name, module, layer.keys, layer.values)
+        try:
+            check_tokens(layer.keys, layer.values)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def check_sizes(name: str, module: nn.Module, keys: Tensor, values: Tensor) -> None:
+    sizes = geometry_of(module, name)
+    H, d, d_v = keys.shape[-3], keys.shape[-1], values.shape[-1]
+    if (H, d, d_v) != (sizes.num_kv_heads, sizes.head_dim, sizes.value_dim):
+        raise ValueError(
+            f"{name} has {sizes.num_kv_heads} KV heads, keys of size {sizes.head_dim} and values of size "
+            f"{sizes.value_dim}; the prefix has {H}, {d} and {d_v}: it is of another model"
+        )
 
 
 def prefix_of_cache(model: nn.Module, cache: Any) -> list[LayerPrefix]:
@@ -90,6 +101,7 @@ def prefix_of_cache(model: nn.Module, cache: Any) -> list[LayerPrefix]:
     prefix = []
     for (name, module), layer in zip(modules, layers, strict=True):
         keys, values = layer.keys[..., :m, :], layer.values[..., :m, :]
+        check_sizes(name, module, keys, values)
         if keys.shape[0] != 1:
             raise ValueError(f"{name}: the cache must hold one sequence, got {keys.shape[0]}")
         if keys.shape[2] != m:
@@ -99,11 +111,93 @@ def prefix_of_cache(model: nn.Module, cache: Any) -> list[LayerPrefix]:
 
 
 @torch.no_grad()
+def prefix_of_text(
+    model: Any,
+    tokens: Tensor,
+    *,
+    window: int | None = None,
+    chunk_size: int = 512,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[LayerPrefix]:
+    """The prefix that a text of any length is, read in chunks.
+
+    A text longer than the window is read in parts that do not see each other, as short as the window demands and all
+    of one size. Each lies right before position 0, so that no query is further from a key than the model knows.
+
+    Args:
+        model: a frozen causal language model.
+        tokens: of the text [m].
+        window: tokens of a part at most; three quarters of the model's context by default.
+        chunk_size: tokens of one forward pass.
+        progress: called with the number of tokens of each pass.
+
+    Raises:
+        ValueError: if the text is empty; else as in `prefix_of_cache`.
+    """
+    if tokens.numel() == 0:
+        raise ValueError("the text is empty: expected at least one token")
+    window = window or context_length(model) * 3 // 4
+    num_parts = math.ceil(len(tokens) / window)
+    device = next(model.parameters()).device
+    parts = []
+    for part in tokens.to(device).tensor_split(num_parts):
+        cache = DynamicCache()
+        for chunk in part.split(chunk_size):
+            model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            progress(len(chunk))
+        parts.append(prefix_of_cache(model, cache))
+    return [
+        LayerPrefix(torch.cat([x.keys for x in layer], dim=1), torch.cat([x.values for x in layer], dim=1))
+        for layer in zip(*parts, strict=True)
+    ]
+
+
+def context_length(model: Any) -> int:
+    """Positions that the model knows."""
+    return getattr(model.config, "max_position_embeddings", None) or 2**20
+
+
+def save_cache(path: str | Path, cache: Any, tokens: Tensor | None = None) -> None:
+    """Write `past_key_values` of one sequence to a safetensors file that `ntk-attention compress --cache` reads.
+
+    Args:
+        path: of the file.
+        cache: a cache of transformers.
+        tokens: [m], what it was made of, if anything; then pieces of it can be studied.
+    """
+    held = {} if tokens is None else {"tokens": tokens.contiguous()}
+    for i, layer in enumerate(cache.layers):
+        held |= {f"{i}.keys": layer.keys.contiguous(), f"{i}.values": layer.values.contiguous()}
+    save_file(held, path)
+
+
+def load_cache(path: str | Path) -> tuple[DynamicCache, Tensor]:
+    """A cache that `save_cache` wrote, and its tokens, none where they are not known.
+
+    Raises:
+        ValueError: if the file is not such a cache.
+    """
+    try:
+        held = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    tokens = held.pop("tokens", torch.empty(0, dtype=torch.long))
+    expected = {f"{i}.{kind}" for i in range(len(held) // 2) for kind in ("keys", "values")}
+    if not held or held.keys() != expected:
+        names = ", ".join(sorted(held)[:4])
+        raise ValueError(f"{path} is not a KV cache: expected tensors 0.keys, 0.values, 1.keys, ..., got {names}")
+    cache = DynamicCache()
+    for i in range(len(held) // 2):
+        cache.update(held[f"{i}.keys"], held[f"{i}.values"], i)
+    return cache, tokens
+
+
+@torch.no_grad()
 def prefix_of_adapter(model: PeftModel) -> list[LayerPrefix]:
     """The prefix of a prefix-tuning or cartridge adapter of PEFT; errors as in `prefix_of_cache`."""
     config = model.active_peft_config
     if config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
-        raise ValueError(f"expected a prefix-tuning or cartridge adapter, got {config.peft_type}")
+        raise ValueError(f"expected a prefix-tuning or cartridge adapter, got {config.peft_type.value}")
     return prefix_of_cache(model.get_base_model(), model.get_prompt(batch_size=1))
 
 
@@ -129,3 +223,14 @@ def rotated_back(model: nn.Module, module: nn.Module, keys: Tensor, offset: int)
     cos, sin = rotary(exact, torch.tensor([[offset]], device=keys.device))
     length = torch.sqrt(cos.square() + sin.square())  # some models scale their keys here, too
     return rotate(exact, exact, cos / length, -sin / length)[1].to(keys.dtype)
+
+
+def by_layer(model: nn.Module, prefix: Sequence[LayerPrefix]) -> dict[str, LayerPrefix]:
+    """The prefix of a model by the names of its NTK-Attention layers, without layers that have none."""
+    modules = dict(model.named_modules())
+    found = [
+        (f"{name}.{CHILD}", tokens)
+        for (name, _), tokens in zip(attention_modules(model), prefix, strict=True)
+        if f"{name}.{CHILD}" in modules
+    ]
+    return dict(found)

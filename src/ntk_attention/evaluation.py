@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import IGNORED, Item, Row, collate, is_correct, render_prompt
@@ -29,6 +32,37 @@ def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, ba
     if count == 0:
         raise ValueError("the items have no token that counts: a loss needs at least two tokens")
     return total / count
+
+
+@torch.no_grad()
+def logits_of(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """Logits [B, L, vocabulary] for every batch."""
+    with evaluating(model):
+        return [model(**batch).logits for batch in batches]
+
+
+@torch.no_grad()
+def fidelity(
+    batches: Sequence[Mapping[str, Tensor]], expected: Sequence[Tensor], actual: Sequence[Tensor]
+) -> dict[str, float]:
+    """How near a model's logits are to those of another one.
+
+    Returns:
+        kl: KL(expected || actual) in nats per token; agreement: share of the tokens at which both would write the
+        same; perplexity: of the batches' text by the model that `actual` is of.
+    """
+    kl, agreement, nll, count, predicted = 0.0, 0.0, 0.0, 0, 0
+    for batch, e, a in zip(batches, expected, actual, strict=True):
+        ids = batch["input_ids"]
+        mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
+        e, a = (torch.log_softmax(x.float(), dim=-1) for x in (e, a))
+        kl += (e.exp() * (e - a)).sum(dim=-1)[mask].double().sum().item()
+        agreement += (e.argmax(dim=-1) == a.argmax(dim=-1))[mask].sum().item()
+        both = mask[:, 1:] & mask[:, :-1]
+        nll -= a[:, :-1].gather(2, ids[:, 1:, None])[..., 0][both].double().sum().item()
+        count += int(mask.sum())
+        predicted += int(both.sum())
+    return {"kl": kl / count, "agreement": agreement / count, "perplexity": math.exp(nll / max(predicted, 1))}
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ class FeatureMap(nn.Module):
     """
 
     name: str
+    approximates_exp = True  # whether sums over tokens make a state that stands for them
 
     def __init__(self, *, constant: bool = False):
         super().__init__()
@@ -207,6 +208,26 @@ class PositiveRandom(FeatureMap):
         return ScaledFeatures(torch.exp(logits - peak), peak.squeeze(-1) - 0.5 * math.log(len(projection)))
 
 
+class Anchored(PositiveRandom):
+    """phi_i(x) = exp(w_i.x): features that peak where chosen keys do, for states that are fitted.
+
+    With w_i = sqrt(scale) c_i a state is a KV cache of the r keys c_i, in which every head has its own weights and
+    values. `anchor` takes the keys of a prefix that are looked at most; until then the directions are random.
+
+    Args:
+        num_features, seed: as in `PositiveRandom`.
+    """
+
+    name = "anchored"
+    approximates_exp = False
+
+    def _scaled(self, x: Tensor) -> ScaledFeatures:
+        projection = cast(Tensor, self.bind(x.shape[-1]).projection)
+        logits = x @ projection.to(x).T
+        peak = logits.detach().amax(dim=-1, keepdim=True)
+        return ScaledFeatures(torch.exp(logits - peak), peak.squeeze(-1))
+
+
 def orthogonal_gaussian(rows: int, columns: int, seed: int) -> Tensor:
     """Gaussian rows made orthogonal in blocks of `columns`, their lengths kept: float64 [rows, columns]."""
     generator = torch.Generator().manual_seed(seed)
@@ -221,7 +242,7 @@ def orthogonal_gaussian(rows: int, columns: int, seed: int) -> Tensor:
     return torch.cat(blocks)[:rows]
 
 
-FEATURE_MAPS: dict[str, type[FeatureMap]] = {cls.name: cls for cls in (Elu, Taylor, PositiveRandom)}
+FEATURE_MAPS: dict[str, type[FeatureMap]] = {cls.name: cls for cls in (Elu, Taylor, PositiveRandom, Anchored)}
 
 
 def feature_map(name: str | FeatureMap, **options: Any) -> FeatureMap:

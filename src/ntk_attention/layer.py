@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .adapter_folder import check_shape, check_values
 from .config import NTKAttentionConfig
+from .exact import LayerPrefix
 from .operation import Block
 from .routing import Geometry
 from .state import PrefixState, RowStates
@@ -110,11 +111,14 @@ class PrefixAdapter(nn.Module):
                 self.Z_A.normal_(0.0, r**-0.5)
                 self.Z_B.zero_()
 
+    def plain_leading(self) -> Tensor:
+        """The leading factor of Z in plain coordinates."""
+        Z = getattr(self, self.leading)
+        return Z if self.coordinates is None else self.coordinates.to(Z.dtype) @ Z
+
     def plain_Z(self) -> Tensor:  # noqa: N802
         """Z [H, r, d_v] in plain coordinates."""
-        Z = getattr(self, self.leading)
-        if self.coordinates is not None:
-            Z = self.coordinates.to(Z.dtype) @ Z
+        Z = self.plain_leading()
         return Z if self.leading == "Z" else Z @ self.Z_B
 
     def state(self) -> PrefixState:
@@ -227,6 +231,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         # A function put here sees every call: the query, the block of the real tokens, the block of the prefix (None
         # while the adapters rest) and the factor that makes phi's input of the query.
         self.observer: Callable[[Tensor, Block, Block | None, float], None] | None = None
+        self.exact: LayerPrefix | None = None  # tokens of a prefix that are all there, see `exact_prefix`
 
     @property
     def adapters(self) -> nn.ModuleDict:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import launches
+from .exact import LayerPrefix, exact_scores
 from .fused import attend_fused, covers
 from .sdpa import HiddenRows, additive_mask, attend_sdpa, context_forward, hidden_rows, supports_sdpa
 from .state import PrefixState, RowStates
@@ -117,9 +118,40 @@ def prefix_block(query: Tensor, state: PrefixState | RowStates, factor: float) -
     return Block(out, torch.where(has_weight, torch.log(phi_k) + row_scale + b, -math.inf))
 
 
-def prefix_blocks(query: Tensor, states: Sequence[PrefixState | RowStates], factor: float) -> Block:
-    """Several prefixes as one block."""
-    return reduce(merge_blocks, (prefix_block(query, state, factor) for state in states))
+def prefix_blocks(
+    query: Tensor,
+    states: Sequence[PrefixState | RowStates],
+    factor: float,
+    exact: LayerPrefix | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Block:
+    """Several prefixes as one block; arguments as in `attend`."""
+    blocks = [prefix_block(query, state, factor) for state in states]
+    if exact is not None:
+        blocks.append(exact_block(query, exact, scale, softcap))
+    return reduce(merge_blocks, blocks)
+
+
+def exact_block(query: Tensor, prefix: LayerPrefix, scale: float, softcap: float | None = None) -> Block:
+    """The block of prefix tokens that are all there, in float32 (float64); differentiable with respect to all inputs.
+
+    Without gradients it is a kernel's, in O(L) memory; with them, or with weights of the tokens, every score is written
+    out.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    tensors = [x for x in (query, *prefix) if x is not None]
+    plain = softcap is None and prefix.log_weights is None
+    if plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        B, H, L, d = query.shape
+        rows = query.transpose(0, 1).reshape(1, H, B * L, d)  # the whole batch sees the same tokens
+        keys, values = (x.to(query.dtype)[None] for x in (prefix.keys, prefix.values))
+        out, lse, _, _ = context_forward(rows, keys, values, None, 0.0, False, scale)
+        out, lse = (x[0].unflatten(1, (B, L)).transpose(0, 1).to(dtype) for x in (out, lse))
+        return Block(out, lse)
+    logits = exact_scores(query, prefix, scale, softcap)
+    values = prefix.values.to(dtype).repeat_interleave(query.shape[1] // prefix.values.shape[0], dim=0)
+    return Block(torch.softmax(logits, dim=-1) @ values, torch.logsumexp(logits, dim=-1))
 
 
 def merge_blocks(first: Block, second: Block) -> Block:
@@ -142,17 +174,20 @@ def attend(
     *,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    exact: LayerPrefix | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention over real tokens and over prefixes, one after another; as in `ntk_attention`, arguments checked before.
 
     Args:
-        states: one or more.
+        states: one or more; none only with `exact`.
         factor: what the query is multiplied by before phi; sqrt(scale) unless the query is scaled already.
         softcap: logits become softcap * tanh(logits / softcap) before the mask (Gemma2).
         sink: [H], the logit of one more key per head whose value is 0 (gpt-oss).
+        exact: a prefix whose tokens are all there.
     """
-    if backend in ("auto", "triton") and len(states) == 1 and dropout_p == 0 and softcap is None and sink is None:
+    plain = dropout_p == 0 and softcap is None and sink is None and exact is None
+    if backend in ("auto", "triton") and len(states) == 1 and plain:
         state = states[0]
         if (
             isinstance(state, PrefixState)
@@ -160,7 +195,7 @@ def attend(
             and (backend == "auto" or launches.covers(query, value))
         ):
             return attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, backend)
-    prefix = prefix_blocks(query, states, factor)
+    prefix = prefix_blocks(query, states, factor, exact, scale, softcap)
     hidden = None if attn_mask is None else hidden_rows(attn_mask)
     prefix = hide_prefix(prefix, hidden, key.shape[2])
     if sink is not None:

@@ -155,7 +155,7 @@ def ntk_attention_forward(
 ) -> tuple[Tensor, None]:
     """Our entry of the attention interface: query [B, H, L, d], KV heads not repeated; returns [B, L, H, d_v]."""
     layer = getattr(module, CHILD)
-    if layer.observer is None and not layer.has_active_state():
+    if layer.observer is None and layer.exact is None and not layer.has_active_state():
         base = base_attention(module, layer.base_config._attn_implementation)
         return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
@@ -178,9 +178,11 @@ def ntk_attention_forward(
             )
         if layer.observer is not None:
             context = context_block(query, key, value, mask, is_causal, scale, **options)
-            prefix = prefix_blocks(query, states, factor) if states else None
+            given = bool(states) or layer.exact is not None
+            prefix = prefix_blocks(query, states, factor, layer.exact, scale, options["softcap"]) if given else None
             layer.observer(query, context, prefix, factor)
-        if states:
+        if states or layer.exact is not None:
+            options["exact"] = layer.exact
             out = attend(query, key, value, states, factor, mask, dropout, is_causal, scale, **options)
         else:
             out = context.out

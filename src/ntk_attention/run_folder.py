@@ -27,8 +27,8 @@ WRITTEN = (RECORD, "adapter_config.json", "adapter_model.safetensors", "README.m
 FREE_BYTES = 200 * 2**20  # an adapter, its optimizer state and more checkpoints
 
 
-def check_folder(output: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Make sure that the run may write into the folder, before any long work.
+def check_folder(output: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool, name: str = RECORD) -> None:
+    """Make sure that the run may write into the folder, before any long work; `name` is that of its record.
 
     Raises:
         ValueError: if the folder holds something else, or a run that neither `resume` nor `overwrite` was asked for,
@@ -36,14 +36,14 @@ def check_folder(output: Path, settings: dict[str, Any], *, resume: bool, overwr
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file: expected a folder to write the adapter to")
-    ours = (output / RECORD).is_file() and (overwrite or read_record(output) is not None)
+    ours = (output / name).is_file() and (overwrite or read_record(output, name) is not None)
     if output.exists() and any(path.name != LOCK for path in output.iterdir()) and not ours:
         raise ValueError(f"{output} is not empty and not a run of this program: choose another folder")
     if ours and not overwrite:
-        record = read_record(output) or {}
+        record = read_record(output, name) or {}
         if not resume:
             raise ValueError(f"{output} already holds a run: add --resume to go on, or --overwrite to start anew")
-        changed = [name for name, value in settings.items() if record["settings"].get(name) != value]
+        changed = [key for key, value in settings.items() if record["settings"].get(key) != value]
         if changed:
             raise ValueError(f"{output} was started with other settings ({', '.join(changed)}): cannot resume")
         if "after" in record:
@@ -84,8 +84,8 @@ def clear(output: Path) -> None:
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
 
 
-def read_record(output: Path) -> dict[str, Any] | None:
-    path = output / RECORD
+def read_record(output: Path, name: str = RECORD) -> dict[str, Any] | None:
+    path = output / name
     if not path.is_file():
         return None
     try:

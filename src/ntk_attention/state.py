@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import summing
 from .features import FeatureMap, feature_map
 
+CHUNK_BYTES = 2**20, 2**28  # of the features of one chunk: on a CPU, on a GPU
+SMALL = 1e-30  # a sum of features that may have lost tokens
 _map = feature_map  # arguments of this name hide the function
 
 
@@ -24,9 +27,8 @@ class PrefixState:
 
     Args:
         Z: [H, r, d_v], floating point.
-        k: [H, r], same dtype and device. Positive for the positive maps (`elu`, `positive_random`); the signed
-            monomials of `taylor` take any sign, but the sum over their first feature, the number of tokens, must be
-            positive.
+        k: [H, r], same dtype and device. Positive for maps of positive features; the signed monomials of
+            `taylor` take any sign, but the sum over their first feature, the number of tokens, must be positive.
         log_scale: b [H]; zeros by default.
         feature_map: a name or a `FeatureMap`.
 
@@ -63,7 +65,7 @@ class PrefixState:
         feature_map: str | FeatureMap = "taylor",
         *,
         scale: float | None = None,
-        chunk_size: int = 4096,
+        chunk_size: int | None = None,
     ) -> "PrefixState":
         """The state of a given prefix: Z = sum_i phi(c_i) u_i^T and k = sum_i phi(c_i) (section 4 of the paper).
 
@@ -75,18 +77,22 @@ class PrefixState:
             values: u [H, m, d_v].
             feature_map: a name or a map, without the constant feature, which is not a sum over tokens.
             scale: of the logits, d^-1/2 by default.
-            chunk_size: tokens whose features are in memory at once.
+            chunk_size: tokens whose features are in memory at once; by default as many as a cache or, on a GPU, one
+                launch of each kernel can make good use of.
 
         Returns:
             A state with H heads in float32, or in float64 for float64 keys.
 
         Raises:
-            ValueError: if shapes do not fit, a value is not finite, or the map has the constant feature.
+            ValueError: if shapes do not fit, a value is not finite, or the map has the constant feature or does not
+                approximate exp.
         """
-        _check_prefix(keys, values)
+        check_tokens(keys, values)
         made = _map(feature_map).bind(keys.shape[-1])
         if made.constant:
             raise ValueError(f"a state of given tokens needs a map without the constant feature, got {made!r}")
+        if not made.approximates_exp:
+            raise ValueError(f"sums over tokens say nothing with the map {made.name!r}: fit the state instead")
         made = copy.deepcopy(made).to(keys.device)
         H, r, d_v = keys.shape[0], made.num_features(keys.shape[-1]), values.shape[-1]
         dtype = torch.promote_types(keys.dtype, torch.float32)
@@ -99,10 +105,10 @@ class PrefixState:
         return nothing.update(keys, values, scale=scale, chunk_size=chunk_size)
 
     def update(
-        self, keys: Tensor, values: Tensor, *, scale: float | None = None, chunk_size: int = 4096
+        self, keys: Tensor, values: Tensor, *, scale: float | None = None, chunk_size: int | None = None
     ) -> "PrefixState":
         """The state with more tokens at the end of its prefix; arguments and errors as in `from_prefix`."""
-        _check_prefix(keys, values)
+        check_tokens(keys, values)
         H, m, d = keys.shape
         if self.num_heads != H or values.shape[-1] != self.Z.shape[-1]:
             raise ValueError(
@@ -115,6 +121,12 @@ class PrefixState:
                 f"{self.feature_map.num_features(d)} of keys of size {d}"
             )
         factor = (d**-0.5 if scale is None else scale) ** 0.5
+        if chunk_size is None and summing.covers(keys, values, self.feature_map):
+            Z, k = summing.elu_sums(keys, values, factor)
+            if (k.amax(dim=1) > SMALL).all():  # else every feature of some head is tiny, and needs its scale
+                return self + self._rebuilt(Z, k, torch.zeros_like(k[:, 0]))
+        if chunk_size is None:
+            chunk_size = max(1, CHUNK_BYTES[keys.is_cuda] // (4 * H * max(self.num_features, d)))
         # Sums over chunks are kept in float64: the rounding of millions of additions would show in float32.
         Z, k, b = self.Z.double(), self.k.double(), self.log_scale.double()
         for start in range(0, m, chunk_size):
@@ -253,7 +265,8 @@ def same_map(first: FeatureMap, second: FeatureMap) -> bool:
     return all(torch.equal(a, b.to(a)) for a, b in tensors)
 
 
-def _check_prefix(keys: Tensor, values: Tensor) -> None:
+def check_tokens(keys: Tensor, values: Tensor) -> None:
+    """Raise ValueError unless keys [H, m, d] and values [H, m, d_v] are a prefix, m >= 1, of finite values."""
     if keys.dim() != 3 or values.dim() != 3 or keys.shape[:2] != values.shape[:2]:
         raise ValueError(
             f"a prefix needs keys [H, m, d] and values [H, m, d_v], got {list(keys.shape)} and {list(values.shape)}"
@@ -263,5 +276,5 @@ def _check_prefix(keys: Tensor, values: Tensor) -> None:
     for name, x in (("keys", keys), ("values", values)):
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
-        if not torch.isfinite(x).all():
+        if not torch.isfinite(torch.stack(torch.aminmax(x))).all():  # one pass over x, and no copy
             raise ValueError(f"{name} hold NaN or infinite values")

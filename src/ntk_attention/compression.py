@@ -1,0 +1,273 @@
+"""The job: a text, a KV cache or a prefix-tuning adapter becomes an ordinary NTK-Attention adapter, with a report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import set_seed
+
+from .anchors import anchor
+from .config import NTKAttentionConfig
+from .conversion import (
+    by_layer,
+    check_prefix,
+    context_length,
+    load_cache,
+    prefix_of_adapter,
+    prefix_of_cache,
+    prefix_of_text,
+)
+from .data import encode_all, load_items
+from .distillation import distill, teacher_logits
+from .evaluation import fidelity, logits_of
+from .exact import LayerPrefix
+from .fitting import fit
+from .models import load_model
+from .observation import adapted_layers
+from .run_folder import check_folder, read_record, write_json
+from .study import study
+from .training import Reporter, Silent, hardware
+
+RECORD = "compress.json"  # settings and results; its presence says that a folder is ours
+WORK = "work"  # what an interrupted run goes on with
+WRITTEN = (RECORD, "adapter_config.json", "adapter_model.safetensors", "README.md")
+SOURCES = ("text", "cache", "prefix_tuning")
+HELD_OUT_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run depends on."""
+
+    model: str
+    source: str  # one of SOURCES
+    path: str
+    calibration: str | None = None  # items as in data.py; by default text that the model studies the prefix with
+    rows: int = 64
+    length: int = 256
+    steps: int = 200  # of distillation
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    seed: int = 0
+    adapter: dict[str, Any] = field(default_factory=dict)  # options of NTKAttentionConfig
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"unknown source {self.source!r}: expected one of {SOURCES}")
+        for name in ("rows", "length", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.rows < 2 * self.batch_size:
+            raise ValueError(f"rows must be two batches at least, got {self.rows} rows of batches of {self.batch_size}")
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative, got {self.steps}")
+
+
+def compress(
+    settings: Settings,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Read the prefix, fit and distill states, save the adapter to `output`, and return the record beside it.
+
+    The calibration text, the fitted adapter and the distilled one are kept as they are made: a run that was interrupted
+    goes on after the last of them.
+
+    Raises:
+        ValueError: for unusable settings, sources or folders, before anything is written.
+    """
+    reporter = reporter or Silent()
+    started = time.time()
+    config = NTKAttentionConfig(task_type="CAUSAL_LM", **settings.adapter)
+    check_source(settings)
+    check_folder(output, asdict(settings), resume=resume, overwrite=overwrite, name=RECORD)
+    set_seed(settings.seed)
+    reporter.stage(f"load {settings.model}")
+    base, tokenizer = load_model(settings.model)
+    base.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    prefix, document, seconds = read_prefix(settings, base, tokenizer, reporter)
+    check_prefix(base, prefix)
+    given = given_batches(settings, tokenizer, context_length(base))
+
+    if overwrite and output.exists():
+        for name in WRITTEN:
+            (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / WORK, ignore_errors=True)
+    work = output / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    record = read_record(output, RECORD) or {"settings": asdict(settings)}
+    write_json(output / RECORD, record)
+    tokens = sum(layer.keys.shape[1] for layer in prefix) / len(prefix)
+    record |= {"prefix_tokens": round(tokens), "cache_bytes": bytes_of(prefix), "prefill_seconds": round(seconds, 2)}
+
+    model: Any = get_peft_model(base, config)
+    named = by_layer(model, prefix)
+    batches, held_out = calibration_text(settings, model, tokenizer, named, document, given, work, reporter)
+    expected = teacher_logits(model, named, held_out)
+    with model.disable_adapter():
+        record["without"] = fidelity(held_out, expected, logits_of(model, held_out))
+    record["with_prefix"] = fidelity(held_out, expected, expected)
+
+    if not (work / "fitted").is_dir():
+        if config.feature_map == "anchored":
+            anchor(model, named, batches)
+        report = fit(model, named, batches, reporter=reporter)
+        record["layer_error"] = {name: [round(x, 4) for x in e.tolist()] for name, e in report.error.items()}
+        keep(model, work / "fitted")
+        record["fitted"] = fidelity(held_out, expected, logits_of(model, held_out))
+        write_json(output / RECORD, record)
+    elif settings.steps:
+        load_states(model, work / "fitted")
+    if settings.steps:
+        curve = distill(
+            model, named, batches, steps=settings.steps, learning_rate=settings.learning_rate, reporter=reporter
+        )
+        record["distilled"] = fidelity(held_out, expected, logits_of(model, held_out))
+        record["kl_curve"] = [round(x, 4) for x in curve[:: max(1, len(curve) // 50)]]
+    reporter.stage("save")
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    record |= {
+        "state_numbers": sum(x.numel() for x in states_of(model).values()),
+        "adapter_bytes": (output / "adapter_model.safetensors").stat().st_size,
+        "held_out_tokens": sum(batch["input_ids"].numel() for batch in held_out),
+        "seconds": round(time.time() - started, 1),
+        "hardware": hardware(),
+    }
+    write_json(output / RECORD, record | {"after": True})
+    shutil.rmtree(work)
+    return record
+
+
+def check_source(settings: Settings) -> None:
+    """Raise ValueError unless the source is there and not empty."""
+    path = Path(settings.path)
+    if settings.source == "prefix_tuning":
+        if not (path / "adapter_config.json").is_file():
+            raise ValueError(f"{path} has no adapter_config.json: expected the folder of a prefix-tuning adapter")
+    elif not path.is_file():
+        raise ValueError(f"no file {path}: expected {'a text' if settings.source == 'text' else 'a KV cache'}")
+    elif settings.source == "text" and not read_text(path).strip():
+        raise ValueError(f"{path} is empty: expected a text")
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def read_prefix(
+    settings: Settings, base: Any, tokenizer: Any, reporter: Reporter
+) -> tuple[list[LayerPrefix], Tensor, float]:
+    """The prefix, the tokens that it was made of (none where they are not known), and the seconds that it took."""
+    started = time.time()
+    nothing = torch.empty(0, dtype=torch.long)
+    if settings.source == "text":
+        ids = tokenizer(read_text(Path(settings.path)), add_special_tokens=False)["input_ids"]
+        document = torch.tensor(ids, dtype=torch.long)
+        reporter.stage("read the text", len(document))
+        prefix = prefix_of_text(base, document, progress=reporter.advance)
+        return prefix, document, time.time() - started
+    if settings.source == "cache":
+        cache, document = load_cache(settings.path)
+        return [on(base, layer) for layer in prefix_of_cache(base, cache)], document, time.time() - started
+    try:
+        tuned = PeftModel.from_pretrained(base, settings.path)
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise ValueError(f"{settings.path} does not fit {settings.model}: {str(error).splitlines()[0]}") from None
+    return prefix_of_adapter(tuned), nothing, time.time() - started
+
+
+def on(model: Any, layer: LayerPrefix) -> LayerPrefix:
+    weight = next(model.parameters())
+    return LayerPrefix(layer.keys.to(weight), layer.values.to(weight))
+
+
+def given_batches(settings: Settings, tokenizer: Any, limit: int) -> list[dict[str, Tensor]]:
+    """The calibration items that the user gave, in batches: `rows` to fit on and some held out."""
+    if settings.calibration is None:
+        return []
+    wanted = settings.rows + HELD_OUT_ROWS
+    rows = encode_all(load_items(settings.calibration, wanted, settings.seed, tokenizer), tokenizer, limit)
+    if len(rows) < 3 * settings.batch_size:
+        raise ValueError(f"{settings.calibration} gives {len(rows)} items, {3 * settings.batch_size} are needed")
+    batches = []
+    for i in range(0, len(rows), settings.batch_size):
+        part = [torch.tensor(row["input_ids"]) for row in rows[i : i + settings.batch_size]]
+        padded = torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=tokenizer.pad_token_id)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in part], batch_first=True)
+        batches.append({"input_ids": padded, "attention_mask": mask})
+    return batches
+
+
+def calibration_text(
+    settings: Settings,
+    model: Any,
+    tokenizer: Any,
+    prefix: Mapping[str, LayerPrefix],
+    document: Tensor,
+    given: list[dict[str, Tensor]],
+    work: Path,
+    reporter: Reporter,
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Batches to fit on, and batches of the same kind, held out, for the report."""
+    device = next(model.parameters()).device
+    if given:
+        batches = [{k: v.to(device) for k, v in batch.items()} for batch in given]
+        last = max(1, HELD_OUT_ROWS // settings.batch_size)
+        return batches[:-last], batches[-last:]
+    path = work / "study.safetensors"
+    sizes: dict[str, Any] = {"batch_size": settings.batch_size, "length": settings.length}
+    if not path.is_file():
+        write = partial(study, model, tokenizer, prefix, document, reporter=reporter, **sizes)
+        made = [*write(rows=settings.rows, seed=settings.seed), *write(rows=HELD_OUT_ROWS, seed=settings.seed + 1)]
+        ids = {str(i): batch["input_ids"].cpu().contiguous() for i, batch in enumerate(made)}
+        save_file(ids, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+    ids = load_file(path, device=str(device))
+    batches = [{"input_ids": ids[str(i)]} for i in range(len(ids))]
+    own = -(-settings.rows // settings.batch_size)
+    return batches[:own], batches[own:]
+
+
+def bytes_of(prefix: Sequence[LayerPrefix]) -> int:
+    return sum(x.numel() * x.element_size() for layer in prefix for x in (layer.keys, layer.values))
+
+
+def states_of(model: Any) -> dict[str, Tensor]:
+    """The tensors of the states of an adapter, without maps, by name."""
+    found: dict[str, Tensor] = {}
+    for name, layer in adapted_layers(model).items():
+        tensors = layer["default"].named_parameters()
+        found |= {f"{name}.{key}": x for key, x in tensors if not key.startswith("feature_map")}
+    return found
+
+
+def keep(model: Any, folder: Path) -> None:
+    """Save the adapter into a folder, whole or not at all."""
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
+def load_states(model: Any, folder: Path) -> None:
+    """Load an adapter that `keep` saved into the model's own."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
