@@ -22,6 +22,14 @@ class ScaledFeatures(NamedTuple):
     log_scale: Tensor  # [...], a constant for autograd: only the product of both parts has a meaning
 
 
+class Monomials(NamedTuple):
+    """Those of degree g in (1, x), the number 1 being variable 0: sorted tuples of g variables, r of them."""
+
+    steps: list[tuple[Tensor, Tensor]]  # degree by degree: which monomial of the degree before, times which variable
+    coefficient: Tensor  # [r], 1 / sqrt(a!)
+    is_even: Tensor  # bool [r], all exponents of x are even
+
+
 class FeatureMap(nn.Module):
     """Base class of the feature maps.
 
@@ -123,16 +131,15 @@ class Taylor(FeatureMap):
             )
         self.degree = degree
         self.options = {"degree": degree}
-        self._monomials: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        self._monomials: dict[tuple[int, torch.device], Monomials] = {}
 
     def _num_features(self, head_dim: int) -> int:
         return math.comb(head_dim + self.degree, self.degree)
 
     def _nonnegative(self, head_dim: int) -> Tensor:
-        return self._tables(head_dim, torch.device("cpu"))[2]
+        return self._tables(head_dim, torch.device("cpu")).is_even
 
-    def _tables(self, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Variable indices [r, g] (0 stands for the number 1), coefficients [r] and all-exponents-even [r]."""
+    def _tables(self, head_dim: int, device: torch.device) -> "Monomials":
         if (head_dim, device) not in self._monomials:
             variables = torch.combinations(torch.arange(head_dim + 1), self.degree, with_replacement=True)
             run = torch.ones(len(variables), dtype=torch.long)  # how often the current variable has stood in a row
@@ -140,24 +147,28 @@ class Taylor(FeatureMap):
             for j in range(1, self.degree):
                 run = torch.where(variables[:, j] == variables[:, j - 1], run + 1, 1)
                 factorial *= torch.where(variables[:, j] > 0, run, 1)
+            steps = []
+            for degree in range(1, self.degree + 1):
+                # Sorted tuples in lexicographic order: those that begin alike stand together.
+                tuples = torch.combinations(torch.arange(head_dim + 1), degree, with_replacement=True)
+                begins = torch.ones(len(tuples), dtype=torch.bool)
+                begins[1:] = (tuples[1:, :-1] != tuples[:-1, :-1]).any(dim=1)
+                parent = torch.cumsum(begins, dim=0) - 1
+                steps.append((parent.to(device), tuples[:, -1].to(device)))
             # Sorted and even in number: all exponents are even when the variables stand in equal pairs.
             is_even = (variables[:, 0::2] == variables[:, 1::2]).all(dim=1)
-            self._monomials[head_dim, device] = (
-                variables.to(device),
-                factorial.rsqrt().to(device),
-                is_even.to(device),
-            )
+            self._monomials[head_dim, device] = Monomials(steps, factorial.rsqrt().to(device), is_even.to(device))
         return self._monomials[head_dim, device]
 
     def _scaled(self, x: Tensor) -> ScaledFeatures:
-        variables, coefficient, _ = self._tables(x.shape[-1], x.device)
+        steps, coefficient, _ = self._tables(x.shape[-1], x.device)
         # phi is homogeneous of degree g in (1, x): divide by t >= 1 and carry g log t in the log scale.
         t = x.detach().abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
         one_x = torch.cat([torch.ones_like(t), x], dim=-1) / t
-        features = coefficient.to(x.dtype).expand(*x.shape[:-1], -1)
-        for j in range(self.degree):
-            features = features * one_x[..., variables[:, j]]
-        return ScaledFeatures(features, self.degree * torch.log(t.squeeze(-1)))
+        features = torch.ones_like(t)
+        for parent, variable in steps:
+            features = features[..., parent] * one_x[..., variable]
+        return ScaledFeatures(features * coefficient.to(x.dtype), self.degree * torch.log(t.squeeze(-1)))
 
 
 class PositiveRandom(FeatureMap):
