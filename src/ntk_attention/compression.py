@@ -53,8 +53,8 @@ class Settings:
     source: str  # one of SOURCES
     path: str
     calibration: str | None = None  # items as in data.py; by default text that the model studies the prefix with
-    rows: int = 64
-    length: int = 256
+    rows: int = 32
+    length: int = 512
     steps: int = 200  # of distillation
     batch_size: int = 8
     learning_rate: float = 2e-3

@@ -38,8 +38,8 @@ def study(
     prefix: Mapping[str, LayerPrefix],
     document: Tensor,
     *,
-    rows: int = 64,
-    length: int = 256,
+    rows: int = 32,
+    length: int = 512,
     batch_size: int = 16,
     seed: int = 0,
     source: str = "both",
@@ -52,7 +52,8 @@ def study(
         tokenizer: of the model.
         prefix: of the document, by layer; see `by_layer`.
         document: its tokens [m]; where they are not known, [0], all is sampled.
-        rows, length: of the text in tokens; a document shorter than `length` gives shorter rows.
+        rows, length: of the text in tokens; a document shorter than `length` gives shorter rows. Rows as long as what
+            will follow in use: behind the last position of the calibration a state is a guess.
         batch_size: rows of a batch.
         seed: of the places and the samples.
         source: "samples" of the model, "chunks" of the document, or alternately "both".
