@@ -142,3 +142,8 @@ def test_directions_do_not_depend_on_the_default_device():
     with torch.device("meta"):
         bound = feature_map("positive_random", num_features=8).bind(4)
     assert torch.equal(bound.projection, feature_map("positive_random", num_features=8).bind(4).projection)
+
+
+def test_the_slope_of_elu_at_zero_is_one():
+    x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(torch.autograd.grad(feature_map("elu")(x).sum(), x)[0], torch.ones(3, dtype=torch.float64))

@@ -107,7 +107,7 @@ class Elu(FeatureMap):
     def _scaled(self, x: Tensor) -> ScaledFeatures:
         log_scale = x.detach().amax(dim=-1).clamp_max(0.0)  # below zero only where every feature is exp(x_i)
         # elu(x) + 1 would cancel to 0 below -17 in float32; exp(x) does not.
-        features = torch.where(x < 0, torch.exp(x.clamp_max(0.0) - log_scale[..., None]), x + 1)
+        features = torch.exp(x.clamp_max(0.0) - log_scale[..., None]) + torch.relu(x)
         return ScaledFeatures(features, log_scale)
 
 
