@@ -198,7 +198,7 @@ def building(rows: list[Row], path: Path) -> None:
                 time = median(row)
                 names.append(f"{'ours, ' if name != 'copy' else ''}{name}, m = {sizes['m']:,}")
                 rates.append(row["figures"]["bytes"] / time / 1e6 if time else 0.0)
-        bars(axes, names, rates, [f"{rate:.3g}" for rate in rates])
+        bars(axes, names, rates, [f"{rate:,.0f}" for rate in rates])
         axes.set_title(dtype, fontsize=10)
     np.atleast_1d(panels)[-1].set_xlabel("GB/s of keys and values (copy: read and written)")
     figure.suptitle(f"Building a state, H = 8, d = 64, {rows[0]['hardware']}", fontsize=11)

@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from .rows import read
 
@@ -144,23 +145,36 @@ def documents(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
         )
         text.append(table(DOCUMENT_COLUMNS, (document_line(row) for row in own)))
         text += [f"Not measured: {line}\n" for line in failed]
-    names = list(dict.fromkeys(row["text"] for row in rows))
-    size = 4.2 * len(names) + 1.5, 4.2
-    figure, panels = plt.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
-    for axes, name in zip(panels[0], names, strict=True):
-        own = [row for row in rows if row["text"] == name and row.get("numbers") and (row["kl"] or 0) > 1e-4]
-        for row in own:
-            colour = COLOURS[1] if row["method"].startswith("state") else COLOURS[0]
-            axes.plot(row["bytes"] / 2**20, row["kl"], "o", color=colour)
-            axes.annotate(row["method"].removeprefix("state "), (row["bytes"] / 2**20, row["kl"]), fontsize=6,
-                          xytext=(4, 2), textcoords="offset points")  # fmt: skip
-        nothing = next((row["kl"] for row in rows if row["text"] == name and row["method"] == "no context"), None)
-        if nothing:
-            axes.axhline(nothing, color="#333333", linestyle=":", linewidth=1)
-        axes.set(title=name, xscale="log", yscale="log", xlabel="MiB held")
-    panels[0][0].set_ylabel("KL to the full context, nats per token")
-    text.append(save(figure, out / "documents.png", written))
+    text.append(save(divergences([row for row in rows if "error" not in row]), out / "documents.png", written))
     return text
+
+
+def divergences(rows: list[Row]) -> Any:
+    """KL by method, a panel for each text: over the whole continuation (full) and over its first 64 tokens (hollow)."""
+    rows = [row for row in rows if row["kl"] != 0]  # that of the full cache
+    methods = list(dict.fromkeys(row["method"] for row in rows))[::-1]
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    size = 3.4 * len(texts) + 2.4, 0.3 * len(methods) + 1.3
+    figure, panels = plt.subplots(1, len(texts), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axes, name in zip(panels[0], texts, strict=True):
+        for row in (row for row in rows if row["text"] == name):
+            colour = COLOURS[1] if row["method"].startswith("state") else COLOURS[0]
+            y = methods.index(row["method"])
+            axes.plot(row["kl_first_64"], y, "o", markerfacecolor="none", color=colour)
+            if row["kl"] is not None:
+                axes.plot(row["kl"], y, "o", color=colour)
+        axes.set(title=name, xscale="log", xlabel="KL, nats per token")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_yticks(range(len(methods)), methods)
+        axes.grid(alpha=0.3)
+    handles = [
+        plt.Line2D(
+            [], [], marker="o", linestyle="", color="#333333", label=f"{rows[0]['held_out']} tokens after the text"
+        ),
+        plt.Line2D([], [], marker="o", linestyle="", color="#333333", markerfacecolor="none", label="the first 64"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
 
 
 DOCUMENT_COLUMNS = ("method", "MiB held", "KL", "KL, first 64", "same next token", "perplexity", "needle, written",
