@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from experiments.conversion.__main__ import app
 from experiments.conversion.methods import METHODS
-from experiments.conversion.rows import read
 from experiments.conversion.texts import TEXTS
+from recording import read
 
 METHODS_RUN = (
     "no context",

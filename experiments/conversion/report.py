@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-from .rows import read
+from recording import Row, read, table
 
-Row = dict[str, Any]
 COLOURS = ("#1f4e79", "#c0392b", "#2e8b57", "#b8860b", "#7d3c98", "#5d9bd1", "#333333")
 HEAD = """# Prefixes that exist become states
 
@@ -44,12 +42,6 @@ def provenance(rows: list[Row]) -> str:
     hardware = ", ".join(dict.fromkeys(row["hardware"] for row in rows))
     versions = {f"{name} {version}": None for row in rows for name, version in row["versions"].items()}
     return f"{hardware}; {', '.join(versions)}; seed {', '.join(dict.fromkeys(str(row['seed']) for row in rows))}."
-
-
-def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *map(list, body)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def save(figure: Any, path: Path, written: list[Path]) -> str:
@@ -143,7 +135,7 @@ def documents(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
             f"{first['steps']} steps of distillation, {first['rows']} rows of {first['length']} tokens studied in "
             f"{first['study_seconds']} s; r = d takes the bytes of {first['budget_tokens']} tokens.\n"
         )
-        text.append(table(DOCUMENT_COLUMNS, (document_line(row) for row in own)))
+        text.append(table(DOCUMENT_COLUMNS, [document_line(row) for row in own]))
         text += [f"Not measured: {line}\n" for line in failed]
     text.append(save(divergences([row for row in rows if "error" not in row]), out / "documents.png", written))
     return text
@@ -210,7 +202,7 @@ def prefix_tuning(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
     text = [
         f"{first['task']}, {first['held_out']} held-out items: exact match and loss in nats per token. Prefix tuning: "
         f"{first['train_steps']} steps of {first['batch_size']} items; distillation {first['steps']} steps.\n",
-        table(["way", *(f"m = {m:,}" for m in lengths)], ([way, *(cell(m, way) for m in lengths)] for way in ways)),
+        table(["way", *(f"m = {m:,}" for m in lengths)], [[way, *(cell(m, way) for m in lengths)] for way in ways]),
     ]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for way, colour in zip(ways, COLOURS * 2, strict=False):
