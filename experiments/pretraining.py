@@ -20,7 +20,7 @@ from recording import commit, hardware, versions
 
 from . import assets
 from .classification import Classifier, normalised
-from .train import linear_schedule
+from .steps import training_on
 
 NAME = "vit-fashion"
 CONFIG = {
@@ -61,21 +61,17 @@ def pretrain(device: str, steps: int = STEPS, progress: Callable[[int, float], N
     pictures, labels = (x.to(device) for x in assets.pictures("fashion-source", "train"))
     num_classes = TURNS * (1 + int(labels.max()))
     model = Classifier(ViTModel(ViTConfig(**CONFIG), add_pooling_layer=False), num_classes, "first").to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=device == "cuda")
-    schedule = linear_schedule(optimizer, steps)
+    groups = [{"params": list(model.parameters()), "lr": LEARNING_RATE}]
+    training = training_on(device)(
+        model, groups, steps, lambda: torch.autocast(device, torch.bfloat16, enabled=device == "cuda"), WEIGHT_DECAY
+    )
     generator = torch.Generator(device).manual_seed(SEED)
     curve: list[float] = []
     for step in range(steps):
         chosen = torch.randint(len(pictures), (BATCH,), generator=generator, device=device)
         turns = torch.randint(TURNS, (BATCH,), generator=generator, device=device)
         batch, targets = rotated(augmented(pictures[chosen], generator), labels[chosen], turns)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = model(pixel_values=normalised(batch), labels=targets).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        loss = training.step({"pixel_values": normalised(batch), "labels": targets})
         if (step + 1) % max(1, steps // 40) == 0:
             curve.append(round(loss.item(), 4))
             progress(step + 1, curve[-1])

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from recording import Row
 
 from .methods import METHODS, Context
+from .steps import training_on
 from .tasks import Base, Score, Task
 
 HEAD_RATE = 5e-3  # of a new classifier, whatever the method's rate is; the method "head" tunes it
-WARMUP_STEPS, CLIP = 20, 1.0
 CURVE_POINTS = 50
 TIMED_STEPS = 40
 CHECK_EVERY = 50  # steps between looks at whether the loss is finite
@@ -75,26 +75,17 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
     if not adapter:
         groups[1]["lr"] = cell.learning_rate
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=device == "cuda")
     steps = TIMED_STEPS if cell.stage == "time" else task.steps
-    schedule = linear_schedule(optimizer, steps)
+    training = training_on(device)(model, groups, steps, lambda: precision(task, device))
     losses: list[Tensor] = []
     times: list[float] = []
     model.train()
     for step in range(steps):
         batch = task.batch(base, [examples[i] for i in chosen[step % len(chosen)]])
         begun = clock(device, cell.stage == "time")
-        batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
-        with precision(task, device):
-            loss = model(**batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_([*adapter, *head], CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        losses.append(loss.detach())
+        losses.append(training.step(batch))
         times.append(clock(device, cell.stage == "time") - begun)
-        if step % CHECK_EVERY == 0 and not torch.isfinite(loss):
+        if step % CHECK_EVERY == 0 and not torch.isfinite(losses[-1]):
             break
     curve = torch.stack(losses).float().tolist()
     row["training_seconds"] = round(sum(times), 2)
@@ -119,14 +110,6 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
                     row["forgetting"] = unrelated_after - unrelated_before
     row["seconds"] = round(time.perf_counter() - started, 2)
     return row
-
-
-def linear_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Up over the first steps, then down to zero."""
-    warmup = min(WARMUP_STEPS, max(1, steps // 10))
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
 
 
 def precision(task: Task, device: str) -> AbstractContextManager[Any]:

@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from experiments.conversion import methods
 from experiments.conversion.__main__ import app
 from experiments.conversion.methods import METHODS
 from experiments.conversion.texts import TEXTS
@@ -38,7 +39,7 @@ def invoke(*arguments):
 def folder(model_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("conversion")
     for arguments in (
-        ["documents", "--model", model_folder, *DOCUMENTS],
+        ["documents", "--model", model_folder, "--work", out / "work", *DOCUMENTS],
         ["prefix-tuning", "--model", model_folder, "--work", out / "work", *TUNING],
         ["accuracy", "--largest", 5, "--budget", 1e5],
     ):
@@ -57,8 +58,21 @@ def test_documents(folder, model_folder):
     ]
     assert max(same) < 1.25 * min(same)
     before = (folder / "documents.jsonl").read_text()
-    assert invoke("documents", "--model", model_folder, *DOCUMENTS, "--out", folder).exit_code == 0
+    again = ["documents", "--model", model_folder, "--work", folder / "work", *DOCUMENTS]
+    assert invoke(*again, "--out", folder).exit_code == 0
     assert (folder / "documents.jsonl").read_text() == before
+
+
+def test_a_file_is_a_text_and_its_calibration_text_is_kept(model_folder, tmp_path, monkeypatch):
+    (tmp_path / "own.txt").write_text("\n\n".join(f"Paragraph {i} says {i * i}." for i in range(40)))
+    arguments = [*DOCUMENTS[2:-1], "no context", "--texts", tmp_path / "own.txt", "--model", model_folder]
+    arguments += ["--work", tmp_path / "work"]
+    assert invoke("documents", *arguments, "--out", tmp_path).exit_code == 0
+    monkeypatch.setattr(methods, "study", lambda *arguments, **options: pytest.fail("studied twice"))
+    assert invoke("documents", *arguments, "--out", tmp_path / "elsewhere").exit_code == 0
+    first, second = (read(folder / "documents.jsonl")[0] for folder in (tmp_path, tmp_path / "elsewhere"))
+    assert first["text"] == "own"
+    assert (first["kl"], first["study_seconds"]) == (second["kl"], second["study_seconds"])
 
 
 def test_a_method_that_fails_is_a_row(model_folder, tmp_path, monkeypatch):
@@ -68,6 +82,7 @@ def test_a_method_that_fails_is_a_row(model_folder, tmp_path, monkeypatch):
 
     monkeypatch.setitem(METHODS, "window", fails)
     arguments = [*DOCUMENTS[:-1], "window;no context", "--model", model_folder, "--out", tmp_path]
+    arguments += ["--work", tmp_path / "work"]
     assert invoke("documents", *arguments).exit_code == 0
     rows = {row["method"]: row for row in read(tmp_path / "documents.jsonl")}
     assert rows["window"]["error"] == "the divergence is NaN"

@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from experiments.classification import classifier_of
 from experiments.methods import METHODS, Context
 from experiments.plan import best_rate, neighbour, next_cells, pairs
 from experiments.runner import Worker
+from experiments.steps import RecordedTraining, Training
 from experiments.tasks import registry
 from experiments.train import Cell, packed, thinned, trainable, training_order, unpacked
 from recording import read
@@ -450,3 +453,28 @@ def test_boxed_answers():
     assert recipes.boxed("no box ") == "no box"
     assert recipes.same_answer("x\n#### \\frac{1}{2}", "#### \\frac{1} {2}")
     assert not recipes.same_answer("#### 2", "#### \\frac{1}{2}")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recorded_steps_are_ordinary_steps():
+    def train(kind):
+        torch.manual_seed(0)
+        model = Regression().cuda()
+        groups = [{"params": [model.linear.weight], "lr": 1e-2}, {"params": [model.linear.bias], "lr": 1e-3}]
+        training = kind(model, groups, 12, nullcontext)
+        generator = torch.Generator().manual_seed(1)
+        batches = [{"x": torch.randn(4 + step % 2, 8, generator=generator)} for step in range(12)]
+        return [training.step(batch).item() for batch in batches], model.linear.weight
+
+    (losses, weight), (expected_losses, expected) = (train(kind) for kind in (RecordedTraining, Training))
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    torch.testing.assert_close(weight, expected)
+
+
+class Regression(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 1)
+
+    def forward(self, x):
+        return SimpleNamespace(loss=(self.linear(x) - x.sum(dim=1, keepdim=True)).square().mean())

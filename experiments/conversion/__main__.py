@@ -41,7 +41,8 @@ def accuracy(
 @app.command()
 def documents(
     out: Out = RESULTS,
-    texts: Annotated[str, typer.Option(help="Names, separated by commas; all by default.")] = "",
+    work: Annotated[Path, typer.Option(help="Folder that keeps the calibration texts.")] = Path("runs/documents"),
+    texts: Annotated[str, typer.Option(help="Names or files, separated by commas; all names by default.")] = "",
     methods: Annotated[str, typer.Option(help="Names, separated by semicolons; all by default.")] = "",
     model: str = EMBEDDED,
     held_out: Annotated[int, typer.Option(help="Tokens of the continuation.")] = 512,
@@ -60,12 +61,13 @@ def documents(
     from .methods import METHODS
     from .texts import TEXTS
 
-    chosen = chosen_from(texts, ",", TEXTS), chosen_from(methods, ";", METHODS)
+    files = {name: None for name in texts.split(",") if Path(name).is_file()}
+    chosen = chosen_from(texts, ",", {**TEXTS, **files}), chosen_from(methods, ";", METHODS)
     sizes = {"held_out": held_out, "limit": limit, "steps": steps, "rows": rows, "length": length}
     if source not in SOURCES:
         raise typer.BadParameter(f"unknown source {source!r}: expected one of {SOURCES}")
     rates = {"state": state_rate, "cache": cache_rate}
-    run(out, *chosen, model=model, batch_size=batch_size, seed=seed, rates=rates, source=source, **sizes)
+    run(out, work, *chosen, model=model, batch_size=batch_size, seed=seed, rates=rates, source=source, **sizes)
 
 
 @app.command()

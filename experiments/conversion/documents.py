@@ -16,13 +16,14 @@ from ntk_attention.models import load_model
 
 from .methods import METHODS, Job, Kept, synchronize
 from .rows import Rows
-from .texts import TEXTS, Document, load_document, questions, score
+from .texts import Document, load_document, questions, score, text_of
 
 DECODED = 16
 
 
 def run(
     out: Path,
+    work: Path,
     texts: Sequence[str],
     methods: Sequence[str],
     *,
@@ -37,35 +38,36 @@ def run(
     rates: dict[str, float],
     seed: int,
 ) -> None:
-    """One row per text and method; those that stand in the folder are skipped."""
+    """One row per text and method; those that stand in the folder are skipped, calibration texts are kept in `work`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     written = Rows(out / "documents.jsonl")
     sizes = {"held_out": held_out, "limit": limit, "steps": steps, "rows": rows, "length": length,
              "batch_size": batch_size, "source": source, "rates": rates, "seed": seed, "model": model}  # fmt: skip
     base: Any = None
     for text in texts:
-        missing = [name for name in methods if not written.has({"text": text, "method": name, **sizes})]
+        named = {"text": Path(text).stem, **sizes}
+        missing = [name for name in methods if not written.has({"method": name, **named})]
         if not missing:
             continue
         if base is None:
             base, tokenizer = load_model(model)
             base.to(device).eval().requires_grad_(False)
         document = load_document(text, tokenizer, held_out, limit, seed)
-        job = Job(base, tokenizer, document.tokens, steps, rows, length, batch_size, source, rates, seed)
-        identity = {"tokens": len(document.tokens), "sha256": hashlib.sha256(TEXTS[text]().encode()).hexdigest()[:16]}
-        started = time.time()
+        job = Job(base, tokenizer, document.tokens, steps, rows, length, batch_size, source, rates, seed, work)
+        digest = hashlib.sha256(text_of(text).encode()).hexdigest()[:16]
+        identity = {"tokens": len(document.tokens), "sha256": digest}
         _ = job.targets, job.budget  # made before any method has the model
         full = METHODS["full cache"](job)
         expected = measure(full, document, tokenizer, None)["logits"]
         full.model.unload()
-        shared = {"study_seconds": round(time.time() - started, 1), "budget_tokens": job.budget}
+        shared = {"study_seconds": job.studied["seconds"], "budget_tokens": job.budget}
         for name in missing:
             started = time.time()
             try:
                 kept = METHODS[name](job)
             except ValueError as error:  # sums that are no state, a divergence that is NaN
                 job.strip()
-                written.add({"text": text, "method": name, **sizes, **identity, **shared, "error": str(error)})
+                written.add({"method": name, **named, **identity, **shared, "error": str(error)})
                 continue
             synchronize()
             seconds = time.time() - started
@@ -78,7 +80,7 @@ def run(
                     figures["kl_curve"] = [round(x, 4) for x in kept.curve[:: max(1, len(kept.curve) // 20)]]
             finally:
                 kept.model.unload()
-            written.add({"text": text, "method": name, **sizes, **identity, **shared, **figures})
+            written.add({"method": name, **named, **identity, **shared, **figures})
 
 
 @torch.no_grad()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +42,7 @@ class Job:
     source: str  # of the calibration text
     rates: dict[str, float]  # learning rates of states and of caches
     seed: int
+    work: Path  # where the calibration text is kept
     prefill_seconds: float = 0.0
 
     @cached_property
@@ -50,12 +55,26 @@ class Job:
         return prefix
 
     @cached_property
+    def studied(self) -> dict[str, Any]:
+        """The calibration text and the seconds that it took; kept in the work folder."""
+        options: dict[str, Any] = {"rows": self.rows, "length": self.length, "batch_size": self.batch_size}
+        options |= {"seed": self.seed, "source": self.source}
+        name = json.dumps([self.base.config.name_or_path.split("/")[-1], self.document.tolist(), options])
+        path = self.work / f"calibration-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+        if not path.exists():
+            tokens, start = self.tokens, time.perf_counter()
+            with self.adapted() as model:
+                batches = study(model, self.tokenizer, by_layer(model, tokens), self.document, **options)
+            kept = {"seconds": round(time.perf_counter() - start, 1), "ids": [b["input_ids"].tolist() for b in batches]}
+            self.work.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(kept))
+            partial.rename(path)
+        return json.loads(path.read_text())
+
+    @cached_property
     def batches(self) -> list[dict[str, Tensor]]:
-        tokens = self.tokens
-        with self.adapted() as model:
-            options = {"rows": self.rows, "length": self.length, "batch_size": self.batch_size, "seed": self.seed}
-            named = by_layer(model, tokens)
-            return study(model, self.tokenizer, named, self.document, source=self.source, **options)
+        return [{"input_ids": torch.tensor(ids, device=self.base.device)} for ids in self.studied["ids"]]
 
     @cached_property
     def targets(self) -> list[Tensor]:

@@ -25,6 +25,11 @@ PLACES = ("red harbour", "old mill", "north tower", "glass bridge", "stone garde
           "iron gate")  # fmt: skip
 
 
+def text_of(name: str) -> str:
+    """One of TEXTS, or a file."""
+    return TEXTS[name]() if name in TEXTS else Path(name).read_text(encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class Document:
     tokens: Tensor  # [m]
@@ -36,7 +41,7 @@ def load_document(name: str, tokenizer: Any, held_out: int, limit: int, seed: in
     """A text with one fact per place put between its paragraphs; its last tokens are held out.
 
     Args:
-        name: in TEXTS.
+        name: in TEXTS, or a file.
         tokenizer: of the model.
         held_out: tokens of the continuation.
         limit: of the tokens before it.
@@ -44,7 +49,7 @@ def load_document(name: str, tokenizer: Any, held_out: int, limit: int, seed: in
     """
     generator = random.Random(seed)
     codes = {place: str(generator.randint(1000, 9999)) for place in PLACES}
-    ids = tokenizer(TEXTS[name](), add_special_tokens=False)["input_ids"][: limit + held_out]
+    ids = tokenizer(text_of(name), add_special_tokens=False)["input_ids"][: limit + held_out]
     text = tokenizer.decode(ids[:-held_out])
     paragraphs = text.split("\n\n")
     for i, (place, code) in enumerate(codes.items()):
