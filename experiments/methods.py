@@ -180,6 +180,8 @@ def prefix(model: nn.Module, context: Context, m: int | None = None, from_text: 
             start_from_tokens(model, context.batches[0])
         return model
     model = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=m, **peft_options(context.task)))
+    tokens = model.prompt_tokens  # peft leaves them on the CPU and copies them in every forward pass
+    tokens["default"] = tokens["default"].to(model.device)
     if from_text:
         start_from_text(model, context.batches, m)
     return model

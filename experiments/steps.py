@@ -107,14 +107,15 @@ class RecordedTraining(Training):
         # Unrecorded first: kernels are compiled and chosen, gradients get the memory that they keep.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.forward_and_backward(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.optimizer.zero_grad(set_to_none=False)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            loss = self.forward_and_backward(inputs)
+        with torch.device(self.device):  # no tensor may come from the CPU, as peft's mask of a prefix would
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self.forward_and_backward(inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.optimizer.zero_grad(set_to_none=False)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                loss = self.forward_and_backward(inputs)
         return graph, inputs, loss
 
 
