@@ -125,15 +125,15 @@ def panel(axes: Any, rows: list[Row], error: str, colours: dict[str, str]) -> No
 
 def documents(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
     text = []
-    for name in dict.fromkeys(row["text"] for row in rows):
-        own = [row for row in rows if row["text"] == name]
+    for name in dict.fromkeys(map(studied, rows)):
+        own = [row for row in rows if studied(row) == name]
         failed = [f"{row['method']}: {row['error']}" for row in own if "error" in row]
         own = [row for row in own if "error" not in row]
         first = own[0]
         text.append(
             f"**{name}**: {first['tokens']:,} tokens (sha256 {first['sha256']}), {first['held_out']} held out; "
-            f"{first['steps']} steps of distillation, {first['rows']} rows of {first['length']} tokens studied in "
-            f"{first['study_seconds']} s; r = d takes the bytes of {first['budget_tokens']} tokens.\n"
+            f"{first['steps']} steps of distillation, {first['rows']} rows of {first['length']} tokens to learn from "
+            f"({KINDS[first['source']]}), written in {first['study_seconds']} s; r = d takes the bytes of {first['budget_tokens']} tokens.\n"
         )
         text.append(table(DOCUMENT_COLUMNS, [document_line(row) for row in own]))
         text += [f"Not measured: {line}\n" for line in failed]
@@ -141,21 +141,30 @@ def documents(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
     return text
 
 
+KINDS = {"samples": "sampled", "chunks": "pieces of the text", "both": "half of them pieces of the text"}
+
+
+def studied(row: Row) -> str:
+    """The text and what calibration learned it from."""
+    return f"{row['text']}, {KINDS[row['source']]}"
+
+
 def divergences(rows: list[Row]) -> Any:
     """KL by method, a panel for each text: over the whole continuation (full) and over its first 64 tokens (hollow)."""
     rows = [row for row in rows if row["kl"] != 0]  # that of the full cache
     methods = list(dict.fromkeys(row["method"] for row in rows))[::-1]
-    texts = list(dict.fromkeys(row["text"] for row in rows))
+    texts = list(dict.fromkeys(map(studied, rows)))
     size = 3.4 * len(texts) + 2.4, 0.3 * len(methods) + 1.3
     figure, panels = plt.subplots(1, len(texts), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axes, name in zip(panels[0], texts, strict=True):
-        for row in (row for row in rows if row["text"] == name):
+        for row in (row for row in rows if studied(row) == name):
             colour = COLOURS[1] if row["method"].startswith("state") else COLOURS[0]
             y = methods.index(row["method"])
             axes.plot(row["kl_first_64"], y, "o", markerfacecolor="none", color=colour)
             if row["kl"] is not None:
                 axes.plot(row["kl"], y, "o", color=colour)
-        axes.set(title=name, xscale="log", xlabel="KL, nats per token")
+        axes.set(xscale="log", xlabel="KL, nats per token")
+        axes.set_title(name.replace(", ", "\n"), fontsize=10)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(range(len(methods)), methods)
         axes.grid(alpha=0.3)
