@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ntk_attention import NTKAttentionConfig, calibrate
+from ntk_attention.calibration import SHARE
 from ntk_attention.layer import LOG_OF_NOTHING, PrefixAdapter
 from ntk_attention.observation import adapted_layers, evaluating
 
@@ -68,7 +69,7 @@ def peft_options(task: Task) -> dict[str, Any]:
 # --- NTK-Attention ---
 
 
-def ntk(model: nn.Module, context: Context, *, source: str = "train", share: float = 0.05, **options: Any) -> nn.Module:
+def ntk(model: nn.Module, context: Context, *, source: str = "train", share: float = SHARE, **options: Any) -> nn.Module:
     """As the library makes it: attached and calibrated."""
     layers = options.pop("layers", None)
     if layers is not None:

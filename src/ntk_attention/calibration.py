@@ -28,6 +28,7 @@ from .layer import NTKAttentionLayer, PrefixAdapter
 from .observation import adapted_layers, observe
 from .operation import Block
 
+SHARE = 0.05  # of every head's attention that the prefix holds at the start
 EIGENVALUE_FLOOR = 1e-2  # of the whitening, relative to the largest: below it features are noise
 # A step of log k moves the output by `share` times as much as a step of Z does, so its unit is made larger by
 # 1 / share, with this factor: a small share is close to the frozen model and trains like a large one.
@@ -40,7 +41,7 @@ def calibrate(
     batches: Iterable[Mapping[str, Any]],
     *,
     adapter_name: str = "default",
-    share: float = 0.05,
+    share: float = SHARE,
 ) -> None:
     """Start an adapter close to the frozen model, in coordinates that train well.
 
@@ -178,8 +179,8 @@ def offset_for_share(logits: Tensor, share: float) -> Tensor:
     return (low + high) / 2
 
 
-def whitening(gram: Tensor) -> Tensor:
-    """C [H, r, r] with C^T gram C = 1 (up to the eigenvalue floor), the last feature being the constant one.
+def whitening(gram: Tensor, floor: float = EIGENVALUE_FLOOR) -> Tensor:
+    """C [H, r, r] with C^T gram C = 1 (up to the eigenvalue floor, relative to the largest), the last feature being the constant one.
 
     The other features are first centred: their regression on the constant feature is taken away.
     """
@@ -187,8 +188,8 @@ def whitening(gram: Tensor) -> Tensor:
     mean = gram[:, -1:, :-1] / constant  # [H, 1, r - 1]
     covariance = gram[:, :-1, :-1] - mean.transpose(1, 2) * mean * constant
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
-    floor = EIGENVALUE_FLOOR * eigenvalues[:, -1:].clamp_min(torch.finfo(gram.dtype).tiny)
-    root = eigenvectors * eigenvalues.clamp_min(floor).rsqrt()[:, None, :] @ eigenvectors.transpose(1, 2)
+    least = floor * eigenvalues[:, -1:].clamp_min(torch.finfo(gram.dtype).tiny)
+    root = eigenvectors * eigenvalues.clamp_min(least).rsqrt()[:, None, :] @ eigenvectors.transpose(1, 2)
     C = torch.zeros_like(gram)
     C[:, :-1, :-1] = root
     C[:, -1:, :-1] = -mean @ root

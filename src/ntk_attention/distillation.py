@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import EIGENVALUE_FLOOR, LOG_K_STEP, whitening
+from .calibration import LOG_K_STEP, whitening
 from .exact import LayerPrefix, exact_prefix, together
 from .layer import PrefixAdapter
 from .observation import adapted_layers, evaluating, observe
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .training import Reporter
 
 WARMUP_STEPS = 10
+EIGENVALUE_FLOOR = 1e-2  # of the coordinates, relative to the largest
 Batches = Sequence[Mapping[str, Any]]
 
 
@@ -163,7 +164,7 @@ class Moments:
     def set_coordinates(self) -> None:
         adapter = self.adapter
         gram = self.gram / self.rows
-        C = whitening(gram) if adapter.feature_map.constant else root(gram)
+        C = whitening(gram, EIGENVALUE_FLOOR) if adapter.feature_map.constant else root(gram)
         plain = adapter.plain_leading().clone()
         log_k = adapter.log_k_unit * adapter.log_k
         share = min(max(self.share / self.rows, 0.01), 1.0)
