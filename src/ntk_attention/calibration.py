@@ -28,8 +28,8 @@ from .layer import NTKAttentionLayer, PrefixAdapter
 from .observation import adapted_layers, observe
 from .operation import Block
 
-SHARE = 0.05  # of every head's attention that the prefix holds at the start
-EIGENVALUE_FLOOR = 1e-2  # of the whitening, relative to the largest: below it features are noise
+SHARE = 0.5  # of every head's attention that the prefix holds at the start
+EIGENVALUE_FLOOR = 1e-3  # of the whitening, relative to the largest: below it features are noise
 # A step of log k moves the output by `share` times as much as a step of Z does, so its unit is made larger by
 # 1 / share, with this factor: a small share is close to the frozen model and trains like a large one.
 LOG_K_STEP = 0.15
