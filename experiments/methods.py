@@ -69,7 +69,9 @@ def peft_options(task: Task) -> dict[str, Any]:
 # --- NTK-Attention ---
 
 
-def ntk(model: nn.Module, context: Context, *, source: str = "train", share: float = SHARE, **options: Any) -> nn.Module:
+def ntk(
+    model: nn.Module, context: Context, *, source: str = "train", share: float = SHARE, **options: Any
+) -> nn.Module:
     """As the library makes it: attached and calibrated."""
     layers = options.pop("layers", None)
     if layers is not None:

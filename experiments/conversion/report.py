@@ -125,15 +125,15 @@ def panel(axes: Any, rows: list[Row], error: str, colours: dict[str, str]) -> No
 
 def documents(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
     text = []
-    for name in dict.fromkeys(map(studied, rows)):
-        own = [row for row in rows if studied(row) == name]
+    for key in dict.fromkeys((setting(row), row["text"]) for row in rows):
+        own = [row for row in rows if (setting(row), row["text"]) == key]
         failed = [f"{row['method']}: {row['error']}" for row in own if "error" in row]
         own = [row for row in own if "error" not in row]
         first = own[0]
         text.append(
-            f"**{name}**: {first['tokens']:,} tokens (sha256 {first['sha256']}), {first['held_out']} held out; "
-            f"{first['steps']} steps of distillation, {first['rows']} rows of {first['length']} tokens to learn from "
-            f"({KINDS[first['source']]}), written in {first['study_seconds']} s; r = d takes the bytes of {first['budget_tokens']} tokens.\n"
+            f"**{first['text']}**: {first['tokens']:,} tokens (sha256 {first['sha256']}), {first['held_out']} "
+            f"held out; to learn from: {key[0]}, written in {first['study_seconds']} s; {first['steps']} steps of distillation; "
+            f"r = d takes the bytes of {first['budget_tokens']} tokens.\n"
         )
         text.append(table(DOCUMENT_COLUMNS, [document_line(row) for row in own]))
         text += [f"Not measured: {line}\n" for line in failed]
@@ -144,35 +144,42 @@ def documents(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
 KINDS = {"samples": "sampled", "chunks": "pieces of the text", "both": "half of them pieces of the text"}
 
 
-def studied(row: Row) -> str:
-    """The text and what calibration learned it from."""
-    return f"{row['text']}, {KINDS[row['source']]}"
+def setting(row: Row) -> str:
+    """What calibration learned from."""
+    return f"{row['rows']} rows of {row['length']} tokens, {KINDS[row['source']]}"
 
 
 def divergences(rows: list[Row]) -> Any:
-    """KL by method, a panel for each text: over the whole continuation (full) and over its first 64 tokens (hollow)."""
+    """KL by method, a panel for each text and setting: of the continuation (full), of its first 64 tokens (hollow)."""
     rows = [row for row in rows if row["kl"] != 0]  # that of the full cache
     methods = list(dict.fromkeys(row["method"] for row in rows))[::-1]
-    texts = list(dict.fromkeys(map(studied, rows)))
-    size = 3.4 * len(texts) + 2.4, 0.3 * len(methods) + 1.3
-    figure, panels = plt.subplots(1, len(texts), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axes, name in zip(panels[0], texts, strict=True):
-        for row in (row for row in rows if studied(row) == name):
-            colour = COLOURS[1] if row["method"].startswith("state") else COLOURS[0]
-            y = methods.index(row["method"])
-            axes.plot(row["kl_first_64"], y, "o", markerfacecolor="none", color=colour)
-            if row["kl"] is not None:
-                axes.plot(row["kl"], y, "o", color=colour)
-        axes.set(xscale="log", xlabel="KL, nats per token")
-        axes.set_title(name.replace(", ", "\n"), fontsize=10)
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_yticks(range(len(methods)), methods)
-        axes.grid(alpha=0.3)
+    texts, settings = (list(dict.fromkeys(map(key, rows))) for key in (lambda row: row["text"], setting))
+    size = 3.4 * len(texts) + 2.4, (0.28 * len(methods) + 1) * len(settings) + 0.4
+    figure, panels = plt.subplots(
+        len(settings), len(texts), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for line, given in zip(panels, settings, strict=True):
+        for axes, name in zip(line, texts, strict=True):
+            own = [row for row in rows if (row["text"], setting(row)) == (name, given)]
+            if not own:
+                axes.set_axis_off()
+                continue
+            for row in own:
+                colour = COLOURS[1] if row["method"].startswith("state") else COLOURS[0]
+                y = methods.index(row["method"])
+                axes.plot(row["kl_first_64"], y, "o", markerfacecolor="none", color=colour)
+                if row["kl"] is not None:
+                    axes.plot(row["kl"], y, "o", color=colour)
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set(xscale="log", xlabel="KL, nats per token")
+            axes.set_title(f"{name}\n{given.replace(', ', chr(10))}", fontsize=9)
+            axes.set_yticks(range(len(methods)), methods)
+            axes.tick_params(labelbottom=True)
+            axes.grid(alpha=0.3)
+    shown = {"marker": "o", "linestyle": "", "color": "#333333"}
     handles = [
-        plt.Line2D(
-            [], [], marker="o", linestyle="", color="#333333", label=f"{rows[0]['held_out']} tokens after the text"
-        ),
-        plt.Line2D([], [], marker="o", linestyle="", color="#333333", markerfacecolor="none", label="the first 64"),
+        plt.Line2D([], [], **shown, label=f"{rows[0]['held_out']} tokens after the text"),
+        plt.Line2D([], [], **shown, markerfacecolor="none", label="the first 64"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return figure

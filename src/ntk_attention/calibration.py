@@ -180,9 +180,9 @@ def offset_for_share(logits: Tensor, share: float) -> Tensor:
 
 
 def whitening(gram: Tensor, floor: float = EIGENVALUE_FLOOR) -> Tensor:
-    """C [H, r, r] with C^T gram C = 1 (up to the eigenvalue floor, relative to the largest), the last feature being the constant one.
+    """C [H, r, r] with C^T gram C = 1 (up to the floor of eigenvalues, relative to the largest).
 
-    The other features are first centred: their regression on the constant feature is taken away.
+    The last feature is the constant one. The others are first centred: their regression on it is taken away.
     """
     constant = gram[:, -1:, -1:]
     mean = gram[:, -1:, :-1] / constant  # [H, 1, r - 1]
