@@ -132,8 +132,8 @@ def documents(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
         first = own[0]
         text.append(
             f"**{first['text']}**: {first['tokens']:,} tokens (sha256 {first['sha256']}), {first['held_out']} "
-            f"held out; to learn from: {key[0]}, written in {first['study_seconds']} s; {first['steps']} steps of distillation; "
-            f"r = d takes the bytes of {first['budget_tokens']} tokens.\n"
+            f"held out; to learn from: {key[0]}, written in {first['study_seconds']} s; {first['steps']} steps of "
+            f"distillation; r = d takes the bytes of {first['budget_tokens']} tokens.\n"
         )
         text.append(table(DOCUMENT_COLUMNS, [document_line(row) for row in own]))
         text += [f"Not measured: {line}\n" for line in failed]
