@@ -328,9 +328,10 @@ def _suits_hopper(query: Tensor, value: Tensor) -> bool:
 
 
 def _state_arguments(Z, k, log_scale, index):
-    """The heads of all states of a stack one after another, and what the kernels read as Index."""
-    Z, k, log_scale = Z.contiguous().flatten(0, -3), k.contiguous().flatten(0, -2), log_scale.contiguous()
-    return Z, k, log_scale, log_scale if index is None else index.contiguous()
+    """The state as the kernels read it, the heads of a stack one after another, and what stands for Index."""
+    if index is None:
+        return Z.contiguous(), k.contiguous(), log_scale, log_scale
+    return Z.contiguous().flatten(0, 1), k.contiguous().flatten(0, 1), log_scale.contiguous(), index.contiguous()
 
 
 def _mask_arguments(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, ...]]:
