@@ -1,9 +1,10 @@
 """Many adapters in one batch: `generate` with a model of 1B parameters, 32 new tokens after 512, milliseconds per call.
 
 The 32 rows take their adapters in turn, of 1 or of all 100 that are on the model, by PEFT's `adapter_names`; "active"
-is the ordinary call, with one adapter active and no names. Ours gathers the states of the rows once in a call and then
-runs as with one adapter; LoRA (r = 16 on query and value) is PEFT's own, which loops over the adapters of the batch in
-every layer. All adapters are in bfloat16, as the model is.
+is the ordinary call, with one adapter active and no names. Ours copies the states of the adapters that are named into
+one stack per layer, once in a call; then the kernels of one adapter run, which look up the state of each row. LoRA
+(r = 16 on query and value) is PEFT's own, which loops over the adapters of the batch in every layer. All adapters are
+in bfloat16, as the model is.
 """
 
 from __future__ import annotations

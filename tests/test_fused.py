@@ -261,18 +261,20 @@ def test_operators(dtype):
     merges = dtype == torch.float32
     leaves = [x.requires_grad_() for x in inputs]
     scale = 32**-0.5
-    torch.library.opcheck(fused.forward_op, (*leaves, None, None, True, True, scale, scale**0.5, merges))
+    torch.library.opcheck(fused.forward_op, (*leaves, None, None, None, True, True, scale, scale**0.5, merges))
     plain = [x.detach() for x in inputs]
-    out, lse = fused.forward_op(*plain, None, None, True, True, scale, scale**0.5, merges)
+    out, lse = fused.forward_op(*plain, None, None, None, True, True, scale, scale**0.5, merges)
     torch.library.opcheck(
         fused.backward_op, (torch.ones_like(out), *plain, None, None, out, lse, True, True, scale, scale**0.5, True)
     )
     if not merges:
-        torch.library.opcheck(fused.decode_op, (plain[0][:, :, :1], *plain[1:], None, None, True, scale, scale**0.5))
+        torch.library.opcheck(
+            fused.decode_op, (plain[0][:, :, :1], *plain[1:], None, None, None, True, scale, scale**0.5)
+        )
         inputs, phi, _ = make_inputs((1, 2, 1, 2, 20, 20, 32, 32, True, None, True), dtype, 40)
         W = phi.projection.detach()
-        torch.library.opcheck(fused.forward_op, (*inputs, W, None, True, True, scale, scale**0.5, False))
-        out, lse = fused.forward_op(*inputs, W, None, True, True, scale, scale**0.5, False)
+        torch.library.opcheck(fused.forward_op, (*inputs, None, W, None, True, True, scale, scale**0.5, False))
+        out, lse = fused.forward_op(*inputs, None, W, None, True, True, scale, scale**0.5, False)
         backward = torch.ones_like(out), *inputs, W, None, out, lse, True, True, scale, scale**0.5, True
         torch.library.opcheck(fused.backward_op, backward)
 

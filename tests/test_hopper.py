@@ -17,16 +17,21 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from ntk_attention import hopper, launches
 
-for head_dim, length, constant, is_causal in ((64, 300, True, True), (128, 300, False, False), (128, 4096, True, True)):
+for head_dim, length, constant, is_causal, mixed in (
+    (64, 300, True, True, False),
+    (128, 300, False, False, True),
+    (128, 4096, True, True, False),
+    (128, 4096, True, True, True),
+):
     sizes = launches.hopper_blocks(head_dim, length)
     rows, columns = (1, 1, sizes.rows, head_dim), (1, 1, sizes.columns, head_dim)
     blocks = {"Q": rows, "Out": rows, "K": columns, "V": columns, "Z_blocks": columns}
     constants = {
-        "D": head_dim, "CONSTANT": constant, "IS_CAUSAL": is_causal,
+        "D": head_dim, "CONSTANT": constant, "MIXED": mixed, "IS_CAUSAL": is_causal,
         "BM": sizes.rows, "BN": sizes.columns, "STAGES": sizes.stages,
     }
     kinds = dict.fromkeys(("Z", "k_state", "b_state", "Lse"), "*fp32") | dict.fromkeys(("scale", "factor"), "fp32")
-    kinds |= dict.fromkeys(constants, "constexpr")
+    kinds |= dict.fromkeys(constants, "constexpr") | {"Index": "*i32" if mixed else "*fp32"}
     for name, block in blocks.items():
         kinds[name] = f"tensordesc<bf16[{','.join(map(str, block))}],{hopper.shared_layout(block)!r}>"
     signature = {name: kinds.get(name, "i32") for name in hopper.fused_forward.arg_names}

@@ -106,6 +106,49 @@ def test_adapters_on_some_layers():
     assert relative_error(only_base, one_by_one(model, batch(), ["__base__"] * 5)) < 1e-12
 
 
+def test_an_adapter_is_loaded_while_a_mixed_batch_lasts(tmp_path):
+    model = several(torch.float32)
+    model.save_pretrained(tmp_path, selected_adapters=["third"])
+    names = ["first" if name == "second" else name for name in ROWS]
+    with torch.no_grad(), model.mixed_batch(names) as mixed:
+        before = model(**batch()).logits
+        model.load_adapter(tmp_path / "third", "first")
+        assert torch.equal(model(**batch()).logits, before)
+        mixed.update("first")
+        after = model(**batch()).logits
+    assert relative_error(after, one_by_one(model, batch(), names)) < 1e-5
+    assert relative_error(after, before) > 1e-2
+
+
+def test_rows_change_while_a_mixed_batch_lasts():
+    model = several(layers_to_transform=[1])
+    fourth = NTKAttentionConfig(init_weights=False, task_type="CAUSAL_LM", layers_to_transform=[0])
+    model.add_adapter("fourth", fourth)
+    model.double()
+    inputs, others = batch(), ["fourth", "third", "first", "__base__", "second"]
+    with torch.no_grad(), model.mixed_batch(ROWS, adapters=["first", "second", "third", "fourth"]) as mixed:
+        before = model(**inputs).logits
+        inside = model(**inputs, adapter_names=others).logits
+        assert torch.equal(model(**inputs).logits, before)
+        mixed.assign(others)
+        after = model(**inputs).logits
+        assert torch.equal(after, inside)
+        third = model.get_submodule("base_model.model.model.layers.1.self_attn.ntk_states.third")
+        third.Z.mul_(2)
+        mixed.update("third")
+        mixed.update("__base__")
+        updated = model(**inputs).logits
+        for names, message in ((ROWS[:4], "4 names for 5 rows"), (["nobody"] * 5, r"\['nobody'\], expected names of")):
+            with pytest.raises(ValueError, match=message):
+                mixed.assign(names)
+        with pytest.raises(ValueError, match="nobody"):
+            mixed.update("nobody")
+    assert relative_error(updated, one_by_one(model, inputs, others)) < 1e-12
+    third.Z.data.div_(2)
+    assert relative_error(before, one_by_one(model, inputs, ROWS)) < 1e-12
+    assert relative_error(after, one_by_one(model, inputs, others)) < 1e-12
+
+
 class Operators(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -117,7 +160,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_attention_does_as_many_operations_for_many_adapters_as_for_one():
-    """A loop over adapters would show: what is counted runs between the gather and the end."""
+    """A loop over adapters would show: what is counted runs once the stacks are made."""
     model = several(torch.float32)
     counts = []
     for names in (["first"] * 5, ROWS, ["first", "second", "third", "first", "second"]):

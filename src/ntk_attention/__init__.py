@@ -20,7 +20,7 @@ from .exact import LayerPrefix
 from .features import FEATURE_MAPS, FeatureMap, feature_map
 from .fitting import fit
 from .operation import ntk_attention
-from .state import PrefixState
+from .state import PrefixState, RowStates
 from .tuner import NTKAttentionModel
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "NTKAttentionConfig",
     "NTKAttentionModel",
     "PrefixState",
+    "RowStates",
     "adapter_from_prefix",
     "anchor",
     "by_layer",

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import launches, portable
 from .features import Elu, PositiveRandom
 from .sdpa import additive_mask, empty_output, laid_out_as, library_backward, library_forward
-from .state import PrefixState
+from .state import PrefixState, RowStates
 
 # How "auto" computes the forward pass with Triton, by measurement on an H100 (results/benchmarks). Up to some length
 # our fused kernel, which reads everything once; from there on the library's kernel, whose products are faster, and one
@@ -26,14 +26,23 @@ AUTO = (  # the largest head_dim that the row is for, the query length from whic
 )
 
 
-def covers(query: Tensor, key: Tensor, value: Tensor, state: PrefixState, attn_mask: Tensor | None) -> bool:
+def covers(query: Tensor, key: Tensor, value: Tensor, state: PrefixState | RowStates, attn_mask: Tensor | None) -> bool:
     """What this backend can do; the caller sees to dropout, softcap and sinks, which it cannot."""
     if query.numel() == 0 or key.numel() == 0 or not (attn_mask is None or attn_mask.dtype == torch.bool):
+        return False
+    if isinstance(state, RowStates) and not (
+        launches.covers(query, value) and state.Z.numel() < 2**31 and not _needs_grad(query, key, value, state)
+    ):
         return False
     if type(state.feature_map) is PositiveRandom:
         return launches.covers_random(query, value, state.num_features)
     # Without our kernel, sdpa.py knows better how to decode.
     return type(state.feature_map) is Elu and (launches.covers(query, value) or query.shape[2] > 1)
+
+
+def _needs_grad(query: Tensor, key: Tensor, value: Tensor, state: PrefixState | RowStates) -> bool:
+    tensors = (query, key, value, state.Z, state.k, state.log_scale)
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, prefer="auto"):
@@ -42,23 +51,24 @@ def attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, 
     phi = state.feature_map
     directions = phi.bind(d).projection if isinstance(phi, PositiveRandom) else None
     W = None if directions is None else directions.float()
-    tensors = (query, key, value, state.Z, state.k, state.log_scale)
+    index = state.index if isinstance(state, RowStates) else None
+    tensors = (query, key, value, state.Z, state.k, state.log_scale, index, W)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(B, H, L, key.shape[2])
     constant = phi.constant
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    needs_grad = _needs_grad(query, key, value, state)
     compiling = torch.compiler.is_compiling()  # the operators serve torch.compile; without them a call is cheaper
     if launches.covers(query, value):
         is_short = H // key.shape[1] * L <= launches.MAX_DECODE_ROWS
         if not needs_grad and is_short and (L == 1 or not is_causal):
             decode = decode_op if compiling else launches.decode
-            return decode(*tensors, W, attn_mask, constant, scale, factor)
+            return decode(*tensors, attn_mask, constant, scale, factor)
         merge_from = next(length for largest, length in AUTO if max(d, value.shape[-1]) <= largest)
         merges = prefer == "auto" and W is None and attn_mask is None and merge_from <= L
     else:
         merges = True
     forward = forward_op if compiling else _EagerForward.apply if needs_grad else _forward
-    return forward(*tensors, W, attn_mask, constant, is_causal, scale, factor, merges)[0]
+    return forward(*tensors, attn_mask, constant, is_causal, scale, factor, merges)[0]
 
 
 def _forward(
@@ -68,6 +78,7 @@ def _forward(
     Z: Tensor,
     k: Tensor,
     log_scale: Tensor,
+    index: Tensor | None,
     W: Tensor | None,
     attn_mask: Tensor | None,
     constant: bool,
@@ -82,11 +93,15 @@ def _forward(
     """
     state = Z, k, log_scale
     if not merges:
-        return launches.fused_forward(query, key, value, *state, W, attn_mask, constant, is_causal, scale, factor)
+        return launches.fused_forward(
+            query, key, value, *state, index, W, attn_mask, constant, is_causal, scale, factor
+        )  # fmt: skip
     mask = None if attn_mask is None else additive_mask(attn_mask, query)
     context, lse, _, _ = library_forward(query, key, value, mask, 0.0, is_causal, scale)
-    merge_prefix = launches.merge_prefix if launches.covers(query, value) else portable.merge_prefix
-    out, lse = merge_prefix(query, context, lse, *state, constant, factor)
+    if launches.covers(query, value):
+        out, lse = launches.merge_prefix(query, context, lse, *state, index, constant, factor)
+    else:
+        out, lse = portable.merge_prefix(query, context, lse, *state, constant, factor)
     if attn_mask is not None:
         dead = ~attn_mask.any(dim=-1)
         out, lse = out.masked_fill_(dead[..., None], 0.0), lse.masked_fill_(dead, math.inf)
@@ -97,7 +112,7 @@ forward_op = torch.library.custom_op("ntk_attention::forward", _forward, mutates
 
 
 @forward_op.register_fake
-def _(query, key, value, Z, k, log_scale, W, attn_mask, constant, is_causal, scale, factor, merges):
+def _(query, key, value, Z, k, log_scale, index, W, attn_mask, constant, is_causal, scale, factor, merges):
     dtype = torch.promote_types(query.dtype, torch.float32)
     return empty_output(query, value), query.new_empty(query.shape[:3], dtype=dtype)
 
@@ -153,7 +168,7 @@ def _(grad_out, query, key, value, Z, k, log_scale, W, attn_mask, out, lse, cons
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, Z, k, log_scale, W, attn_mask, *options, _ = inputs
+    query, key, value, Z, k, log_scale, _, W, attn_mask, *options, _ = inputs
     ctx.save_for_backward(query, key, value, Z, k, log_scale, W, attn_mask, *output)
     ctx.options = options
 
@@ -168,7 +183,7 @@ def _gradients(ctx, grad_out, backward):
     if ctx.needs_input_grad[5]:  # Z and k carry the factor e^b
         grad_log_scale = ((Z * grad_Z).sum(dim=(1, 2)) + (k * grad_k).sum(dim=1)).to(log_scale.dtype)
     grad_inputs = grad_inputs if inputs_need_grad else (None, None, None)
-    return *grad_inputs, grad_Z, grad_k, grad_log_scale, *(None,) * 7
+    return *grad_inputs, grad_Z, grad_k, grad_log_scale, *(None,) * 8
 
 
 forward_op.register_autograd(
@@ -200,15 +215,16 @@ def decode_op(
     Z: Tensor,
     k: Tensor,
     log_scale: Tensor,
+    index: Tensor | None,
     W: Tensor | None,
     attn_mask: Tensor | None,
     constant: bool,
     scale: float,
     factor: float,
 ) -> Tensor:
-    return launches.decode(query, key, value, Z, k, log_scale, W, attn_mask, constant, scale, factor)
+    return launches.decode(query, key, value, Z, k, log_scale, index, W, attn_mask, constant, scale, factor)
 
 
 @decode_op.register_fake
-def _(query, key, value, Z, k, log_scale, W, attn_mask, constant, scale, factor):
+def _(query, key, value, Z, k, log_scale, index, W, attn_mask, constant, scale, factor):
     return empty_output(query, value)

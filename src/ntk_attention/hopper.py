@@ -45,8 +45,8 @@ def load_block(X, b, h, n, blocks, ready, i, exists):
 
 @gluon.jit
 def fused_forward(
-    Q, K, V, Z_blocks, Z, k_state, b_state, Out, Lse, H, heads_per_kv, heads_per_state, L, S, scale, factor,
-    D: gl.constexpr, CONSTANT: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    Q, K, V, Z_blocks, Z, k_state, b_state, Index, Out, Lse, H, heads_per_kv, heads_per_state, L, S, scale, factor,
+    D: gl.constexpr, CONSTANT: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Flash attention whose online softmax starts from the block of the prefix; arguments as in `kernels`.
@@ -63,7 +63,10 @@ def fused_forward(
     i = gl.cdiv(L, BM) - 1 - gl.program_id(0)  # under causality the longest rows first
     bh = gl.program_id(1)
     b, h = bh // H, bh % H
-    state = h // heads_per_state
+    state, has_state = h // heads_per_state, True
+    if MIXED:
+        place = gl.load(Index + b)
+        state, has_state = (gl.maximum(place, 0) * H + h) // heads_per_state, place >= 0
     h_kv = h // heads_per_kv
     end = S
     if IS_CAUSAL:
@@ -114,7 +117,7 @@ def fused_forward(
     keys = kv.index(0).reshape([BN, D]).permute((1, 0))
     s = warpgroup_mma(q_block, keys, no_logits, use_acc=False, is_async=True)
     acc = warpgroup_mma_wait(1, deps=[acc])
-    has_weight = phi_k > TINY
+    has_weight = (phi_k > TINY) & has_state
     acc = acc * gl.where(has_weight, 1 / phi_k, 0.0)[:, None]
     peak = gl.convert_layout(gl.where(has_weight, gl.log2(phi_k) + log_scale, NOTHING), row)
     mass = gl.convert_layout(gl.where(has_weight, 1.0, 0.0), row)

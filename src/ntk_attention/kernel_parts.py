@@ -18,6 +18,15 @@ NOTHING = tl.constexpr(-1e30)  # a running maximum before the first logit; finit
 
 
 @triton.jit
+def stacked_head(Index, b, h, H, MIXED: tl.constexpr):
+    """Where a stack of states has head h of the state of row b, and whether the row has one; Index holds -1 if not."""
+    if MIXED:
+        place = tl.load(Index + b)
+        return tl.maximum(place, 0) * H + h, place >= 0
+    return h, True
+
+
+@triton.jit
 def dot(a, b, acc=None):
     """The matrix product, accumulated in float32."""
     if INTERPRETED:  # whose own product takes bf16 for integers

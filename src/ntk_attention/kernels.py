@@ -6,6 +6,9 @@ or R + 1 with the feature 1 as the last one (CONSTANT). Z_blocks is a descriptor
 R = D, or with RANDOM that of positive random features, whose directions W [R, D] are in float32. BD and BDV are D and
 DV rounded up to powers of two, BF is the number of features handled at once. Exponents are to base 2 inside a
 softmax; every stored lse is to base e.
+
+In a batch whose rows have different states (MIXED) Z, k and b are a stack of them, [A H_state, r, d_v] and so on, and
+Index [B] has the place of each row's state in it, or -1. A row without a state is plain attention.
 """
 
 import triton.language as tl
@@ -28,23 +31,25 @@ from .kernel_parts import (
     random_exponents,
     random_norm,
     random_prefix,
+    stacked_head,
     stored_part,
 )  # fmt: skip
 
 
 @compiled
 def fused_forward(
-    Q, K, V, W, Z_blocks, Z, k_state, b_state, Mask, Out, Lse,
+    Q, K, V, W, Z_blocks, Z, k_state, b_state, Index, Mask, Out, Lse,
     stride_mb, stride_mh, stride_ml, stride_ms, H, heads_per_kv, heads_per_state, L, S, head_dim, scale, factor,
     RANDOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    MIXED: tl.constexpr, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Flash attention whose online softmax starts from the block of the prefix instead of from nothing."""
     i = tl.cdiv(L, BM) - 1 - tl.program_id(0)  # under causality the longest rows first
     bh = tl.program_id(1)
     b, h = bh // H, bh % H
-    state = h // heads_per_state
+    head, has_state = stacked_head(Index, b, h, H, MIXED)
+    state = head // heads_per_state
     h_kv = h // heads_per_kv
     rows = i * BM + tl.arange(0, BM)
     q = Q.load([b, h, i * BM, 0]).reshape([BM, BD])
@@ -55,7 +60,7 @@ def fused_forward(
         )  # fmt: skip
     else:
         phi_Z, peak, phi_k = elu_prefix(q, Z_blocks, Z, k_state, state, head_dim, factor, D, DV, CONSTANT, BM, BD, BDV)
-    has_weight = phi_k > TINY
+    has_weight = (phi_k > TINY) & has_state
     prefix_out = phi_Z * tl.where(has_weight, 1 / phi_k, 0.0)[:, None]
     prefix_peak = tl.where(has_weight, tl.math.log2(phi_k) + peak + log_scale, NOTHING)
     qk_scale = scale * LOG2E
@@ -92,13 +97,17 @@ def fused_forward(
 
 @compiled
 def merge_prefix(
-    Q, Context, Z_blocks, Z, k_state, b_state, Out, Lse, B, H, heads_per_state, L, factor,
-    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    Q, Context, Z_blocks, Z, k_state, b_state, Index, Out, Lse, B, H, heads_per_state, L, factor,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, MIXED: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Merge the prefix into the output and lse of plain attention; Out may be Context, Lse is changed in place."""
-    h = tl.program_id(0)
-    state = h // heads_per_state
+    """Merge the prefix into the output and lse of plain attention; Out may be Context, Lse is changed in place.
+
+    A program is for one head and B rows of the batch, all of them or, since they must share a state, one if MIXED.
+    """
+    first, h = tl.program_id(0) // H * B, tl.program_id(0) % H
+    head, has_state = stacked_head(Index, first, h, H, MIXED)
+    state = head // heads_per_state
     z = for_dot(Z_blocks.load([state, 0, 0]).reshape([BD, BDV]), Q.dtype)
     k = k_block(k_state, state, 0, D, CONSTANT, BD)
     z_one, k_one = constant_row(Z, k_state, state, D, DV, CONSTANT, BDV)
@@ -106,7 +115,7 @@ def merge_prefix(
     blocks = tl.cdiv(L, BM)
     for step in tl.range(tl.program_id(1), B * blocks, tl.num_programs(1), num_stages=STAGES):
         t = B * blocks - 1 - step  # backwards: what was written last is still in the cache
-        b, start = t // blocks, t % blocks * BM
+        b, start = first + t // blocks, t % blocks * BM
         rows = start + tl.arange(0, BM)
         q = Q.load([b, h, start, 0]).reshape([BM, BD])
         context = Context.load([b, h, start, 0]).reshape([BM, BDV])
@@ -117,7 +126,7 @@ def merge_prefix(
         phi_Z = dot(phi.to(z.dtype), z) + z_one[None, :]
         peak = tl.maximum(lse, log_scale)
         a = tl.exp(lse - peak)
-        c = tl.where(phi_k > TINY, tl.exp(log_scale - peak), 0.0)
+        c = tl.where((phi_k > TINY) & has_state, tl.exp(log_scale - peak), 0.0)
         total = a + c * phi_k
         out = phi_Z * (c / total)[:, None] + context.to(tl.float32) * (a / total)[:, None]
         Out.store([b, h, start, 0], out.to(q.dtype).reshape([1, 1, BM, BDV]))
@@ -269,12 +278,12 @@ def random_grad_query(
 
 @compiled
 def decode(
-    Q, K, V, W, Z, k_state, b_state, Mask, Out, Partial_out, Partial_peak, Partial_mass, Counter,
+    Q, K, V, W, Z, k_state, b_state, Index, Mask, Out, Partial_out, Partial_peak, Partial_mass, Counter,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
     H_kv, heads_per_kv, heads_per_state, L, S, keys_per_split, scale, factor,
     RANDOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
-    MASKED: tl.constexpr, SPLITS: tl.constexpr,
+    MIXED: tl.constexpr, MASKED: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -290,6 +299,8 @@ def decode(
     row = tl.arange(0, ROWS)
     head = row // L  # within the group of the KV head
     h = h_kv * heads_per_kv + head
+    state_kv, has_state = stacked_head(Index, b, h_kv, H_kv, MIXED)
+    state_h = state_kv * heads_per_kv + head
     in_rows = row < heads_per_kv * L
     d = tl.arange(0, BD)
     v = tl.arange(0, BDV)
@@ -307,7 +318,7 @@ def decode(
     if SPLITS > 1:
         if split == SPLITS:
             acc, peak, mass = prefix_part(
-                q, Q, W, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+                q, Q, W, Z, k_state, b_state, in_rows, state_h, state_kv, heads_per_kv, heads_per_state, factor,
                 RANDOM, R, D, DV, CONSTANT, ROWS, BD, BDV, BF,
             )  # fmt: skip
         tl.store(Partial_peak + part + split * ROWS, peak)
@@ -328,10 +339,10 @@ def decode(
             phi_Z, log_scale, phi_k = stored_part(Partial_out, Partial_peak, Partial_mass, part + SPLITS * ROWS, BDV)
         else:
             phi_Z, log_scale, phi_k = prefix_part(
-                q, Q, W, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+                q, Q, W, Z, k_state, b_state, in_rows, state_h, state_kv, heads_per_kv, heads_per_state, factor,
                 RANDOM, R, D, DV, CONSTANT, ROWS, BD, BDV, BF,
             )  # fmt: skip
-        sees_prefix = (peak > NOTHING) & (phi_k > TINY)  # not where it sees no key
+        sees_prefix = (peak > NOTHING) & (phi_k > TINY) & has_state  # not where it sees no key
         log_scale = tl.where(sees_prefix, log_scale, NOTHING)
         phi_k = tl.where(sees_prefix, phi_k, 0.0)
         acc, peak, mass = merged(acc, peak, mass, tl.where(sees_prefix[:, None], phi_Z, 0.0), log_scale, phi_k)

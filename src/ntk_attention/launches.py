@@ -95,14 +95,16 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def fused_forward(query, key, value, Z, k, log_scale, W, attn_mask, constant, is_causal, scale, factor):
+def fused_forward(query, key, value, Z, k, log_scale, index, W, attn_mask, constant, is_causal, scale, factor):
     """One kernel for tokens and prefix: out [B, H, L, d_v] and the lse of both [B, H, L].
 
+    index: int32 [B], with Z, k and log_scale a stack as in `RowStates`; None where all rows have the same state.
     W: the directions of positive random features [r, d] in float32; None for the map elu.
     """
     B, H, L, d = query.shape
     d_v = value.shape[-1]
-    Z, k = Z.contiguous(), k.contiguous()
+    H_state = Z.shape[-3]
+    Z, k, log_scale, places = _state_arguments(Z, k, log_scale, index)
     # In the dtype of matrix products, since every program reads it: tf32 next to fp16, whose exponents are too few.
     Z_product = Z.to(torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32)
     out = empty_output(query, value)
@@ -112,10 +114,10 @@ def fused_forward(query, key, value, Z, k, log_scale, W, attn_mask, constant, is
         x, y = (1, 1, blocks.rows, d), (1, 1, blocks.columns, d)
         hopper.fused_forward[triton.cdiv(L, blocks.rows), B * H](
             _gluon_descriptor(query, x), _gluon_descriptor(key, y), _gluon_descriptor(value, y),
-            _gluon_descriptor(Z_product[None], y), Z, k, log_scale, _gluon_descriptor(out, x), lse,
-            H, H // key.shape[1], H // Z.shape[0], L, key.shape[2], scale, factor,
-            D=d, CONSTANT=constant, IS_CAUSAL=is_causal, BM=blocks.rows, BN=blocks.columns, STAGES=blocks.stages,
-            num_warps=blocks.warps,
+            _gluon_descriptor(Z_product[None], y), Z, k, log_scale, places, _gluon_descriptor(out, x), lse,
+            H, H // key.shape[1], H // H_state, L, key.shape[2], scale, factor,
+            D=d, CONSTANT=constant, MIXED=index is not None, IS_CAUSAL=is_causal,
+            BM=blocks.rows, BN=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps,
         )  # fmt: skip
         return out, lse
     is_random = W is not None
@@ -124,10 +126,10 @@ def fused_forward(query, key, value, Z, k, log_scale, W, attn_mask, constant, is
     mask, mask_strides = _mask_arguments(attn_mask, query)
     kernels.fused_forward[triton.cdiv(L, blocks.rows), B * H](
         _descriptor(query, blocks.rows), _descriptor(key, blocks.columns), _descriptor(value, blocks.columns),
-        _descriptor(W, features) if is_random else Z, _descriptor(Z_product, features), Z, k, log_scale, mask,
+        _descriptor(W, features) if is_random else Z, _descriptor(Z_product, features), Z, k, log_scale, places, mask,
         _descriptor(out, blocks.rows), lse, *mask_strides,
-        H, H // key.shape[1], H // Z.shape[0], L, key.shape[2], d, scale, factor,
-        RANDOM=is_random, R=k.shape[1] - constant, D=d, DV=d_v, CONSTANT=constant,
+        H, H // key.shape[1], H // H_state, L, key.shape[2], d, scale, factor,
+        RANDOM=is_random, R=k.shape[-1] - constant, D=d, DV=d_v, CONSTANT=constant, MIXED=index is not None,
         IS_CAUSAL=is_causal, MASKED=attn_mask is not None,
         BM=blocks.rows, BN=blocks.columns, BD=padded(d), BDV=padded(d_v), BF=features,
         num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers,
@@ -135,20 +137,23 @@ def fused_forward(query, key, value, Z, k, log_scale, W, attn_mask, constant, is
     return out, lse
 
 
-def merge_prefix(query, context, lse, Z, k, log_scale, constant, factor):
-    """See `portable.merge_prefix`; context and lse are given up."""
+def merge_prefix(query, context, lse, Z, k, log_scale, index, constant, factor):
+    """See `portable.merge_prefix`, and `fused_forward` for `index`; context and lse are given up."""
     B, H, L, d = query.shape
     d_v = context.shape[-1]
-    Z, lse = Z.contiguous(), lse.contiguous()
+    H_state = Z.shape[-3]
+    Z, k, log_scale, places = _state_arguments(Z, k, log_scale, index)
+    lse = lse.contiguous()
     out = empty_output(query, context)
     if out.stride() == context.stride():
         out = context
     blocks = merge_blocks(max(d, d_v))
-    programs = max(1, blocks.programs * _multiprocessors(query) // H)
-    kernels.merge_prefix[H, programs](
+    groups = 1 if index is None else B  # of rows that have the same state
+    programs = max(1, blocks.programs * _multiprocessors(query) // (groups * H))
+    kernels.merge_prefix[groups * H, programs](
         _descriptor(query, blocks.rows), _descriptor(context, blocks.rows), _descriptor(Z, padded(d)),
-        Z, k.contiguous(), log_scale, _descriptor(out, blocks.rows), lse, B, H, H // Z.shape[0], L, factor,
-        D=d, DV=d_v, CONSTANT=constant, BM=blocks.rows, BD=padded(d), BDV=padded(d_v),
+        Z, k, log_scale, places, _descriptor(out, blocks.rows), lse, B // groups, H, H // H_state, L, factor,
+        D=d, DV=d_v, CONSTANT=constant, MIXED=index is not None, BM=blocks.rows, BD=padded(d), BDV=padded(d_v),
         STAGES=blocks.stages, num_warps=blocks.warps, maxnreg=blocks.registers,
     )  # fmt: skip
     return out, lse
@@ -209,10 +214,12 @@ def _random_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, W, 
     return grad_Z.view_as(Z), grad_k.view_as(k)
 
 
-def decode(query, key, value, Z, k, log_scale, W, attn_mask, constant, scale, factor):
+def decode(query, key, value, Z, k, log_scale, index, W, attn_mask, constant, scale, factor):
     """out [B, H, L, d_v] of a short query that sees all keys, or those that the mask shows; one launch."""
     B, H, L, d = query.shape
     H_kv, S, d_v = key.shape[1], key.shape[2], value.shape[-1]
+    H_state = Z.shape[-3]
+    Z, k, log_scale, places = _state_arguments(Z, k, log_scale, index)
     out = empty_output(query, value)
     rows, keys = padded(H // H_kv * L), 64 if max(d, d_v) <= 128 else 32
     features = min(64, padded(d)) if W is None else 32
@@ -227,11 +234,11 @@ def decode(query, key, value, Z, k, log_scale, W, attn_mask, constant, scale, fa
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     query = query if query.stride(-1) == 1 else query.contiguous()
     kernels.decode[splits + (splits > 1), B * H_kv](
-        query, key, value, Z if W is None else W.contiguous(), Z.contiguous(), k.contiguous(), log_scale, mask, out,
+        query, key, value, Z if W is None else W.contiguous(), Z, k, log_scale, places, mask, out,
         partial_out, partial_m, partial_l,
         counter, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, *out.stride()[:3],
-        H_kv, H // H_kv, H // Z.shape[0], L, S, keys_per_split, scale, factor,
-        RANDOM=W is not None, R=k.shape[1] - constant, D=d, DV=d_v, CONSTANT=constant,
+        H_kv, H // H_kv, H // H_state, L, S, keys_per_split, scale, factor,
+        RANDOM=W is not None, R=k.shape[-1] - constant, D=d, DV=d_v, CONSTANT=constant, MIXED=index is not None,
         MASKED=attn_mask is not None, SPLITS=splits, ROWS=rows, BN=keys, BD=padded(d), BDV=padded(d_v),
         BF=features, STAGES=3, num_warps=4,
     )  # fmt: skip
@@ -318,6 +325,13 @@ def _suits_hopper(query: Tensor, value: Tensor) -> bool:
         and query.shape[-1] == value.shape[-1]
         and query.shape[-1] in (64, 128)
     )
+
+
+def _state_arguments(Z, k, log_scale, index):
+    """The state as the kernels read it, the heads of a stack one after another, and what stands for Index."""
+    if index is None:
+        return Z.contiguous(), k.contiguous(), log_scale, log_scale
+    return Z.contiguous().flatten(0, 1), k.contiguous().flatten(0, 1), log_scale.contiguous(), index.contiguous()
 
 
 def _mask_arguments(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -284,19 +284,21 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         """The prefixes of all active adapters, one after another; or, in a mixed batch, the prefix of every row."""
         if self.rows is None:
             return [self[name].state() for name in self.active_names()]
-        if len(self.rows.Z) != batch_size:
+        if len(self.rows.index) != batch_size:
             raise ValueError(
-                f"adapter_names has {len(self.rows.Z)} names for a batch of {batch_size}: expected as many"
+                f"adapter_names has {len(self.rows.index)} names for a batch of {batch_size}: expected as many"
             )
         return [self.rows]
 
-    def gather(self, names: Sequence[str]) -> None:
-        """Take the prefix of the adapter that is named for each row from here on; rows of others have none."""
-        own = [name for name in dict.fromkeys(names) if name in self]
-        if own:
-            states = [self[name].state() for name in own]
-            rows = torch.tensor([own.index(name) if name in self else -1 for name in names])
-            self.rows = RowStates.gather(states, rows.to(states[0].Z.device))
+    def stack(self, names: Sequence[str]) -> list[PrefixState]:
+        """The states of these adapters, without weight for those that this layer lacks; none if it lacks all."""
+        own = {name: self[name].state() for name in names if name in self}
+        if not own:
+            return []
+        first = next(iter(own.values()))
+        Z, k, b = (torch.zeros_like(x) for x in (first.Z, first.k, first.log_scale))
+        nothing = PrefixState.trusted(Z, k, b, first.feature_map)
+        return [own.get(name, nothing) for name in names]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self or any(p.is_meta for p in self[adapter_name].parameters()):

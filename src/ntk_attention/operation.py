@@ -35,7 +35,7 @@ def ntk_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    state: PrefixState,
+    state: PrefixState | RowStates,
     *,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -55,7 +55,7 @@ def ntk_attention(
         key: [B, H_kv, S, d].
         value: [B, H_kv, S, d_v].
         state: Z and k with H or H_kv heads, of any floating dtype; its arithmetic runs in float32 or, for float64
-            inputs, in float64.
+            inputs, in float64. `RowStates` gives every row of the batch its own.
         attn_mask: broadcastable to [B, H, L, S]: bool (True takes part) or additive in a floating dtype.
         dropout_p: on the weights of the real tokens; the prefix is never dropped.
         is_causal: query i sees the keys j <= i; not together with attn_mask.
@@ -108,9 +108,10 @@ def prefix_block(query: Tensor, state: PrefixState | RowStates, factor: float) -
     phi, row_scale = state.feature_map.scaled(query.to(dtype) * factor)
     # [B, H, L, r] -> [B, H_state, G L, r]: the query heads of one state head share its matrices
     phi = phi.reshape(B, state.num_heads, groups * L, state.num_features)
-    phi_Z = (phi @ state.Z.to(dtype)).view(B, H, L, state.Z.shape[-1])
-    phi_k = (phi @ state.k.to(dtype)[..., None]).view(B, H, L)
-    b = state.log_scale.to(dtype).repeat_interleave(groups, dim=-1)[..., None]
+    Z, k, b = state.of_rows() if isinstance(state, RowStates) else (state.Z, state.k, state.log_scale)
+    phi_Z = (phi @ Z.to(dtype)).view(B, H, L, Z.shape[-1])
+    phi_k = (phi @ k.to(dtype)[..., None]).view(B, H, L)
+    b = b.to(dtype).repeat_interleave(groups, dim=-1)[..., None]
     # Where the signed monomials of a trained or rounded state sum to nothing positive, the prefix has no weight.
     has_weight = phi_k > torch.finfo(dtype).tiny
     phi_k = torch.where(has_weight, phi_k, 1.0)
@@ -187,14 +188,9 @@ def attend(
         exact: a prefix whose tokens are all there.
     """
     plain = dropout_p == 0 and softcap is None and sink is None and exact is None
-    if backend in ("auto", "triton") and len(states) == 1 and plain:
-        state = states[0]
-        if (
-            isinstance(state, PrefixState)
-            and covers(query, key, value, state, attn_mask)
-            and (backend == "auto" or launches.covers(query, value))
-        ):
-            return attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, backend)
+    ours = backend == "auto" or (backend == "triton" and launches.covers(query, value))
+    if ours and plain and len(states) == 1 and covers(query, key, value, states[0], attn_mask):
+        return attend_fused(query, key, value, states[0], factor, attn_mask, is_causal, scale, backend)
     prefix = prefix_blocks(query, states, factor, exact, scale, softcap)
     hidden = None if attn_mask is None else hidden_rows(attn_mask)
     prefix = hide_prefix(prefix, hidden, key.shape[2])
@@ -288,7 +284,7 @@ def check_arguments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    state: PrefixState,
+    state: PrefixState | RowStates,
     attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
@@ -313,6 +309,8 @@ def check_arguments(
             f"query has {H} heads and key {H_kv}: equal numbers are expected, or enable_gqa=True and a multiple"
         )
     check_state_fits(state, num_heads=H, num_kv_heads=H_kv, head_dim=d, value_dim=value.shape[-1])
+    if isinstance(state, RowStates) and len(state.index) != B:
+        raise ValueError(f"the state has an index of {len(state.index)} rows for a batch of {B}: expected as many")
     if attn_mask is not None:
         if is_causal:
             raise ValueError("attn_mask and is_causal=True exclude each other: put causality into the mask")

@@ -223,19 +223,32 @@ class PrefixState:
 
 @dataclass(frozen=True)
 class RowStates:
-    """A prefix for every row of a batch: Z [B, H, r, d_v], k [B, H, r] and log_scale [B, H], which is -inf for none."""
+    """A prefix for every row of a batch: a stack of states and, for each row, the place of its state in the stack.
+
+    Attention reads all tensors anew in every call, also in one that is replayed from a CUDA graph: what is copied into
+    them in place counts from then on.
+
+    Args:
+        Z: [A, H, r, d_v], floating point, of A states.
+        k: [A, H, r].
+        log_scale: b [A, H].
+        feature_map: that of all states.
+        index: int32 [B], from 0 to A - 1, or -1 for a row without a prefix, which is plain attention. Values outside
+            are not looked for: on a GPU a kernel would read whatever memory is there.
+    """
 
     Z: Tensor
     k: Tensor
     log_scale: Tensor
     feature_map: FeatureMap
+    index: Tensor
 
     @classmethod
-    def gather(cls, states: Sequence[PrefixState], rows: Tensor) -> "RowStates":
-        """The states of rows [B], given as indices into `states`; -1 for a row without a prefix.
+    def stack(cls, states: Sequence[PrefixState], index: Tensor) -> "RowStates":
+        """Copies of the states in one stack.
 
         Raises:
-            ValueError: if the states differ in shape or feature map.
+            ValueError: if the states differ in shape or feature map, or index is not int32 [B] on their device.
         """
         first = states[0]
         for state in states[1:]:
@@ -244,9 +257,17 @@ class RowStates:
                     f"the rows of a batch need states of one shape and feature map: got Z {list(first.Z.shape)} with "
                     f"{first.feature_map!r} and Z {list(state.Z.shape)} with {state.feature_map!r}"
                 )
-        chosen = rows.clamp_min(0)
-        Z, k, b = (torch.stack([getattr(s, n) for s in states])[chosen] for n in ("Z", "k", "log_scale"))
-        return cls(Z, k, b.masked_fill((rows < 0)[:, None], -math.inf), first.feature_map)
+        if index.dim() != 1 or index.dtype != torch.int32 or index.device != first.Z.device:
+            raise ValueError(
+                f"index must be int32 [B] on {first.Z.device}, got {index.dtype} {list(index.shape)} on {index.device}"
+            )
+        Z, k, b = (torch.stack([getattr(s, name) for s in states]) for name in ("Z", "k", "log_scale"))
+        return cls(Z, k, b, first.feature_map, index)
+
+    def of_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies for every row: Z [B, H, r, d_v], k [B, H, r] and log_scale [B, H], which is -inf without a prefix."""
+        Z, k, b = (x.index_select(0, self.index.clamp_min(0)) for x in (self.Z, self.k, self.log_scale))
+        return Z, k, b.masked_fill((self.index < 0)[:, None], -math.inf)
 
     @property
     def num_heads(self) -> int:

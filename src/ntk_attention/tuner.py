@@ -23,11 +23,63 @@ from .config import NTKAttentionConfig
 from .layer import NTKAttentionLayer, parameter_shapes
 from .registration import NAME
 from .routing import CHILD, attach, check_implementation, check_routes, detach, geometry_of, routes, unrouted_attention
+from .state import RowStates
 
 NO_ADAPTER = "__base__"  # PEFT's name for a row that no adapter is for
 GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # task types whose PEFT model needs a model that generates
 # What PEFT adds to modules_to_save, whether the model has it or not; for these task types only after it injected.
 HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+class MixedBatch:
+    """The rows of a batch and the states of its adapters, made by `NTKAttentionModel.mixed_batch`.
+
+    Both change in place: the next forward pass sees it, and so does the next replay of one that is in a CUDA graph.
+    """
+
+    @torch.no_grad()
+    def __init__(self, layers: Sequence[NTKAttentionLayer], adapters: Sequence[str], adapter_names: Sequence[str]):
+        self.adapters = list(adapters)
+        index = self._index(adapter_names)
+        self.indices: dict[torch.device, torch.Tensor] = {}  # one for all layers of a device
+        self.rows: dict[NTKAttentionLayer, RowStates] = {}
+        for layer in layers:
+            states = layer.stack(self.adapters)
+            if states:
+                device = states[0].Z.device
+                self.rows[layer] = RowStates.stack(states, self.indices.setdefault(device, index.to(device)))
+
+    def assign(self, adapter_names: Sequence[str]) -> None:
+        """Give the rows other adapters, out of those whose states are here.
+
+        Raises:
+            ValueError: if there are more or fewer names than rows, or others.
+        """
+        index = self._index(adapter_names)
+        for on_device in self.indices.values():
+            if len(on_device) != len(index):
+                raise ValueError(f"adapter_names has {len(index)} names for {len(on_device)} rows: expected as many")
+            on_device.copy_(index)
+
+    @torch.no_grad()
+    def update(self, adapter_name: str) -> None:
+        """Copy the state of an adapter again, after its weights have changed.
+
+        Raises:
+            ValueError: if its state is not here.
+        """
+        place = int(self._index([adapter_name])[0])
+        for layer, rows in self.rows.items():
+            if place >= 0 and adapter_name in layer:
+                state = layer[adapter_name].state()
+                for name in ("Z", "k", "log_scale"):
+                    getattr(rows, name)[place].copy_(getattr(state, name))
+
+    def _index(self, adapter_names: Sequence[str]) -> torch.Tensor:
+        places = {NO_ADAPTER: -1} | {name: i for i, name in enumerate(self.adapters)}
+        if unknown := sorted(set(adapter_names) - set(places)):
+            raise ValueError(f"adapter_names holds {unknown}, expected names of {self.adapters} or {NO_ADAPTER!r}")
+        return torch.tensor([places[name] for name in adapter_names], dtype=torch.int32)
 
 
 class NTKAttentionModel(BaseTuner):
@@ -168,34 +220,50 @@ class NTKAttentionModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """A batch whose rows use different adapters, `adapter_names` of PEFT; "__base__" is a row without one.
-
-        The states of the rows are gathered once, before the first layer runs and, in `generate`, before the first
-        token; attention itself knows of no adapters then.
-        """
+        """A batch whose rows use different adapters, `adapter_names` of PEFT, for one call."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
+        beams = kwargs.get("num_beams") or 1
+        with self.mixed_batch([name for name in names for _ in range(beams)]):
+            yield
+
+    @contextmanager
+    def mixed_batch(self, adapter_names: Sequence[str], adapters: Sequence[str] | None = None) -> Iterator[MixedBatch]:
+        """Give each row of the batch its own adapter, in every forward pass while this lasts; without gradients.
+
+        The states are copied into one stack in each layer, now; a pass reads there what its rows need.
+
+        Args:
+            adapter_names: one for each row; "__base__" is a row without an adapter.
+            adapters: all that rows can have while this lasts; by default those in adapter_names.
+
+        Yields:
+            What changes rows and states, see `MixedBatch`.
+
+        Raises:
+            ValueError: if the model is in training mode, a name is unknown, or two adapters on one module differ in
+                feature map or state heads.
+        """
         if self.training:
             raise ValueError("adapter_names is for inference: call model.eval() first")
-        unknown = set(names) - set(self.peft_config) - {NO_ADAPTER}
-        if unknown:
-            raise ValueError(f"adapter_names holds {sorted(unknown)}, expected names of {sorted(self.peft_config)}")
-        beams = kwargs.get("num_beams") or 1
-        names = [name for name in names for _ in range(beams)]
+        adapters = [name for name in dict.fromkeys(adapters or adapter_names) if name != NO_ADAPTER]
+        if unknown := sorted(set(adapters) - set(self.peft_config)):
+            raise ValueError(f"adapter_names holds {unknown}, expected names of {sorted(self.peft_config)}")
         layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+        batch = MixedBatch(layers, adapters, adapter_names)
+        before = [layer.rows for layer in layers]
         try:
-            for layer in layers:
-                layer.gather(names)
             with ExitStack() as stack:
                 for layer in layers:
+                    layer.rows = batch.rows.get(layer)
                     if layer.rows is None:  # none of the adapters is here
                         stack.enter_context(layer.resting())
-                yield
+                yield batch
         finally:
-            for layer in layers:
-                layer.rows = None
+            for layer, rows in zip(layers, before, strict=True):
+                layer.rows = rows
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter whose states are sums: Z = sum_i w_i Z_i, k = sum_i w_i k_i.
