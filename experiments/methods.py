@@ -70,7 +70,13 @@ def peft_options(task: Task) -> dict[str, Any]:
 
 
 def ntk(
-    model: nn.Module, context: Context, *, source: str = "train", share: float = SHARE, **options: Any
+    model: nn.Module,
+    context: Context,
+    *,
+    source: str = "train",
+    share: float = SHARE,
+    random_tokens: bool = True,
+    **options: Any,
 ) -> nn.Module:
     """As the library makes it: attached and calibrated."""
     layers = options.pop("layers", None)
@@ -78,7 +84,7 @@ def ntk(
         count = len(budgets.geometries(model))
         options["layers_to_transform"] = [i for i in range(count) if layers(i, count)]
     model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task), **options))
-    calibrate(model, batches_from(context, source), share=share)
+    calibrate(model, batches_from(context, source), share=share, random_tokens=random_tokens)
     return model
 
 
@@ -285,6 +291,10 @@ METHODS: dict[str, Method] = {
     "layers-half": ablation("every second layer", "layers", layers=lambda i, count: i % 2 == 1),
     "layers-upper": ablation("the upper half of the layers", "layers", layers=lambda i, count: i >= count // 2),
     "layers-lower": ablation("the lower half of the layers", "layers", layers=lambda i, count: i < count // 2),
+    "data-alone": ablation(
+        "calibrated on training data alone", "calibration data", random_tokens=False,
+        only=lambda task: task.group != "vision",  # there it is the same
+    ),
     "data-unrelated": ablation("calibrated on unrelated data", "calibration data", source="unrelated"),
     "data-noise": ablation("calibrated on random inputs", "calibration data", source="noise"),
     "share-1": ablation("prefix holds 1 % at the start", "share", share=0.01),

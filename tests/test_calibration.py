@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.calibration import whitening
+from ntk_attention.calibration import whitening, with_random_tokens
 from ntk_attention.layer import NTKAttentionLayer
 from ntk_attention.observation import adapted_layers, prefix_shares
 
@@ -57,9 +57,9 @@ OPTIONS = {
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 
 
-def calibrated(base=None, batches=(INPUTS,), share=SHARE, **options):
+def calibrated(base=None, batches=(INPUTS,), share=SHARE, random_tokens=False, **options):
     model = adapted(base, **{"init_weights": True, **options})
-    calibrate(model, batches, share=share)
+    calibrate(model, batches, share=share, random_tokens=random_tokens)
     return model
 
 
@@ -313,3 +313,28 @@ def test_what_calibrate_refuses(options, arguments, message):
 def test_model_without_an_adapter_is_refused():
     with pytest.raises(ValueError, match="call get_peft_model first"):
         calibrate(tiny(), [INPUTS])
+
+
+def test_random_tokens_stand_beside_text():
+    model = adapted()
+    config = model.config
+    special = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
+    batch = {**INPUTS, "labels": INPUTS["input_ids"]}
+    (found,) = with_random_tokens(model, [batch])
+    places = sum(INPUTS["input_ids"] == token for token in special).bool()
+    assert torch.equal(found["input_ids"][places], INPUTS["input_ids"][places])
+    assert not torch.equal(found["input_ids"], INPUTS["input_ids"])
+    assert found["input_ids"].max() < config.vocab_size
+    assert not set(found["input_ids"][~places].tolist()) & special
+    assert found["labels"] is batch["labels"]
+    picture = {"input_ids": INPUTS["input_ids"], "pixel_values": torch.zeros(2, 3, 8, 8)}
+    assert with_random_tokens(model, [picture, {"pixel_values": torch.zeros(2, 3, 8, 8)}]) == []
+
+
+def test_random_tokens_widen_what_is_whitened(trained):
+    narrow, wide = (calibrated(copy.deepcopy(trained), [repeats(0)], random_tokens=kind) for kind in (False, True))
+    ratios = []
+    for first, second in zip(adapters(narrow), adapters(wide), strict=True):
+        moments = [x.coordinates[:, :-1, :-1].square().sum() for x in (first, second)]
+        ratios.append((moments[1] / moments[0]).item())
+    assert max(ratios) < 1.0  # queries of more kinds vary more, so that coordinates are smaller

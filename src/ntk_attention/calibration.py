@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .layer import NTKAttentionLayer, PrefixAdapter
 from .observation import adapted_layers, observe
@@ -42,6 +43,7 @@ def calibrate(
     *,
     adapter_name: str = "default",
     share: float = SHARE,
+    random_tokens: bool = True,
 ) -> None:
     """Start an adapter close to the frozen model, in coordinates that train well.
 
@@ -53,6 +55,9 @@ def calibrate(
             `attention_mask` is 0 do not count.
         adapter_name: which adapter.
         share: of every head's attention that the prefix holds at the start.
+        random_tokens: let the coordinates see the batches a second time with other `input_ids`, drawn from the whole
+            vocabulary; not where there is more than text. Task data may hold queries of few kinds. What these rarely
+            do would weigh much in their coordinates, and training would spoil the model for all other text.
 
     Raises:
         ValueError: without such an adapter, without its constant feature, with an empty `batches`, with batches that
@@ -67,6 +72,7 @@ def calibrate(
     batches = list(batches)
     if not batches:
         raise ValueError("calibrate got no batches: a few batches of training data are expected")
+    others = with_random_tokens(model, batches) if random_tokens else []
 
     statistics = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
     with ExitStack() as stack:
@@ -75,9 +81,40 @@ def calibrate(
         observe(model, layers, batches, {name: s.observe_scale for name, s in statistics.items()})
         for name, s in statistics.items():
             s.set_scale(share, name)
-        observe(model, layers, batches, {name: s.observe_moments for name, s in statistics.items()})
+        moments = {name: s.observe_moments for name, s in statistics.items()}
+        observe(model, layers, batches, moments)
+        for s in statistics.values():
+            s.set_value()
+        observe(model, layers, others, moments)
     for s in statistics.values():
         s.set_coordinates_and_start(LOG_K_STEP / share)
+
+
+def with_random_tokens(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The batches that are text alone, with random tokens in its place; special tokens stay, and none are drawn."""
+    config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        config = config.get_text_config()
+    size = getattr(config, "vocab_size", None)
+    if size is None:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    special = torch.tensor(special_tokens(config))
+    found: list[Mapping[str, Any]] = []
+    for batch in batches:
+        others = [x for name, x in batch.items() if isinstance(x, Tensor) and name != "attention_mask"]
+        if "input_ids" in batch and not any(x.is_floating_point() for x in others):
+            ids = batch["input_ids"].cpu()
+            drawn = torch.randint(size, ids.shape, generator=generator)
+            drawn = torch.where(torch.isin(ids, special) | torch.isin(drawn, special), ids, drawn)
+            found.append({**batch, "input_ids": drawn.to(batch["input_ids"].device)})
+    return found
+
+
+def special_tokens(config: Any) -> list[int]:
+    """The ids that a config gives a meaning: ends, padding, places of pictures and so on."""
+    named = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    return [x for value in named for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)]
 
 
 def check_size(layers: Mapping[str, NTKAttentionLayer], adapter_name: str = "default") -> None:
@@ -102,7 +139,9 @@ class HeadStatistics:
         self.sum_lse, self.sum_square = zeros(H), zeros(H)
         self.advantages: list[Tensor] = []  # [H, N], log(phi.1) - lse of every row
         self.gram = zeros(H, r, r)  # sum of g g^T
+        self.gram_rows = 0
         self.wanted: Tensor | float = 0.0  # [H, d_v], sum of g_constant * share * output
+        self.value = self.output_rms = zeros(H)  # set by set_value
         self.log_k = zeros(H)  # set between the passes, the same for all features
 
     def rows(self, query: Tensor, frozen: Block, factor: float, counts: Tensor) -> tuple[Tensor, ...]:
@@ -146,16 +185,19 @@ class HeadStatistics:
         g = phi * torch.exp(weight - lse_all)[..., None]
         share = torch.exp(prefix_lse - lse_all)
         self.gram += (g.transpose(1, 2) @ g).double()
+        self.gram_rows += g.shape[1]
         self.wanted = self.wanted + ((g[..., -1] * share)[..., None] * out).double().sum(dim=1)
         self.sum_square += out.double().square().mean(dim=2).sum(dim=1)
 
+    def set_value(self) -> None:
+        """The prefix's value at the start [H, d_v]: of all fixed ones, the least-squares one in the outputs."""
+        self.value = self.wanted / self.gram[:, -1, -1, None]
+        self.output_rms = (self.sum_square / self.gram_rows).sqrt()[:, None, None]
+
     @torch.no_grad()
     def set_coordinates_and_start(self, log_k_unit: float) -> None:
-        adapter = self.adapter
-        output_rms = (self.sum_square / self.num_rows).sqrt()[:, None, None]
-        adapter.set_coordinates(whitening(self.gram / self.num_rows) * output_rms, log_k_unit)
-        # Least squares in the outputs for a prefix whose value is the same for all queries
-        value = self.wanted / self.gram[:, -1, -1, None]
+        adapter, value = self.adapter, self.value
+        adapter.set_coordinates(whitening(self.gram / self.gram_rows) * self.output_rms, log_k_unit)
         Z = torch.zeros_like(self.gram[..., :1]).expand(-1, -1, value.shape[-1]).clone()
         Z[:, -1] = value
         if adapter.leading == "Z_A":  # the first direction holds the start, the others are free to train
