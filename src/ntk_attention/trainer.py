@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .evaluation import mean_loss
 from .observation import adapted_layers
 from .run_folder import STAGING, last_good_checkpoint, move, seal, step_of
+from .sharding import local, whole
 
 TRAINED = "trained.safetensors"  # of a checkpoint: the parameters as they are trained, in their coordinates
 KEPT_CHECKPOINTS = 2
@@ -146,14 +147,6 @@ def load_exact_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             if isinstance(parameter, DTensor):
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             parameter.copy_(value)
-
-
-def whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def calibration_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -38,7 +38,8 @@ from .run_folder import (
     read_record,
     write_json,
 )
-from .trainer import AdapterTrainer, load_calibration, save_calibration, share_calibration, whole
+from .sharding import whole
+from .trainer import AdapterTrainer, load_calibration, save_calibration, share_calibration
 
 CALIBRATION = "calibration.safetensors"
 CALIBRATION_ITEMS = 64
