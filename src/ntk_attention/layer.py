@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -278,8 +279,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def add_adapter(self, name: str, config: NTKAttentionConfig) -> None:
         adapter = PrefixAdapter(config, self.geometry)
-        device = next((p.device for p in self.get_base_layer().parameters()), None)
-        if device is not None and device.type != "meta" and not adapter.log_k.is_meta:
+        device = self.device()
+        if device is not None and not adapter.log_k.is_meta:
             adapter.to(device)
         if self.mesh is not None:
             adapter.shard(self.mesh)
@@ -317,6 +318,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def states(self, batch_size: int) -> Sequence[PrefixState | RowStates]:
         """The prefixes of all active adapters, one after another; or, in a mixed batch, the prefix of every row."""
+        self.keep_in_memory()
         if self.rows is None:
             return [self[name].state() for name in self.active_names()]
         if len(self.rows.Z) != batch_size:
@@ -327,6 +329,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def gather(self, names: Sequence[str]) -> None:
         """Take the prefix of the adapter that is named for each row from here on; rows of others have none."""
+        self.keep_in_memory()
         own = [name for name in dict.fromkeys(names) if name in self]
         if own:
             states = [self[name].state() for name in own]
@@ -336,6 +339,31 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self or any(p.is_meta for p in self[adapter_name].parameters()):
             return
-        device = device or next((p.device for p in self.get_base_layer().parameters() if not p.is_meta), None)
+        device = device or self.device()
         if device is not None:
             self[adapter_name].to(device)
+
+    def device(self) -> torch.device | None:
+        """Where the base layer runs: with offloading its weights are elsewhere between calls."""
+        for module in self.get_base_layer().modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        return next((p.device for p in self.get_base_layer().parameters() if not p.is_meta), None)
+
+    def keep_in_memory(self) -> None:
+        """Take the adapters back from accelerate's offloading, which brings weights only for a module's own forward.
+
+        Raises:
+            ValueError: if their values are gone: PEFT, when it loads an adapter, keeps on a disk those of LoRA only.
+        """
+        for name in self.keys():
+            if hasattr(self[name], "_hf_hook"):
+                try:
+                    remove_hook_from_module(self[name], recurse=True)
+                except ValueError as error:
+                    raise ValueError(
+                        f"the adapter {name!r} was offloaded to a disk without its values: expected get_peft_model and "
+                        "set_peft_model_state_dict on a base model that is partly on a disk, not from_pretrained"
+                    ) from error
+                self._move_adapter_to_device_of_base_layer(name)

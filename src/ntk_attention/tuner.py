@@ -191,6 +191,13 @@ class NTKAttentionModel(BaseTuner):
             attach(target, layer)
         layer.add_adapter(adapter_name, peft_config)
 
+    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
+        """The last step of making and of loading an adapter, after which PEFT may have offloaded it."""
+        for module in self.model.modules():
+            if isinstance(module, NTKAttentionLayer):
+                module.keep_in_memory()
+        super()._cast_adapter_dtype(*args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """A batch whose rows use different adapters, `adapter_names` of PEFT; "__base__" is a row without one.
