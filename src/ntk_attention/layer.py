@@ -19,7 +19,7 @@ from .config import NTKAttentionConfig
 from .exact import LayerPrefix
 from .operation import Block
 from .routing import Geometry
-from .sharding import split_by_head
+from .sharding import is_partitioned, split_by_head
 from .state import PrefixState, RowStates
 
 # The published start, k = 0, cannot be a logarithm; this k weighs nothing and, like |k| at 0, has no gradient.
@@ -214,11 +214,17 @@ class PrefixAdapter(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # ZeRO-3 makes state dicts of its parameters without asking: there all hold them as they are trained, and the
+        # tuner takes the plain ones of them.
+        if not is_partitioned(self.log_k):
+            self.make_plain(destination, prefix)
+
+    def make_plain(self, tensors: dict[str, Any], prefix: str) -> None:
+        """Bring the trained values in a state dict, whose names start so, into plain coordinates."""
         if self.coordinates is not None:
             C = self.coordinates
-            leading = destination[prefix + self.leading]
-            destination[prefix + self.leading] = self._per_head(leading, lambda Z: C.to(Z) @ Z)
-            destination[prefix + "log_k"] = self.log_k_unit * destination[prefix + "log_k"]
+            tensors[prefix + self.leading] = self._per_head(tensors[prefix + self.leading], lambda Z: C.to(Z) @ Z)
+            tensors[prefix + "log_k"] = self.log_k_unit * tensors[prefix + "log_k"]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, parameter in self.named_parameters():
@@ -229,7 +235,7 @@ class PrefixAdapter(nn.Module):
             check_values("the state dict", f"{prefix}{name}", given)
             if self.mesh is not None and isinstance(parameter, DTensor) and not isinstance(given, DTensor):
                 state_dict[prefix + name] = split_by_head(given.to(self.mesh.device_type), self.mesh)
-        if self.coordinates is not None:
+        if self.coordinates is not None and not is_partitioned(self.log_k):
             if prefix + self.leading in state_dict:
                 state_dict[prefix + self.leading] = self._to_coordinates(state_dict[prefix + self.leading])
             if prefix + "log_k" in state_dict:

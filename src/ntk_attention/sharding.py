@@ -1,11 +1,13 @@
-"""Tensors that are spread over processes: by head in a tensor-parallel model, in any way under FSDP2."""
+"""Tensors that are spread over processes: by head in a tensor-parallel model, in any way under FSDP2 and ZeRO-3."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -41,7 +43,35 @@ def split_by_head(x: Tensor, mesh: DeviceMesh, source: int | None = None) -> DTe
     return distribute_tensor(x, mesh, BY_HEAD, src_data_rank=None if x.is_meta else source)
 
 
+def is_partitioned(x: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds the parameter, which is empty between calls."""
+    return hasattr(x, "ds_id")
+
+
+@contextmanager
+def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """With parameters that ZeRO-3 holds put together; what all processes write into them stays."""
+    if not any(map(is_partitioned, parameters)):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+        yield
+
+
+def bring_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let ZeRO-3 put parameters together for each call of a module that reads them itself."""
+    import deepspeed
+
+    for parameter in parameters:
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
 def whole(x: Tensor) -> Tensor:
+    if is_partitioned(x):
+        with gathered([x]):
+            return x.detach().clone()
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 

@@ -33,7 +33,7 @@ from .routing import (
     routes,
     unrouted_attention,
 )
-from .sharding import head_mesh, whole
+from .sharding import head_mesh, is_partitioned, whole
 
 NO_ADAPTER = "__base__"  # PEFT's name for a row that no adapter is for
 GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # task types whose PEFT model needs a model that generates
@@ -167,9 +167,16 @@ class NTKAttentionModel(BaseTuner):
         return key.replace(f".{CHILD}.{adapter_name}.", f".{CHILD}.")
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """As PEFT does it, whole also where a process holds a part of the heads (PEFT 0.21.0 would save the parts)."""
-        return {name: whole(x) for name, x in super()._get_adapter_state_dict(*args, **kwargs).items()}
+    def _get_adapter_state_dict(cls, model, config, adapter_name, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """As PEFT does it; whole where a process holds a part of the heads (PEFT 0.21.0 would save the parts), and in
+        plain coordinates also where ZeRO-3 made the state dict."""
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        tensors = {name: whole(x) for name, x in tensors.items()}
+        for name, layer in model.named_modules():
+            own = isinstance(layer, NTKAttentionLayer) and adapter_name in layer
+            if own and is_partitioned(layer[adapter_name].log_k):
+                layer[adapter_name].make_plain(tensors, f"{name}.{adapter_name}.")
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
