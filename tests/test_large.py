@@ -65,7 +65,8 @@ def test_offloaded_against_in_memory(kind, model_folder, tmp_path):
     )
 
 
-def test_an_adapter_for_a_base_that_is_partly_on_a_disk(model_folder, tmp_path):
+def test_an_adapter_for_a_base_that_is_partly_on_a_disk(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # PEFT writes a copy of the base model below the working directory
     source = adapted(load(model_folder))
     source.save_pretrained(tmp_path / "adapter")
     options = {"max_memory": {"cpu": 60_000}, "device_map": "auto", "offload_folder": tmp_path / "disk"}
