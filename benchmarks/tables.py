@@ -163,6 +163,24 @@ def training(rows: list[Row]) -> list[str]:
     return out
 
 
+def large(rows: list[Row]) -> list[str]:
+    out = []
+    for sizes, methods in by_sizes(rows):
+        reference = median(methods.get("bf16"))
+        body = [
+            [
+                name,
+                milliseconds(row, reference),
+                mebibytes(row, "held_memory_bytes"),
+                mebibytes(row, "held_memory_bytes", "peak_memory_bytes"),
+            ]
+            for name, row in methods.items()
+        ]
+        head = ["frozen model", "ms per step (over bf16)", "held between steps, MiB", "peak memory, MiB"]
+        out += [f"**Batch {sizes['B']}, {sizes['L']:,} tokens each.**\n", table(head, body)]
+    return out
+
+
 def building(rows: list[Row]) -> list[str]:
     body = []
     for sizes, methods in by_sizes(rows):
@@ -223,6 +241,7 @@ TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "figure3": figure3,
     "decode": decode,
     "training": training,
+    "large": large,
     "adapters": adapters,
     "building": building,
     "cpu": cpu,

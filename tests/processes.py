@@ -42,6 +42,8 @@ def main(output: str, model: str, data: str, stop_at: int = 0) -> None:
 
     def stop(self, *args, **kwargs):
         assert (type(next(self.model.parameters())).__name__ == "DTensor") == self.is_fsdp_enabled
+        assert (type(self.model_wrapped).__name__ == "DeepSpeedEngine") == self.is_deepspeed_enabled
+        assert self.is_deepspeed_enabled == (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
         if stop_at and self.state.global_step == stop_at:
             sys.exit(3)
         return step(self, *args, **kwargs)

@@ -1,5 +1,6 @@
 """`finetune` in two processes (gloo), against one process with the same batches: start, loss curve, adapter."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from ntk_attention.run_folder import CHECKPOINTS, RECORD
 from .tiny import save_letters
 
 FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+ZERO3 = ["--use_deepspeed", "--zero_stage", "3"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--num_processes", "2", "--main_process_port", "0"]
 
@@ -23,7 +25,9 @@ LAUNCH += ["--dynamo_backend", "no", "--num_processes", "2", "--main_process_por
 def start(*arguments, status=0):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
-    environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if "--use_deepspeed" not in arguments:  # accelerate would not ask DeepSpeed
+        environment["ACCELERATE_USE_CPU"] = "true"
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (result.returncode == 0) == (status == 0), result.stderr[-3000:]
     assert status == 0 or f"exitcode  : {status} " in result.stderr, result.stderr[-3000:]
@@ -41,11 +45,13 @@ def alone(model_folder, data, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("kind", [["--multi_gpu"], FSDP2], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize("kind", [["--multi_gpu"], FSDP2, ZERO3], ids=["DDP", "FSDP2", "ZeRO-3"])
 def test_two_processes_against_one(kind, alone, model_folder, data, tmp_path):
+    if kind == ZERO3 and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
     output = tmp_path / "out"
     command = [*LAUNCH, *kind, "-m", "tests.processes"]
-    if kind == FSDP2:  # stopped before step 8, and resumed from its shards
+    if kind != ["--multi_gpu"]:  # stopped before step 8, and resumed from its shards
         start(*command, output, model_folder, data, 7, status=3)
         assert (output / CHECKPOINTS / "checkpoint-7").is_dir()
     start(*command, output, model_folder, data)

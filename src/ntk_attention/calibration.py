@@ -133,7 +133,7 @@ class HeadStatistics:
 
     def __init__(self, adapter: PrefixAdapter):
         self.adapter = adapter
-        H, r = len(adapter.log_k), getattr(adapter, adapter.leading).shape[1]
+        H, r = adapter.num_heads, getattr(adapter, adapter.leading).shape[1]
         zeros = partial(torch.zeros, dtype=torch.float64, device=adapter.log_k.device)
         self.num_rows = 0
         self.sum_lse, self.sum_square = zeros(H), zeros(H)
@@ -146,7 +146,7 @@ class HeadStatistics:
 
     def rows(self, query: Tensor, frozen: Block, factor: float, counts: Tensor) -> tuple[Tensor, ...]:
         """phi [H, N, r], its log scale, lse [H, N] and out [H, N, d_v] of the N rows of each state head that count."""
-        H = len(self.adapter.log_k)
+        H = self.adapter.num_heads
         phi, row_scale = self.adapter.feature_map.scaled(query.float() * factor)
 
         def select(x: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class HeadStatistics:
         if self.num_rows == 0:
             raise ValueError(f"no token of the batches reached {name}: are all of them padding?")
         b = self.sum_lse / self.num_rows
-        self.adapter.log_scale.copy_(b)
+        self.adapter.part("log_scale").copy_(b)
         self.log_k = offset_for_share(torch.cat(self.advantages, dim=1).double(), share).to(b) - b
         self.advantages.clear()
 
@@ -179,7 +179,7 @@ class HeadStatistics:
         self, query: Tensor, frozen: Block, prefix: Block | None, factor: float, counts: Tensor
     ) -> None:
         phi, row_scale, lse, out = self.rows(query, frozen, factor, counts)
-        weight = row_scale + self.adapter.log_scale[:, None]
+        weight = row_scale + self.adapter.part("log_scale")[:, None]
         prefix_lse = torch.log(self.normaliser(phi)) + self.log_k[:, None].to(weight) + weight
         lse_all = torch.logaddexp(lse, prefix_lse)
         g = phi * torch.exp(weight - lse_all)[..., None]
@@ -201,13 +201,14 @@ class HeadStatistics:
         Z = torch.zeros_like(self.gram[..., :1]).expand(-1, -1, value.shape[-1]).clone()
         Z[:, -1] = value
         if adapter.leading == "Z_A":  # the first direction holds the start, the others are free to train
-            r, rank = adapter.Z_A.shape[1:]
-            Z = adapter.coordinates.double() @ torch.randn(len(Z), r, rank, dtype=Z.dtype).to(Z) * r**-0.5
+            H, r, rank = adapter.Z_A.shape
+            noise = adapter.part_of(torch.randn(H, r, rank, dtype=Z.dtype).to(Z))
+            Z = adapter.coordinates.double() @ noise * r**-0.5
             Z[..., 0] = 0.0
             Z[:, -1, 0] = 1.0
-            adapter.Z_B.zero_()
-            adapter.Z_B[:, 0] = value.to(adapter.Z_B)
-        adapter.set_plain(Z, self.log_k[:, None].expand_as(adapter.log_k))
+            Z_B = adapter.part("Z_B").zero_()
+            Z_B[:, 0] = value.to(Z_B)
+        adapter.set_plain(Z, self.log_k[:, None].expand_as(adapter.part("log_k")))
 
 
 def offset_for_share(logits: Tensor, share: float) -> Tensor:

@@ -41,7 +41,12 @@ def exact_prefix(
         layers: of an adapted model, by name.
         prefix: for some or all of them.
         resting: names of layers whose adapters rest meanwhile.
+
+    Raises:
+        ValueError: if the model is tensor-parallel.
     """
+    if any(layer.mesh is not None for layer in layers.values()):
+        raise ValueError("prefixes are converted on a model with all heads in one process: load it with tp_size=1")
     before = {name: bool(layer.disable_adapters) for name, layer in layers.items()}
     try:
         for name, tokens in prefix.items():

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .adapter_folder import check_shape, check_values
@@ -17,6 +19,7 @@ from .config import NTKAttentionConfig
 from .exact import LayerPrefix
 from .operation import Block
 from .routing import Geometry
+from .sharding import is_partitioned, split_by_head
 from .state import PrefixState, RowStates
 
 # The published start, k = 0, cannot be a logarithm; this k weighs nothing and, like |k| at 0, has no gradient.
@@ -60,6 +63,9 @@ class PrefixAdapter(nn.Module):
 
     Calibration (`calibration.py`) also sets `coordinates` C [H, r, r] and `log_k_unit` u: training then moves Z' and
     kappa in Z = C Z', log k = u kappa, where every direction matters alike. Files always hold the plain Z and log_k.
+
+    In a tensor-parallel model (`shard`) the parameters are spread by head over the processes of a mesh. State dicts
+    hold the whole, and loading one takes each process's part; other methods deal in the heads of this process.
     """
 
     def __init__(self, config: NTKAttentionConfig, geometry: Geometry):
@@ -82,12 +88,35 @@ class PrefixAdapter(nn.Module):
         self.log_scale = nn.Parameter(torch.empty(shapes["log_scale"]), requires_grad=False)
         self.register_buffer("coordinates", None, persistent=False)
         self.log_k_unit = 1.0
+        self.mesh: DeviceMesh | None = None
         self.reset_parameters(config.init_weights)
 
     @property
     def leading(self) -> str:
         """The factor of Z that carries the features, and so the coordinates."""
         return "Z" if "Z" in self._parameters else "Z_A"
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep a part of the heads, of the start that the first process of the mesh has."""
+        self.mesh = mesh
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            part = split_by_head(parameter.detach(), mesh, source=0)
+            # Not setattr: PEFT's low_cpu_mem_usage takes that over, and cannot rebuild a DTensor.
+            self._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
+
+    def part(self, name: str) -> Tensor:
+        """A parameter, of the heads of this process."""
+        parameter = getattr(self, name)
+        return parameter if self.mesh is None else parameter.to_local()
+
+    def part_of(self, x: Tensor) -> Tensor:
+        """The heads of this process of a whole tensor [H, ...], which is on every process."""
+        return x if self.mesh is None else split_by_head(x, self.mesh).to_local()
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the state that this process holds."""
+        return len(self.part("log_k"))
 
     def reset_parameters(self, init_weights: bool | str) -> None:
         if self.log_k.is_meta:
@@ -113,29 +142,29 @@ class PrefixAdapter(nn.Module):
 
     def plain_leading(self) -> Tensor:
         """The leading factor of Z in plain coordinates."""
-        Z = getattr(self, self.leading)
+        Z = self.part(self.leading)
         return Z if self.coordinates is None else self.coordinates.to(Z.dtype) @ Z
 
     def plain_Z(self) -> Tensor:  # noqa: N802
         """Z [H, r, d_v] in plain coordinates."""
         Z = self.plain_leading()
-        return Z if self.leading == "Z" else Z @ self.Z_B
+        return Z if self.leading == "Z" else Z @ self.part("Z_B")
 
     def state(self) -> PrefixState:
         """The state as it stands, differentiable with respect to the parameters."""
-        k = torch.exp(self.log_k_unit * self.log_k)
+        k = torch.exp(self.log_k_unit * self.part("log_k"))
         if self.normaliser_features is not None and self.k_signed is not None:
             r = getattr(self, self.leading).shape[1]
             k = k.new_zeros(len(k), r).index_copy(1, self.normaliser_features.to(k.device), k)
-            k = k.index_copy(1, self.signed_features.to(k.device), self.k_signed.to(k.dtype))
-        return PrefixState.trusted(self.plain_Z(), k, self.log_scale, self.feature_map)
+            k = k.index_copy(1, self.signed_features.to(k.device), self.part("k_signed").to(k.dtype))
+        return PrefixState.trusted(self.plain_Z(), k, self.part("log_scale"), self.feature_map)
 
     @torch.no_grad()
     def set_plain(self, Z: Tensor, log_k: Tensor) -> None:
         """Give the leading factor of Z and log_k by their plain values."""
-        leading = getattr(self, self.leading)
+        leading = self.part(self.leading)
         leading.copy_(self._to_coordinates(Z.to(leading)))
-        self.log_k.copy_(log_k / self.log_k_unit)
+        self.part("log_k").copy_(log_k / self.log_k_unit)
 
     @torch.no_grad()
     def load_state(self, state: PrefixState) -> None:
@@ -151,24 +180,25 @@ class PrefixAdapter(nn.Module):
         if own.constant and not state.feature_map.constant:  # a feature that weighs nothing
             Z, k = nn.functional.pad(Z, (0, 0, 0, 1)), nn.functional.pad(k, (0, 1))
         d_v = self.Z.shape[2] if self.leading == "Z" else self.Z_B.shape[2]
-        expected = (len(self.log_scale), getattr(self, self.leading).shape[1], d_v)
+        expected = (self.num_heads, getattr(self, self.leading).shape[1], d_v)
         if tuple(Z.shape) != expected:
             raise ValueError(f"the adapter needs Z [H, r, d_v] = {list(expected)}, the state has {list(Z.shape)}")
         self.register_buffer("coordinates", None, persistent=False)
         self.log_k_unit = 1.0
+        leading = self.part(self.leading)
         if self.leading == "Z":
-            self.Z.copy_(Z)
+            leading.copy_(Z)
         else:
             U, S, V = torch.linalg.svd(Z.double(), full_matrices=False)
-            rank = self.Z_A.shape[2]
+            rank = leading.shape[2]
             root = S[:, :rank].sqrt()
-            self.Z_A.zero_()[..., : root.shape[1]] = (U[..., :rank] * root[:, None]).to(self.Z_A)
-            self.Z_B.zero_()[:, : root.shape[1]] = (root[..., None] * V[:, :rank]).to(self.Z_B)
+            leading.zero_()[..., : root.shape[1]] = (U[..., :rank] * root[:, None]).to(leading)
+            self.part("Z_B").zero_()[:, : root.shape[1]] = (root[..., None] * V[:, :rank]).to(leading)
         positive = k if self.normaliser_features is None else k[:, self.normaliser_features.to(k.device)]
-        self.log_k.copy_(torch.log(positive.clamp_min(math.exp(LOG_OF_NOTHING))))
+        self.part("log_k").copy_(torch.log(positive.clamp_min(math.exp(LOG_OF_NOTHING))))
         if self.k_signed is not None:
-            self.k_signed.copy_(k[:, self.signed_features.to(k.device)])
-        self.log_scale.copy_(state.log_scale)
+            self.part("k_signed").copy_(k[:, self.signed_features.to(k.device)])
+        self.part("log_scale").copy_(state.log_scale)
 
     def set_coordinates(self, coordinates: Tensor, log_k_unit: float) -> None:
         """Train in these coordinates from here on; `set_plain` must follow."""
@@ -184,11 +214,17 @@ class PrefixAdapter(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # ZeRO-3 makes state dicts of its parameters without asking: there all hold them as they are trained, and the
+        # tuner takes the plain ones of them.
+        if not is_partitioned(self.log_k):
+            self.make_plain(destination, prefix)
+
+    def make_plain(self, tensors: dict[str, Any], prefix: str) -> None:
+        """Bring the trained values in a state dict, whose names start so, into plain coordinates."""
         if self.coordinates is not None:
             C = self.coordinates
-            leading = destination[prefix + self.leading]
-            destination[prefix + self.leading] = on_the_whole(leading, lambda Z: C.to(Z) @ Z)
-            destination[prefix + "log_k"] = self.log_k_unit * destination[prefix + "log_k"]
+            tensors[prefix + self.leading] = self._per_head(tensors[prefix + self.leading], lambda Z: C.to(Z) @ Z)
+            tensors[prefix + "log_k"] = self.log_k_unit * tensors[prefix + "log_k"]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, parameter in self.named_parameters():
@@ -197,7 +233,9 @@ class PrefixAdapter(nn.Module):
                 continue
             check_shape("the state dict", f"{prefix}{name}", tuple(given.shape), tuple(parameter.shape))
             check_values("the state dict", f"{prefix}{name}", given)
-        if self.coordinates is not None:
+            if self.mesh is not None and isinstance(parameter, DTensor) and not isinstance(given, DTensor):
+                state_dict[prefix + name] = split_by_head(given.to(self.mesh.device_type), self.mesh)
+        if self.coordinates is not None and not is_partitioned(self.log_k):
             if prefix + self.leading in state_dict:
                 state_dict[prefix + self.leading] = self._to_coordinates(state_dict[prefix + self.leading])
             if prefix + "log_k" in state_dict:
@@ -208,14 +246,15 @@ class PrefixAdapter(nn.Module):
         if self.coordinates is None:
             return plain
         C = self.coordinates.double()
-        return on_the_whole(plain, lambda Z: torch.linalg.solve(C, Z.to(C)).to(Z.dtype))
+        return self._per_head(plain, lambda Z: torch.linalg.solve(C, Z.to(C)).to(Z.dtype))
 
-
-def on_the_whole(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """The function of a tensor that may be spread over processes (FSDP2), spread in the same way."""
-    if not isinstance(x, DTensor):
-        return function(x)
-    return distribute_tensor(function(x.full_tensor()), x.device_mesh, x.placements)
+    def _per_head(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The function, which has the coordinates in it, of a tensor that may be spread over processes."""
+        if not isinstance(x, DTensor):
+            return function(x)
+        if self.mesh is None:  # FSDP2, which cuts heads apart: this process has the coordinates of all
+            return distribute_tensor(function(x.full_tensor()), x.device_mesh, x.placements)
+        return DTensor.from_local(function(x.to_local()), x.device_mesh, x.placements, run_check=False)
 
 
 class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
@@ -223,10 +262,11 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     adapter_layer_names = ("adapters",)
 
-    def __init__(self, attention: nn.Module, geometry: Geometry):
+    def __init__(self, attention: nn.Module, geometry: Geometry, mesh: DeviceMesh | None = None):
         super().__init__()
         self._attention = (attention,)  # in a tuple, since a child must not register its parent
         self.geometry = geometry
+        self.mesh = mesh  # of processes that hold a part of the heads each
         self.rows: RowStates | None = None  # of a mixed batch, while it lasts
         # A function put here sees every call: the query, the block of the real tokens, the block of the prefix (None
         # while the adapters rest) and the factor that makes phi's input of the query.
@@ -245,9 +285,11 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def add_adapter(self, name: str, config: NTKAttentionConfig) -> None:
         adapter = PrefixAdapter(config, self.geometry)
-        device = next((p.device for p in self.get_base_layer().parameters()), None)
-        if device is not None and device.type != "meta" and not adapter.log_k.is_meta:
+        device = self.device()
+        if device is not None and not adapter.log_k.is_meta:
             adapter.to(device)
+        if self.mesh is not None:
+            adapter.shard(self.mesh)
         self[name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -282,6 +324,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def states(self, batch_size: int) -> Sequence[PrefixState | RowStates]:
         """The prefixes of all active adapters, one after another; or, in a mixed batch, the prefix of every row."""
+        self.keep_in_memory()
         if self.rows is None:
             return [self[name].state() for name in self.active_names()]
         if len(self.rows.index) != batch_size:
@@ -292,6 +335,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def stack(self, names: Sequence[str]) -> list[PrefixState]:
         """The states of these adapters, without weight for those that this layer lacks; none if it lacks all."""
+        self.keep_in_memory()
         own = {name: self[name].state() for name in names if name in self}
         if not own:
             return []
@@ -303,6 +347,31 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self or any(p.is_meta for p in self[adapter_name].parameters()):
             return
-        device = device or next((p.device for p in self.get_base_layer().parameters() if not p.is_meta), None)
+        device = device or self.device()
         if device is not None:
             self[adapter_name].to(device)
+
+    def device(self) -> torch.device | None:
+        """Where the base layer runs: with offloading its weights are elsewhere between calls."""
+        for module in self.get_base_layer().modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        return next((p.device for p in self.get_base_layer().parameters() if not p.is_meta), None)
+
+    def keep_in_memory(self) -> None:
+        """Take the adapters back from accelerate's offloading, which brings weights only for a module's own forward.
+
+        Raises:
+            ValueError: if their values are gone: PEFT, when it loads an adapter, keeps on a disk those of LoRA only.
+        """
+        for name in self.keys():
+            if hasattr(self[name], "_hf_hook"):
+                try:
+                    remove_hook_from_module(self[name], recurse=True)
+                except ValueError as error:
+                    raise ValueError(
+                        f"the adapter {name!r} was offloaded to a disk without its values: expected get_peft_model and "
+                        "set_peft_model_state_dict on a base model that is partly on a disk, not from_pretrained"
+                    ) from error
+                self._move_adapter_to_device_of_base_layer(name)

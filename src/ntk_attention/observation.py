@@ -45,7 +45,7 @@ def observe(
 
     Rows of padding do not count: those whose `attention_mask` is 0, and those that see no token.
     """
-    device = next(p.device for p in model.parameters())
+    device = next(p.device for p in model.parameters() if not p.is_meta)  # meta: offloaded
     with evaluating(model), torch.no_grad():
         for batch in batches:
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .evaluation import mean_loss
 from .observation import adapted_layers
 from .run_folder import STAGING, last_good_checkpoint, move, seal, step_of
+from .sharding import bring_with, gathered, local, whole
 
 TRAINED = "trained.safetensors"  # of a checkpoint: the parameters as they are trained, in their coordinates
 KEPT_CHECKPOINTS = 2
@@ -30,13 +31,16 @@ KEPT_CHECKPOINTS = 2
 class AdapterTrainer(Trainer):
     """`Trainer`, with checkpoints that hold the trained parameters exactly and appear whole or not at all.
 
-    It runs under `accelerate launch` as `Trainer` does: DDP, and FSDP2, whose sharded parameters are put together for
-    every file.
+    It runs under `accelerate launch` as `Trainer` does: DDP, and FSDP2 and DeepSpeed's ZeRO-3, whose sharded parameters
+    are put together for every file.
     """
 
     def __init__(self, *args: Any, pad_token_id: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.pad_token_id = pad_token_id
+        if self.is_deepspeed_enabled:
+            for layer in adapted_layers(self.model).values():
+                bring_with(layer.get_base_layer(), layer.parameters())
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from the start or from a checkpoint.
@@ -86,8 +90,12 @@ class AdapterTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         gradients = {name: local(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
-        norms = torch._foreach_norm(list(gradients.values()))
-        bad = (~torch.stack([loss.detach().float(), *(norm.float() for norm in norms)]).isfinite()).sum()
+        norms = list(torch._foreach_norm(list(gradients.values()))) if gradients else []
+        found = [loss.detach().float(), *(norm.float() for norm in norms)]
+        if self.is_deepspeed_enabled:  # which keeps the gradients, and has made its step already
+            norm = self.model_wrapped.get_global_grad_norm()
+            found += [] if norm is None else [torch.as_tensor(norm).to(loss.device, torch.float32)]
+        bad = (~torch.stack(found).isfinite()).sum()
         bad_loss = self.accelerator.reduce((~loss.detach().isfinite()).float())
         if self.accelerator.reduce(bad.float()) > 0:  # all processes stop, whoever saw it
             broken = [name for name, norm in zip(gradients, norms, strict=True) if not norm.isfinite()]
@@ -132,7 +140,7 @@ def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
 def exact_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's parameters as they are, in the coordinates of calibration; all processes must ask together."""
     return {
-        f"{name}.{tensor}": whole(parameter.detach()).cpu().contiguous()
+        f"{name}.{tensor}": whole(parameter).detach().cpu().contiguous()
         for name, layer in adapted_layers(model).items()
         for tensor, parameter in layer["default"].named_parameters()
     }
@@ -145,15 +153,8 @@ def load_exact_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             value = tensors[f"{name}.{tensor}"].to(parameter.device)
             if isinstance(parameter, DTensor):
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            parameter.copy_(value)
-
-
-def whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
+            with gathered([parameter]):
+                parameter.copy_(value)
 
 
 def calibration_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from peft import get_peft_model
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from .calibration import calibrate, check_size
@@ -38,7 +39,8 @@ from .run_folder import (
     read_record,
     write_json,
 )
-from .trainer import AdapterTrainer, load_calibration, save_calibration, share_calibration, whole
+from .sharding import gathered, whole
+from .trainer import AdapterTrainer, load_calibration, save_calibration, share_calibration
 
 CALIBRATION = "calibration.safetensors"
 CALIBRATION_ITEMS = 64
@@ -229,7 +231,7 @@ def start(model: Any, rows: list[Row], pad_token_id: int, batch_size: int) -> No
 
 def save_whole(trainer: AdapterTrainer, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     """Every file of the adapter and of the tokenizer, one after another, each whole or not at all."""
-    tensors = {name: whole(x) for name, x in trainer.model.state_dict().items() if CHILD in name.split(".")}
+    tensors = adapter_tensors(trainer.model)
     if trainer.accelerator.is_main_process:
         staging = output / CHECKPOINTS / STAGING
         shutil.rmtree(staging, ignore_errors=True)
@@ -238,6 +240,13 @@ def save_whole(trainer: AdapterTrainer, tokenizer: PreTrainedTokenizerBase, outp
         for path in staging.iterdir():
             move(path, output / path.name)
     trainer.accelerator.wait_for_everyone()
+
+
+def adapter_tensors(model: Any) -> dict[str, Tensor]:
+    """The adapter's part of the model's state dict, put together."""
+    with gathered([p for layer in adapted_layers(model).values() for p in layer.parameters()]):
+        tensors = {name: x for name, x in model.state_dict().items() if CHILD in name.split(".")}
+        return {name: whole(x).clone() for name, x in tensors.items()}
 
 
 def describe_run(model: Any, trainer: Trainer, output: Path) -> dict[str, Any]:

@@ -22,7 +22,18 @@ from .adapter_folder import CONFIG, AdapterError, check_state_dict, check_weight
 from .config import NTKAttentionConfig
 from .layer import NTKAttentionLayer, parameter_shapes
 from .registration import NAME
-from .routing import CHILD, attach, check_implementation, check_routes, detach, geometry_of, routes, unrouted_attention
+from .routing import (
+    CHILD,
+    Geometry,
+    attach,
+    check_implementation,
+    check_routes,
+    detach,
+    geometry_of,
+    routes,
+    unrouted_attention,
+)
+from .sharding import head_mesh, is_partitioned, whole
 from .state import RowStates
 
 NO_ADAPTER = "__base__"  # PEFT's name for a row that no adapter is for
@@ -148,6 +159,7 @@ class NTKAttentionModel(BaseTuner):
             check_implementation(module, name)
             found = geometry_of(module, name)
             parameter_shapes(peft_config, found)  # refuses states without end
+            self._check_mesh(name, found)
             sizes.add(tuple(asdict(found).values()))
         self._check_modules_to_save(names, peft_config)
         geometry = {"num_modules": len(names), "sizes": [list(size) for size in sorted(sizes)]}
@@ -157,6 +169,14 @@ class NTKAttentionModel(BaseTuner):
                 f"{describe(geometry)}"
             )
         peft_config.geometry = geometry
+
+    def _check_mesh(self, name: str, geometry: Geometry) -> None:
+        mesh = head_mesh(self.model, name)
+        if mesh is not None and (geometry.num_heads % mesh.size() or geometry.num_kv_heads % mesh.size()):
+            raise ValueError(
+                f"{name} has {geometry.num_heads} heads and {geometry.num_kv_heads} KV heads: expected multiples of "
+                f"tp_size = {mesh.size()}, since each process holds whole heads"
+            )
 
     def _modules_to_save(self, peft_config: NTKAttentionConfig) -> dict[str, nn.Module]:
         """Modules that PEFT will train and save besides the states, by its rule: their names end like this."""
@@ -199,6 +219,18 @@ class NTKAttentionModel(BaseTuner):
         return key.replace(f".{CHILD}.{adapter_name}.", f".{CHILD}.")
 
     @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """As PEFT does it; whole where a process holds a part of the heads (PEFT 0.21.0 would save the parts), and in
+        plain coordinates also where ZeRO-3 made the state dict."""
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        tensors = {name: whole(x) for name, x in tensors.items()}
+        for name, layer in model.named_modules():
+            own = isinstance(layer, NTKAttentionLayer) and adapter_name in layer
+            if own and is_partitioned(layer[adapter_name].log_k):
+                layer[adapter_name].make_plain(tensors, f"{name}.{adapter_name}.")
+        return tensors
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """As PEFT does it; a state dict that does not fit is refused as a whole, before one tensor is set."""
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -213,10 +245,17 @@ class NTKAttentionModel(BaseTuner):
         check_routes(target, current_key)
         layer = getattr(target, CHILD, None)
         if layer is None:
-            layer = NTKAttentionLayer(target, geometry_of(target, current_key))
+            layer = NTKAttentionLayer(target, geometry_of(target, current_key), head_mesh(self.model, current_key))
             layer.set_adapter(self.active_adapters)
             attach(target, layer)
         layer.add_adapter(adapter_name, peft_config)
+
+    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
+        """The last step of making and of loading an adapter, after which PEFT may have offloaded it."""
+        for module in self.model.modules():
+            if isinstance(module, NTKAttentionLayer):
+                module.keep_in_memory()
+        super()._cast_adapter_dtype(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -1,0 +1,79 @@
+"""Tensors that are spread over processes: by head in a tensor-parallel model, in any way under FSDP2 and ZeRO-3."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+BY_HEAD = [Shard(0)]  # the first dimension of every tensor of a state counts heads
+SPLIT = "rowwise"  # transformers' style of an output projection that gets a part of the heads on each process
+
+
+def head_mesh(model: Any, name: str) -> DeviceMesh | None:
+    """The processes that hold a part of an attention module's heads each; None where each holds all of them.
+
+    Args:
+        model: of transformers, loaded with a `distributed_config` or without.
+        name: of the attention module.
+    """
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or (getattr(model, "_tp_size", None) or 1) == 1:
+        return None
+    generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    styles = {style for key, style in model.tp_plan.items() if key.rpartition(".")[0] == generic}
+    if SPLIT not in styles:
+        return None
+    return mesh["tp"] if mesh.ndim > 1 else mesh
+
+
+def split_by_head(x: Tensor, mesh: DeviceMesh, source: int | None = None) -> DTensor:
+    """A whole tensor [H, ...] as one that is spread by head.
+
+    Args:
+        x: on every process.
+        mesh: whose size divides H.
+        source: the process whose values all take; None where they have the same.
+    """
+    return distribute_tensor(x, mesh, BY_HEAD, src_data_rank=None if x.is_meta else source)
+
+
+def is_partitioned(x: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds the parameter, which is empty between calls."""
+    return hasattr(x, "ds_id")
+
+
+@contextmanager
+def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """With parameters that ZeRO-3 holds put together; what all processes write into them stays."""
+    if not any(map(is_partitioned, parameters)):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+        yield
+
+
+def bring_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let ZeRO-3 put parameters together for each call of a module that reads them itself."""
+    import deepspeed
+
+    for parameter in parameters:
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def whole(x: Tensor) -> Tensor:
+    if is_partitioned(x):
+        with gathered([x]):
+            return x.detach().clone()
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
