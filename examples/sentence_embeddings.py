@@ -22,7 +22,7 @@ def main(model_name: str, pairs: str, output: str) -> SentenceTransformer:
     texts = dataset["anchor"][:64]
     calibrate(model[0].auto_model, [dict(model.tokenizer(texts, padding=True, return_tensors="pt"))])
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=output, max_steps=STEPS, learning_rate=5e-3, logging_steps=1, report_to=[]
+        output_dir=output, max_steps=STEPS, learning_rate=3e-3, logging_steps=1, report_to=[]
     )
     trainer = SentenceTransformerTrainer(model, arguments, dataset, loss=MultipleNegativesRankingLoss(model))
     trainer.train()

@@ -25,7 +25,7 @@ def main(model_name: str, data: str, output: str) -> list[float]:
         output_dir=output,
         max_steps=STEPS,
         per_device_train_batch_size=8,
-        learning_rate=5e-3,
+        learning_rate=3e-3,
         logging_steps=1,
         report_to=[],
         bf16=False,

@@ -82,7 +82,7 @@ def finetune(
     held_out: Annotated[int, typer.Option(help="Items held out for the figures before and after.")] = 200,
     epochs: Annotated[float, typer.Option(help="Passes over the training items.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Items of a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the linear schedule.")] = 5e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the linear schedule.")] = 3e-3,
     max_new_tokens: MaxNewTokens = 48,
     seed: int = 0,
     feature_map: Annotated[str, typer.Option(help="elu, taylor or positive_random.")] = "elu",

@@ -59,7 +59,7 @@ class Settings:
     held_out: int = 200
     epochs: float = 1.0
     batch_size: int = 16
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     max_new_tokens: int = MAX_NEW_TOKENS
     seed: int = 0
     adapter: dict[str, Any] = field(default_factory=dict)  # options of NTKAttentionConfig
