@@ -264,6 +264,10 @@ METHODS: dict[str, Method] = {
         "LoRA, attention, size of per KV head", "lora", 2, partial(lora, budget=at_kv, pattern=attention), LORA_RATES,
         only=has_groups,
     ),
+    "data-alone": Method(
+        "NTK-Attention, calibrated on training data alone", "ntk", 3, partial(ntk, random_tokens=False), NTK_RATES,
+        only=lambda task: task.group != "vision",  # there it is the same
+    ),
     **{f"prefix-{m}": Method(f"prefix, m = {m}", "prefix", 3, partial(prefix, m=m), PREFIX_RATES) for m in LENGTHS},
     **{f"ntk-rank-{s}": Method(f"NTK-Attention, rank {s}", "ntk", 3, partial(ntk, rank=s), NTK_RATES) for s in RANKS},
     **{
@@ -291,10 +295,6 @@ METHODS: dict[str, Method] = {
     "layers-half": ablation("every second layer", "layers", layers=lambda i, count: i % 2 == 1),
     "layers-upper": ablation("the upper half of the layers", "layers", layers=lambda i, count: i >= count // 2),
     "layers-lower": ablation("the lower half of the layers", "layers", layers=lambda i, count: i < count // 2),
-    "data-alone": ablation(
-        "calibrated on training data alone", "calibration data", random_tokens=False,
-        only=lambda task: task.group != "vision",  # there it is the same
-    ),
     "data-unrelated": ablation("calibrated on unrelated data", "calibration data", source="unrelated"),
     "data-noise": ablation("calibrated on random inputs", "calibration data", source="noise"),
     "share-1": ablation("prefix holds 1 % at the start", "share", share=0.01),

@@ -2,12 +2,13 @@
 
 In a real model the log-normalisers of the heads differ by many nats, the features are almost constant and correlated,
 and values differ in size between layers. With one start for all, the prefix is invisible in some heads and drowns
-others. Two passes of a few batches through the frozen model measure, per head,
+others. Passes of a few batches through the frozen model measure, per head,
 
 1. b, the mean log-sum-exp of its attention, and phi(q).1 against it: they set k so that the prefix holds `share` of the
    attention on average;
 2. the moments of g(q) = d out / d Z = phi(q) e^{b - lse}, which say how an output answers to a change of Z. They give
-   - coordinates in which the features are centred on the constant one and white, in units of the head's output;
+   - coordinates in which the features are centred on the constant one and white, in units of the head's output; these
+     moments see random tokens too, since what a task's queries rarely do other text does often;
    - the prefix's value at the start: the head's mean output, of all fixed values the one that changes outputs least.
 
 All of it is a change of coordinates and a start: saved files hold plain Z, k and b.
