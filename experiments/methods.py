@@ -297,6 +297,6 @@ METHODS: dict[str, Method] = {
     "layers-lower": ablation("the lower half of the layers", "layers", layers=lambda i, count: i < count // 2),
     "data-unrelated": ablation("calibrated on unrelated data", "calibration data", source="unrelated"),
     "data-noise": ablation("calibrated on random inputs", "calibration data", source="noise"),
-    "share-1": ablation("prefix holds 1 % at the start", "share", share=0.01),
+    "share-5": ablation("prefix holds 5 % at the start", "share", share=0.05),
     "share-15": ablation("prefix holds 15 % at the start", "share", share=0.15),
 }  # fmt: skip
