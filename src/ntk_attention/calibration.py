@@ -97,13 +97,12 @@ def calibrate(
 def with_random_tokens(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The batches that are text alone, with random tokens in its place; special tokens stay, and none are drawn."""
     config = getattr(model, "config", None)
-    if isinstance(config, PreTrainedConfig):
-        config = config.get_text_config()
-    size = getattr(config, "vocab_size", None)
+    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    size = getattr(text, "vocab_size", None)
     if size is None:
         return []
     generator = torch.Generator().manual_seed(0)
-    special = torch.tensor(special_tokens(config))
+    special = torch.tensor(special_tokens(config) + special_tokens(text), dtype=torch.long)
     found: list[Mapping[str, Any]] = []
     for batch in batches:
         others = [x for name, x in batch.items() if isinstance(x, Tensor) and name != "attention_mask"]
