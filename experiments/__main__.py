@@ -89,7 +89,7 @@ def run(
     names: Names = None,
     method: Methods = None,
     max_tier: MaxTier = 4,
-    jobs: Annotated[int, typer.Option(help="Processes side by side on the device.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes side by side, on all GPUs together.")] = 1,
     minutes: Minutes = 10**6,
     seeds: Annotated[int, typer.Option(help="Of the final runs, beside the one that selects the rate.")] = 3,
     again: Annotated[bool, typer.Option("--again", help="Run what has a row of another commit only.")] = False,

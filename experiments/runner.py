@@ -1,7 +1,8 @@
-"""Runs cells side by side: several processes on one device, each with the base models it has met in memory."""
+"""Runs cells side by side: several processes on every GPU, each with the base models it has met in memory."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -48,9 +49,11 @@ class Worker:
         return self.bases[key]
 
 
-def serve(connection: Connection, device: str, threads: int) -> None:
-    """The life of a worker process."""
+def serve(connection: Connection, device: str, threads: int, number: int) -> None:
+    """The life of a worker process. Workers are dealt to the GPUs in turn."""
     torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.cuda.set_device(number % torch.cuda.device_count())
     worker, tasks = Worker(device), registry()
     while True:
         cell, steps = connection.recv()
@@ -69,10 +72,11 @@ def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadli
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // jobs)
     running: dict[Connection, tuple[Any, Job | None]] = {}
+    numbers = itertools.count()
 
     def start() -> None:
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, device, threads), daemon=True)
+        process = context.Process(target=serve, args=(theirs, device, threads, next(numbers)), daemon=True)
         process.start()
         theirs.close()
         running[ours] = process, None
