@@ -43,7 +43,7 @@ def hardware(device: str) -> str:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao"):
+    for name in ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "torchao"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

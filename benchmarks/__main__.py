@@ -15,7 +15,6 @@ from rich.table import Table
 
 from .registry import BENCHMARKS
 from .rows import Recorder
-from .runner import run_case
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False)
@@ -67,7 +66,7 @@ def run(names: list[str], out: Path, tiny: bool, device: str, again: bool) -> No
             task = progress.add_task(name, total=len(cases), case="")
             for case in cases:
                 progress.update(task, case=" ".join(f"{k}={v}" for k, v in list(case.sizes.items())[:7]))
-                run_case(case, recorder, target)
+                case.run(recorder, target)
                 progress.advance(task)
             progress.update(task, case=str(recorder.path))
 

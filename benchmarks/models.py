@@ -1,6 +1,8 @@
-"""The model of the benchmarks `decode` and `training`: shaped like Llama 3.2 1B, with random weights in bfloat16."""
+"""The models of the benchmarks: Llamas with random weights, in bfloat16 and shaped like Llama 3.2 1B, or smaller."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,10 +46,14 @@ AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def llama(device: str, tiny: bool, attention: str = "sdpa") -> PreTrainedModel:
+    return shaped(TINY if tiny else LLAMA_1B, device, torch.bfloat16, attention)
+
+
+def shaped(sizes: dict[str, Any], device: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
     """Made on the device."""
-    config = LlamaConfig(**(TINY if tiny else LLAMA_1B), tie_word_embeddings=True, attn_implementation=attention)
+    config = LlamaConfig(**sizes, tie_word_embeddings=True, attn_implementation=attention)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def model_sizes(tiny: bool) -> dict[str, int]:

@@ -172,6 +172,24 @@ def training_note(row: Row) -> str:
     )
 
 
+def processes(rows: list[Row], path: Path) -> None:
+    """Tokens per second by way, a panel for each model."""
+    groups = by_sizes(rows)
+    figure, panels = plt.subplots(len(groups), 1, figsize=(7.5, 1 + 2.3 * len(groups)), layout="constrained")
+    for axes, (sizes, methods) in zip(np.atleast_1d(panels), groups, strict=True):
+        rates = [1e3 * row["figures"]["tokens"] / time if (time := median(row)) else None for row in methods.values()]
+        notes = [
+            f"{rate:,.0f}" if rate else row.get("error", "") for rate, row in zip(rates, methods.values(), strict=True)
+        ]
+        bars(axes, list(methods), rates, notes)
+        axes.set_title(
+            f"{sizes['num_hidden_layers']} layers of size {sizes['hidden_size']:,}, {sizes['dtype']}", fontsize=10
+        )
+    np.atleast_1d(panels)[-1].set_xlabel("tokens per second of all processes")
+    figure.suptitle(f"Training in two processes, {rows[0]['hardware']}", fontsize=11)
+    save(figure, path)
+
+
 def adapters(rows: list[Row], path: Path) -> None:
     """Milliseconds per call by method, with tokens per second."""
     notes = [
@@ -238,6 +256,7 @@ PLOTS: dict[str, Callable[[list[Row], Path], None]] = {
     "decode": decode,
     "training": training,
     "large": training,
+    "processes": processes,
     "adapters": adapters,
     "building": building,
     "cpu": cpu,

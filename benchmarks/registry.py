@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import adapters, attention, building, cpu, decode, figure3, large, training
+from . import adapters, attention, building, cpu, decode, figure3, large, processes, training
 from .runner import Case
 
 
@@ -16,7 +16,7 @@ class Benchmark:
     on_cpu: bool = False  # whatever device is asked for
 
     @property
-    def cases(self) -> Callable[[str, bool], list[Case]]:
+    def cases(self) -> Callable[[str, bool], Sequence[Case | processes.Launch]]:
         """Of a device ("cuda" or "cpu") and whether the sizes are tiny."""
         return self.module.cases
 
@@ -31,6 +31,7 @@ BENCHMARKS = {
     "decode": Benchmark(decode),
     "training": Benchmark(training),
     "large": Benchmark(large),
+    "processes": Benchmark(processes),
     "adapters": Benchmark(adapters),
     "building": Benchmark(building),
     "cpu": Benchmark(cpu, on_cpu=True),

@@ -31,16 +31,15 @@ class Case:
     repetitions: int = 20
     budget_ms: float = 600.0
 
-
-def run_case(case: Case, recorder: Recorder, device: str) -> None:
-    """Measure what is missing of a case."""
-    missing = {name: setup for name, setup in case.methods.items() if not recorder.has(name, case.sizes)}
-    if not missing:
-        return
-    release(device)  # what the case before left
-    torch.manual_seed(SEED)
-    shared = case.shared()
-    clock: Clock = case.clock if device == "cuda" else "wall"
-    setups = {name: partial(setup, shared) for name, setup in missing.items()}
-    for name, result in measure(setups, device, clock, case.repetitions, case.budget_ms).items():
-        recorder.add(name, case.sizes, clock, result)
+    def run(self, recorder: Recorder, device: str) -> None:
+        """Measure what is missing of it."""
+        missing = {name: setup for name, setup in self.methods.items() if not recorder.has(name, self.sizes)}
+        if not missing:
+            return
+        release(device)  # what the case before left
+        torch.manual_seed(SEED)
+        shared = self.shared()
+        clock: Clock = self.clock if device == "cuda" else "wall"
+        setups = {name: partial(setup, shared) for name, setup in missing.items()}
+        for name, result in measure(setups, device, clock, self.repetitions, self.budget_ms).items():
+            recorder.add(name, self.sizes, clock, result)

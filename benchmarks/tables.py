@@ -181,6 +181,42 @@ def large(rows: list[Row]) -> list[str]:
     return out
 
 
+def processes(rows: list[Row]) -> list[str]:
+    out = []
+    for sizes, methods in by_sizes(rows):
+        alone = methods.get("one process")
+        body = []
+        for name, row in methods.items():
+            time, figures = median(row), row["figures"]
+            rate = number(1e3 * figures["tokens"] / time) if time else ""
+            line = [name, milliseconds(row), rate, f"{speed(row) / speed(alone):.2f}" if time and median(alone) else ""]
+            line += [mebibytes(row, "held_memory_bytes"), mebibytes(row, "held_memory_bytes", "peak_memory_bytes")]
+            body.append([*line, difference(row, alone)])
+        head = ["way", "ms per step", "tokens/s", "over one process", "held per GPU, MiB", "peak per GPU, MiB"]
+        head.append("largest relative difference of a loss")
+        title = f"{sizes['num_hidden_layers']} layers of size {sizes['hidden_size']:,}, {sizes['dtype']}"
+        batch = f"batch {sizes['B']} of all processes together, {sizes['L']:,} tokens each"
+        losses = alone["figures"]["losses"] if alone and alone["figures"] else []
+        told = f" One process: loss {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps." if losses else ""
+        out += [f"**{title}, {batch}.**{told}\n", table(head, body)]
+    return out
+
+
+def speed(row: Row) -> float:
+    """Tokens per millisecond."""
+    return row["figures"]["tokens"] / row["milliseconds"]["median"]
+
+
+def difference(row: Row, reference: Row | None) -> str:
+    """Of the losses of the same batches, relative."""
+    if reference is None or row is reference or "error" in row or "error" in reference:
+        return ""
+    if row["figures"]["tokens"] != reference["figures"]["tokens"]:
+        return "other batches"
+    pairs = zip(row["figures"]["losses"], reference["figures"]["losses"], strict=True)
+    return f"{max(abs(x - y) / abs(y) for x, y in pairs):.1e}"
+
+
 def building(rows: list[Row]) -> list[str]:
     body = []
     for sizes, methods in by_sizes(rows):
@@ -242,6 +278,7 @@ TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "decode": decode,
     "training": training,
     "large": large,
+    "processes": processes,
     "adapters": adapters,
     "building": building,
     "cpu": cpu,

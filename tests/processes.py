@@ -1,9 +1,8 @@
-"""Fine-tune a tiny model in several processes of a CPU: what `accelerate launch` starts in test_processes.py.
+"""Fine-tune a tiny model in several processes: what `accelerate launch` starts in test_processes.py.
 
     accelerate launch --num_processes 2 -m tests.processes OUT MODEL DATA
 
-In float32, so that runs agree to its rounding. Accelerate shards over GPUs only: with `--use_fsdp` it is told that each
-process had one; everything after that is its own path.
+In float32, so that runs agree to its rounding.
 """
 
 import os
@@ -13,21 +12,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 
+from benchmarks.processes import pretend_gpus
 from ntk_attention import training
 from ntk_attention.models import load_model
 from ntk_attention.trainer import AdapterTrainer
 from ntk_attention.training import Settings, finetune
-
-initialise = PartialState.__init__
-
-
-def with_a_gpu_each(self: PartialState, *args, **kwargs) -> None:
-    initialise(self, *args, **kwargs)
-    if self.distributed_type == DistributedType.MULTI_CPU:
-        self.distributed_type = DistributedType.MULTI_GPU
 
 
 def main(output: str, model: str, data: str, stop_at: int = 0) -> None:
@@ -35,8 +25,8 @@ def main(output: str, model: str, data: str, stop_at: int = 0) -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     training.load_model = partial(load_model, dtype=torch.float32)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        PartialState.__init__ = with_a_gpu_each
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        pretend_gpus()
     settings = Settings(model, data, 104, 12, epochs=2, batch_size=8, learning_rate=0.01, max_new_tokens=4)
     step = AdapterTrainer.training_step
 

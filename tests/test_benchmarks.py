@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from benchmarks.__main__ import app
 from benchmarks.attention import lower_bounds
 from benchmarks.grouping import fastest, median
-from benchmarks.models import llama
+from benchmarks.models import TINY, llama
 from benchmarks.prefix import prefix_cat, prefix_merge
+from benchmarks.processes import STEPS, WAYS, Launch, Training
 from benchmarks.registry import BENCHMARKS
-from benchmarks.rows import latest, read
+from benchmarks.rows import Recorder, latest, read
 from benchmarks.tables import floor
 from benchmarks.timing import Prepared, measure
 
@@ -65,6 +66,7 @@ def test_methods(folder):
         "ours, 6 by name",
         "LoRA, 6 by name",
     }
+    assert methods["processes"] == {*WAYS, "DDP, twice the batch"}
     figures = {row["method"]: row["figures"] for row in read(folder / "figure3.jsonl")}
     assert figures["ours"]["parameters"] == 32 * 32 + 32
     assert figures["prefix m=64"]["parameters"] == 64 * 32
@@ -73,6 +75,25 @@ def test_methods(folder):
     assert trained["full"] == llama("cpu", tiny=True).num_parameters()
     assert trained["ours"] == trained["ours calibrated"] == 2 * 4 * (9 * 8 + 9)  # layers, heads, Z and k
     assert trained["prefix m=4"] == 4 * 2 * 2 * 2 * 8  # tokens, layers, keys and values, KV heads, d
+
+
+def test_processes_train_alike(folder):
+    rows = {row["method"]: row["figures"] for row in read(folder / "processes.jsonl")}
+    twice, alone = rows.pop("DDP, twice the batch"), rows["one process"]
+    assert (twice["tokens"], alone["tokens"], twice["processes"], alone["processes"]) == (2 * 8 * 16, 8 * 16, 2, 1)
+    for way, figures in rows.items():
+        assert figures["processes"] == (1 if way == "one process" else 2)
+        assert len(figures["losses"]) == STEPS
+        assert figures["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert twice["losses"] != pytest.approx(alone["losses"], rel=1e-3)
+
+
+def test_processes_that_fail_give_an_error(tmp_path, capfd):
+    training = Training("one process", {"B": 8, "L": 16, "dtype": "float32", **TINY, "num_key_value_heads": 0})
+    Launch("one process", [training]).run(Recorder(tmp_path, "processes", "cpu"), "cpu")
+    (row,) = read(tmp_path / "processes.jsonl")
+    assert row["error"].startswith("status 1: ZeroDivisionError")
+    assert "Traceback" in capfd.readouterr().err
 
 
 def test_report(folder):
@@ -84,6 +105,7 @@ def test_report(folder):
         assert f"({picture.name})" in text
         assert picture.stat().st_size > 10_000
     assert "ours, times the floor" in text
+    assert "largest relative difference of a loss" in text
     assert "slower than ours from m =" in text
 
 

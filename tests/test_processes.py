@@ -1,4 +1,7 @@
-"""`finetune` in two processes (gloo), against one process with the same batches: start, loss curve, adapter."""
+"""`finetune` in two processes, against one process with the same batches: start, loss curve, adapter.
+
+On two GPUs where there are as many (NCCL), else on the CPU (gloo).
+"""
 
 import importlib.util
 import json
@@ -20,14 +23,19 @@ FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSF
 ZERO3 = ["--use_deepspeed", "--zero_stage", "3"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--num_processes", "2", "--main_process_port", "0"]
+ON_GPUS = torch.cuda.device_count() >= 2
+# Relative, of the start, of a loss, of a tensor. CUDA takes its kernels by the shape of a batch, so half of one is
+# rounded in another way, and AdamW makes more of that with every step.
+START, LOSS, TENSOR = (1e-5, 1e-4, 1e-3) if ON_GPUS else (0, 2e-6, 1e-5)
 
 
 def start(*arguments, status=0):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    if "--use_deepspeed" not in arguments:  # accelerate would not ask DeepSpeed
-        environment["ACCELERATE_USE_CPU"] = "true"
+    if not ON_GPUS:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        if "--use_deepspeed" not in arguments:  # accelerate would not ask DeepSpeed
+            environment["ACCELERATE_USE_CPU"] = "true"
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (result.returncode == 0) == (status == 0), result.stderr[-3000:]
     assert status == 0 or f"exitcode  : {status} " in result.stderr, result.stderr[-3000:]
@@ -57,14 +65,15 @@ def test_two_processes_against_one(kind, alone, model_folder, data, tmp_path):
     start(*command, output, model_folder, data)
     record, expected = (json.loads((folder / RECORD).read_text()) for folder in (output, alone))
     assert (record["processes"], expected["processes"]) == (2, 1)
-    assert record["before"] == expected["before"]
-    assert record["start_loss"] == expected["start_loss"]
+    assert record["hardware"].startswith("CPU") != ON_GPUS
+    assert record["before"] == pytest.approx(expected["before"], rel=START, abs=0)
+    assert record["start_loss"] == pytest.approx(expected["start_loss"], rel=START, abs=0)
     for name in ("train_loss", "validation_loss"):
-        torch.testing.assert_close(torch.tensor(record[name]), torch.tensor(expected[name]), rtol=2e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(record[name]), torch.tensor(expected[name]), rtol=LOSS, atol=0)
     tensors, others = (load_file(folder / "adapter_model.safetensors") for folder in (output, alone))
     assert tensors.keys() == others.keys()
     for name, x in tensors.items():
-        assert (x - others[name]).norm() < 1e-5 * others[name].norm()
+        assert (x - others[name]).norm() < TENSOR * others[name].norm()
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     inputs = {"input_ids": torch.arange(2, 12)[None]}
     before = base(**inputs).logits

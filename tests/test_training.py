@@ -7,14 +7,14 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from ntk_attention import training
 from ntk_attention.run_folder import RECORD
 from ntk_attention.trainer import AdapterTrainer
 from ntk_attention.training import Settings, finetune
 
-from .tiny import save_letters
+from .tiny import adapted, save_letters
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,15 @@ def test_a_full_disk_is_seen_at_the_start(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
     with pytest.raises(ValueError, match="1 MiB of free disk space, 200 are needed"):
         finetune(settings, tmp_path / "out")
+
+
+def test_one_process_uses_one_gpu(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to=[])
+    assert arguments.n_gpu == 0
+    arguments._n_gpu = 2  # what transformers counts where there are two
+    assert arguments.train_batch_size == 8
+    trainer = AdapterTrainer(model=adapted(), args=arguments, pad_token_id=0)
+    assert (trainer.args.n_gpu, trainer.args.train_batch_size) == (1, 4)
 
 
 def broken_at(step, breaks, monkeypatch):

@@ -21,6 +21,9 @@ def head_mesh(model: Any, name: str) -> DeviceMesh | None:
     Args:
         model: of transformers, loaded with a `distributed_config` or without.
         name: of the attention module.
+
+    Raises:
+        ValueError: if the model is spread in another way as well.
     """
     mesh = getattr(model, "_device_mesh", None)
     if mesh is None or (getattr(model, "_tp_size", None) or 1) == 1:
@@ -29,6 +32,11 @@ def head_mesh(model: Any, name: str) -> DeviceMesh | None:
     styles = {style for key, style in model.tp_plan.items() if key.rpartition(".")[0] == generic}
     if SPLIT not in styles:
         return None
+    if mesh.size() > model._tp_size:
+        spread = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+        raise ValueError(
+            f"expected tensor parallelism alone, got {spread}: an adapter would see a part of the batch only"
+        )
     return mesh["tp"] if mesh.ndim > 1 else mesh
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .evaluation import mean_loss
@@ -35,8 +35,9 @@ class AdapterTrainer(Trainer):
     are put together for every file.
     """
 
-    def __init__(self, *args: Any, pad_token_id: int, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, args: TrainingArguments, *, pad_token_id: int, **kwargs: Any):
+        args._n_gpu = min(args.n_gpu, 1)  # with more, `Trainer` would copy the model to each and enlarge the batch
+        super().__init__(model, args, **kwargs)
         self.pad_token_id = pad_token_id
         if self.is_deepspeed_enabled:
             for layer in adapted_layers(self.model).values():
@@ -91,7 +92,8 @@ class AdapterTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         gradients = {name: local(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
         norms = list(torch._foreach_norm(list(gradients.values()))) if gradients else []
-        found = [loss.detach().float(), *(norm.float() for norm in norms)]
+        # FSDP2 may keep gradients in the memory of the CPU.
+        found = [loss.detach().float(), *(norm.to(loss.device, torch.float32) for norm in norms)]
         if self.is_deepspeed_enabled:  # which keeps the gradients, and has made its step already
             norm = self.model_wrapped.get_global_grad_norm()
             found += [] if norm is None else [torch.as_tensor(norm).to(loss.device, torch.float32)]
