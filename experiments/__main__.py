@@ -111,7 +111,7 @@ def run(
 
     for task in tasks:
         task.warm_up()
-    total = sum(len(METHODS[name].rates) + seeds for _, name in todo) - len(rows)
+    total = sum(len(METHODS[name].rates) * len(task.selection_seeds) + seeds for task, name in todo) - len(rows)
     execute(planner, rows, path, own_commit, device_or_default(device), jobs, minutes, max(1, total))
 
 

@@ -59,6 +59,11 @@ class ClassificationTask(Task):
 
     has_head = True
 
+    @property
+    def selection_seeds(self) -> tuple[int, ...]:
+        """A few examples drawn once say little about a learning rate."""
+        return (0,) if self.shots is None else (0, 101, 102)
+
     def load_encoder(self) -> Any:
         try:
             # float32, small as they are; the pooler is not used

@@ -115,7 +115,7 @@ def sizes(results: Results, path: Path) -> bool:
 
 def rates(results: Results, path: Path) -> bool:
     """Validation data against the learning rate, a panel for each task."""
-    names = [name for name, own in results.items() if any(len(r.selected) > 1 for r in own.values())]
+    names = [name for name, own in results.items() if any(len(r.validation) > 1 for r in own.values())]
     if not names:
         return False
     figure, found = panels(names)
@@ -125,9 +125,9 @@ def rates(results: Results, path: Path) -> bool:
             if METHODS[result.method].tier > 1:
                 continue
             points = [
-                (rate, 100 * row["validation"]["share"] if result.task.has_head else row["validation"]["loss"])
-                for rate, row in sorted(result.selected.items())
-                if "validation" in row
+                (rate, 100 * score["share"] if result.task.has_head else score["loss"])
+                for rate, score in result.validation.items()
+                if score
             ]
             if points:
                 low.append(points[0][1])

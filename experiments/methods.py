@@ -75,7 +75,7 @@ def ntk(
     *,
     source: str = "train",
     share: float = SHARE,
-    random_tokens: bool = True,
+    random_inputs: bool = True,
     **options: Any,
 ) -> nn.Module:
     """As the library makes it: attached and calibrated."""
@@ -84,7 +84,7 @@ def ntk(
         count = len(budgets.geometries(model))
         options["layers_to_transform"] = [i for i in range(count) if layers(i, count)]
     model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task), **options))
-    calibrate(model, batches_from(context, source), share=share, random_tokens=random_tokens)
+    calibrate(model, batches_from(context, source), share=share, random_inputs=random_inputs)
     return model
 
 
@@ -265,8 +265,7 @@ METHODS: dict[str, Method] = {
         only=has_groups,
     ),
     "data-alone": Method(
-        "NTK-Attention, calibrated on training data alone", "ntk", 3, partial(ntk, random_tokens=False), NTK_RATES,
-        only=lambda task: task.group != "vision",  # there it is the same
+        "NTK-Attention, calibrated on training data alone", "ntk", 3, partial(ntk, random_inputs=False), NTK_RATES
     ),
     **{f"prefix-{m}": Method(f"prefix, m = {m}", "prefix", 3, partial(prefix, m=m), PREFIX_RATES) for m in LENGTHS},
     **{f"ntk-rank-{s}": Method(f"NTK-Attention, rank {s}", "ntk", 3, partial(ntk, rank=s), NTK_RATES) for s in RANKS},

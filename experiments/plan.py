@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from statistics import fmean
 
 from recording import Row
 
@@ -11,7 +12,6 @@ from .methods import METHODS
 from .tasks import Task
 from .train import Cell
 
-SELECTION_SEED = 0
 FINAL_SEEDS = (1, 2, 3)
 MAX_EXTENSIONS = 2  # rates added where the best one is at an end of the grid
 
@@ -30,24 +30,30 @@ def pairs(tasks: Sequence[Task], methods: Sequence[str]) -> list[tuple[Task, str
 def next_cells(rows: Iterable[Row], task: Task, method: str, seeds: Sequence[int] = FINAL_SEEDS) -> list[Cell]:
     """Of one task and method, what can be run now that is not in the rows."""
     own = [row for row in rows if belongs(row, task, method)]
-    tried = {row["learning_rate"]: row for row in own if row["stage"] == "select"}
-    rates = METHODS[method].rates
-    missing = [rate for rate in rates if rate not in tried]
-    if not missing:
-        best = best_rate(task, tried.values())
-        if best is None:  # nothing works: no final runs
-            return []
-        if len(tried) < len(rates) + MAX_EXTENSIONS and best in (min(tried), max(tried)):
-            missing = [neighbour(best, up=best == max(tried))]
-        else:
-            done = {row["seed"] for row in own if row["stage"] == "final" and row["learning_rate"] == best}
-            return [Cell(task.name, method, best, seed, "final") for seed in seeds if seed not in done]
-    return [Cell(task.name, method, rate, SELECTION_SEED, "select") for rate in missing]
+    selected = [row for row in own if row["stage"] == "select"]
+    tried = {(row["learning_rate"], row["seed"]) for row in selected}
+    rates = list(METHODS[method].rates)
+    more = sorted({rate for rate, _ in tried} - set(rates))
+    missing = untried(task, method, rates + more, tried)
+    if missing:
+        return missing
+    best = best_rate(task, selected)
+    if best is None:  # nothing works: no final runs
+        return []
+    if len(more) < MAX_EXTENSIONS and best in (min(rates + more), max(rates + more)):
+        return untried(task, method, [neighbour(best, up=best == max(rates + more))], tried)
+    done = {row["seed"] for row in own if row["stage"] == "final" and row["learning_rate"] == best}
+    return [Cell(task.name, method, best, seed, "final") for seed in seeds if seed not in done]
+
+
+def untried(task: Task, method: str, rates: Iterable[float], tried: Collection[tuple[float, int]]) -> list[Cell]:
+    pairs = [(rate, seed) for rate in rates for seed in task.selection_seeds if (rate, seed) not in tried]
+    return [Cell(task.name, method, rate, seed, "select") for rate, seed in pairs]
 
 
 def timing_cells(rows: Iterable[Row], task: Task, method: str) -> list[Cell]:
     done = any(belongs(row, task, method) and row["stage"] == "time" for row in rows)
-    return [] if done else [Cell(task.name, method, METHODS[method].rates[0], SELECTION_SEED, "time")]
+    return [] if done else [Cell(task.name, method, METHODS[method].rates[0], task.selection_seeds[0], "time")]
 
 
 def belongs(row: Row, task: Task, method: str) -> bool:
@@ -57,12 +63,28 @@ def belongs(row: Row, task: Task, method: str) -> bool:
 
 def best_rate(task: Task, selected: Iterable[Row]) -> float | None:
     """By the validation data: a language model's smallest loss, a classifier's largest accuracy and then loss."""
-    scored = [row for row in selected if "validation" in row]
-    return max(scored, key=lambda row: quality(row["validation"]))["learning_rate"] if scored else None
+    scored = {rate: score for rate, score in validation(task, selected).items() if score is not None}
+    return max(scored, key=lambda rate: quality(scored[rate])) if scored else None
 
 
-def quality(validation: dict[str, float]) -> tuple[float, float]:
-    return validation.get("share", 0.0), -validation["loss"]
+def validation(task: Task, selected: Iterable[Row]) -> dict[float, dict[str, float] | None]:
+    """Scores on validation data by learning rate, averaged over the seeds of the selection; None if one has failed."""
+    by_rate: dict[float, list[dict[str, float] | None]] = {}
+    for row in selected:
+        if row["seed"] in task.selection_seeds:
+            by_rate.setdefault(row["learning_rate"], []).append(row.get("validation"))
+    return {rate: average(scores) for rate, scores in sorted(by_rate.items())}
+
+
+def average(scores: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
+    found = [score for score in scores if score is not None]
+    if len(found) < len(scores):
+        return None
+    return {name: fmean(score[name] for score in found) for name in found[0]}
+
+
+def quality(score: dict[str, float]) -> tuple[float, float]:
+    return score.get("share", 0.0), -score["loss"]
 
 
 def neighbour(rate: float, up: bool) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from recording import Row
 
 from .methods import METHODS
-from .plan import best_rate
+from .plan import best_rate, validation
 from .tasks import Task
 from .train import unpacked
 
@@ -27,17 +27,22 @@ class Result:
 
     task: Task
     method: str
-    selected: dict[float, Row] = field(default_factory=dict)  # by learning rate, on validation data
+    selected: list[Row] = field(default_factory=list)  # on validation data
     finals: dict[int, Row] = field(default_factory=dict)  # by seed, at the chosen rate
     timed: Row | None = None
 
     @property
     def rate(self) -> float | None:
-        return best_rate(self.task, self.selected.values())
+        return best_rate(self.task, self.selected)
+
+    @property
+    def validation(self) -> dict[float, dict[str, float] | None]:
+        """By learning rate, averaged over seeds; None if one has failed."""
+        return validation(self.task, self.selected)
 
     @property
     def any_row(self) -> Row:
-        rows = [*self.finals.values(), *self.selected.values(), *([self.timed] if self.timed else [])]
+        rows = [*self.finals.values(), *self.selected, *([self.timed] if self.timed else [])]
         return next((row for row in rows if "trainable_parameters" in row), rows[0])
 
     def values(self) -> dict[int, float]:
@@ -76,7 +81,7 @@ def collect(rows: Iterable[Row], tasks: dict[str, Task]) -> dict[str, dict[str, 
             continue
         result = found.setdefault(task.name, {}).setdefault(row["method"], Result(task, row["method"]))
         if row["stage"] == "select":
-            result.selected[row["learning_rate"]] = row
+            result.selected.append(row)
         elif row["stage"] == "time" and "error" not in row:
             result.timed = row
     for row in latest.values():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 CLIP, WARMUP_STEPS = 1.0, 20
 Batch = Mapping[str, Tensor]
@@ -107,7 +108,7 @@ class RecordedTraining(Training):
         # Unrecorded first: kernels are compiled and chosen, gradients get the memory that they keep.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.device(self.device):  # no tensor may come from the CPU, as peft's mask of a prefix would
+        with torch.device(self.device), MadeThere():
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     self.forward_and_backward(inputs)
@@ -117,6 +118,18 @@ class RecordedTraining(Training):
             with torch.cuda.graph(graph, pool=self.pool):
                 loss = self.forward_and_backward(inputs)
         return graph, inputs, loss
+
+
+class MadeThere(TorchFunctionMode):
+    """With `torch.device`: no tensor comes from the CPU, which a graph cannot hold. Numbers do, unless they fill one.
+
+    peft's mask of a prefix and transformers' cache of a sliding window would.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is torch.tensor and isinstance(args[0], bool | int | float):
+            return torch.full((), *args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 def training_on(device: str) -> type[Training]:

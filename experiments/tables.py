@@ -135,7 +135,7 @@ def task(own: dict[str, Result]) -> Table:
             [
                 label(result.method),
                 "" if trained is None else f"{trained:,}{equal}",
-                spread(result) or next((r["error"] for r in result.selected.values() if "error" in r), "not yet"),
+                spread(result) or next((r["error"] for r in result.selected if "error" in r), "not yet"),
                 str(len(result.finals)),
                 f"{result.rate:g}" if result.rate else "",
                 "" if forgetting is None else f"{forgetting:+.3f}",
@@ -178,13 +178,13 @@ def rates(results: Results) -> list[Block]:
     blocks: list[Block] = []
     for name, own in results.items():
         selected = [result for result in in_order(own.values()) if result.selected]
-        tried = sorted({rate for result in selected for rate in result.selected})
+        tried = sorted({rate for result in selected for rate in result.validation})
         body = []
         for result in selected:
             cells = []
             for rate in tried:
-                row = result.selected.get(rate)
-                text = "" if row is None else "fails" if "error" in row else validation(result.task, row)
+                score = result.validation.get(rate)
+                text = validation(score) if score else "fails" if rate in result.validation else ""
                 cells.append(f"**{text}**" if rate == result.rate else text)
             body.append([label(result.method), *cells])
         if body:
@@ -193,8 +193,7 @@ def rates(results: Results) -> list[Block]:
     return blocks
 
 
-def validation(task: Task, row: Row) -> str:
-    score = row["validation"]
+def validation(score: dict[str, float]) -> str:
     return f"{100 * score['share']:.1f} %" if "share" in score else f"{score['loss']:.4f}"
 
 

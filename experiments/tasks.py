@@ -56,6 +56,11 @@ class Task(ABC):
     higher_is_better = True
     has_head = False  # a new classifier on top, trained by every method
 
+    @property
+    def selection_seeds(self) -> tuple[int, ...]:
+        """Of the runs that choose a learning rate."""
+        return (0,)
+
     @abstractmethod
     def check(self) -> None:
         """Raise ValueError if the model or the data are missing."""

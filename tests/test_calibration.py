@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.calibration import whitening, with_random_tokens
+from ntk_attention.calibration import whitening, with_random_inputs
 from ntk_attention.layer import NTKAttentionLayer
 from ntk_attention.observation import adapted_layers, prefix_shares
 
@@ -57,9 +57,9 @@ OPTIONS = {
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 
 
-def calibrated(base=None, batches=(INPUTS,), share=SHARE, random_tokens=False, **options):
+def calibrated(base=None, batches=(INPUTS,), share=SHARE, random_inputs=False, **options):
     model = adapted(base, **{"init_weights": True, **options})
-    calibrate(model, batches, share=share, random_tokens=random_tokens)
+    calibrate(model, batches, share=share, random_inputs=random_inputs)
     return model
 
 
@@ -315,24 +315,29 @@ def test_model_without_an_adapter_is_refused():
         calibrate(tiny(), [INPUTS])
 
 
-def test_random_tokens_stand_beside_text():
+def test_random_inputs_stand_beside_text():
     model = adapted()
     config = model.config
     special = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
     batch = {**INPUTS, "labels": INPUTS["input_ids"]}
-    (found,) = with_random_tokens(model, [batch])
+    (found,) = with_random_inputs(model, [batch])
     places = sum(INPUTS["input_ids"] == token for token in special).bool()
     assert torch.equal(found["input_ids"][places], INPUTS["input_ids"][places])
     assert not torch.equal(found["input_ids"], INPUTS["input_ids"])
     assert found["input_ids"].max() < config.vocab_size
     assert not set(found["input_ids"][~places].tolist()) & special
     assert found["labels"] is batch["labels"]
-    picture = {"input_ids": INPUTS["input_ids"], "pixel_values": torch.zeros(2, 3, 8, 8)}
-    assert with_random_tokens(model, [picture, {"pixel_values": torch.zeros(2, 3, 8, 8)}]) == []
+    picture = {"pixel_values": 3 + 2 * torch.randn(2, 3, 32, 32), "labels": torch.zeros(2)}
+    (found,) = with_random_inputs(model, [picture])
+    assert found["labels"] is picture["labels"]
+    difference = found["pixel_values"] - picture["pixel_values"]
+    assert difference.mean().abs() < 0.2
+    assert 2.5 < difference.std() < 3.2  # 2 sqrt(2): not the same, as wide
+    assert with_random_inputs(model, [{**picture, "input_ids": INPUTS["input_ids"]}]) == []
 
 
-def test_random_tokens_widen_what_is_whitened(trained):
-    narrow, wide = (calibrated(copy.deepcopy(trained), [repeats(0)], random_tokens=kind) for kind in (False, True))
+def test_random_inputs_widen_what_is_whitened(trained):
+    narrow, wide = (calibrated(copy.deepcopy(trained), [repeats(0)], random_inputs=kind) for kind in (False, True))
     ratios = []
     for first, second in zip(adapters(narrow), adapters(wide), strict=True):
         moments = [x.coordinates[:, :-1, :-1].square().sum() for x in (first, second)]

@@ -8,7 +8,7 @@ others. Passes of a few batches through the frozen model measure, per head,
    attention on average;
 2. the moments of g(q) = d out / d Z = phi(q) e^{b - lse}, which say how an output answers to a change of Z. They give
    - coordinates in which the features are centred on the constant one and white, in units of the head's output; these
-     moments see random tokens too, since what a task's queries rarely do other text does often;
+     moments see random inputs too, since what a task's queries rarely do other inputs do often;
    - the prefix's value at the start: the head's mean output, of all fixed values the one that changes outputs least.
 
 All of it is a change of coordinates and a start: saved files hold plain Z, k and b.
@@ -38,6 +38,7 @@ EIGENVALUE_FLOOR = 1e-3  # of the whitening, relative to the largest: below it f
 # 1 / share, with this factor: both move the output alike, whatever the share.
 LOG_K_STEP = 0.15
 MAX_BYTES = 8 * 2**30
+SIGNALS = ("pixel_values", "input_features", "input_values")  # pictures and sound
 
 
 def calibrate(
@@ -46,7 +47,7 @@ def calibrate(
     *,
     adapter_name: str = "default",
     share: float = SHARE,
-    random_tokens: bool = True,
+    random_inputs: bool = True,
 ) -> None:
     """Start an adapter near the frozen model, in coordinates that train well.
 
@@ -59,9 +60,10 @@ def calibrate(
         adapter_name: which adapter.
         share: of every head's attention that the prefix holds at the start; the smaller, the closer to the frozen
             model.
-        random_tokens: let the coordinates see the batches a second time with other `input_ids`, drawn from the whole
-            vocabulary; not where there is more than text. Task data may hold queries of few kinds. What these rarely
-            do would weigh much in their coordinates, and training would spoil the model for all other text.
+        random_inputs: let the coordinates see the batches a second time with other `input_ids`, drawn from the whole
+            vocabulary, or, for pictures and sound, with noise of the same mean and deviation; not where there is more
+            than one kind. Task data may hold queries of few kinds. What these rarely do would weigh much in their
+            coordinates, and training would spoil the model for all else.
 
     Raises:
         ValueError: without such an adapter, without its constant feature, with an empty `batches`, with batches that
@@ -76,7 +78,7 @@ def calibrate(
     batches = list(batches)
     if not batches:
         raise ValueError("calibrate got no batches: a few batches of training data are expected")
-    others = with_random_tokens(model, batches) if random_tokens else []
+    others = with_random_inputs(model, batches) if random_inputs else []
 
     statistics = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
     with ExitStack() as stack:
@@ -94,23 +96,25 @@ def calibrate(
         s.set_coordinates_and_start(LOG_K_STEP / share)
 
 
-def with_random_tokens(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The batches that are text alone, with random tokens in its place; special tokens stay, and none are drawn."""
+def with_random_inputs(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The batches of one kind, with other contents. Special tokens stay, and none are drawn."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
     size = getattr(text, "vocab_size", None)
-    if size is None:
-        return []
     generator = torch.Generator().manual_seed(0)
     special = torch.tensor(special_tokens(config) + special_tokens(text), dtype=torch.long)
     found: list[Mapping[str, Any]] = []
     for batch in batches:
-        others = [x for name, x in batch.items() if isinstance(x, Tensor) and name != "attention_mask"]
-        if "input_ids" in batch and not any(x.is_floating_point() for x in others):
+        signals = {name: x for name, x in batch.items() if name in SIGNALS}
+        if "input_ids" in batch and not signals and size is not None:
             ids = batch["input_ids"].cpu()
             drawn = torch.randint(size, ids.shape, generator=generator)
             drawn = torch.where(torch.isin(ids, special) | torch.isin(drawn, special), ids, drawn)
             found.append({**batch, "input_ids": drawn.to(batch["input_ids"].device)})
+        elif "input_ids" not in batch and len(signals) == 1:
+            ((name, x),) = signals.items()
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            found.append({**batch, name: x.mean() + x.std() * noise})
     return found
 
 
