@@ -148,21 +148,26 @@ def rates(results: Results, path: Path) -> bool:
 
 def curves(results: Results, path: Path) -> bool:
     """Training loss of the methods of tiers 0 and 1, mean over the final seeds."""
-    names = [name for name, own in results.items() if any(r.finals for r in own.values())]
+    found_curves = {
+        name: {
+            result.method: curves
+            for result in in_order(own.values())
+            if METHODS[result.method].tier <= 1
+            and (curves := [row["curve"] for row in result.finals.values() if "curve" in row])
+        }
+        for name, own in results.items()
+    }
+    names = [name for name, own in found_curves.items() if own]
     if not names:
         return False
     figure, found = panels(names)
     for name, axes in found:
-        for result in in_order(results[name].values()):
-            if METHODS[result.method].tier > 1 or not result.finals:
-                continue
-            steps = [step for step, _ in next(iter(result.finals.values()))["curve"]]
-            losses = np.mean([[loss for _, loss in row["curve"]] for row in result.finals.values()], axis=0)
-            width = 2.2 if result.method == OURS else 1.0
-            axes.plot(steps, losses, color=colour(result.method), linewidth=width)
-            axes.annotate(
-                result.method, (steps[-1], losses[-1]), xytext=(4, 0), textcoords="offset points", fontsize=6.5
-            )
+        for method, own_curves in found_curves[name].items():
+            steps = [step for step, _ in own_curves[0]]
+            losses = np.mean([[loss for _, loss in curve] for curve in own_curves], axis=0)
+            width = 2.2 if method == OURS else 1.0
+            axes.plot(steps, losses, color=colour(method), linewidth=width)
+            axes.annotate(method, (steps[-1], losses[-1]), xytext=(4, 0), textcoords="offset points", fontsize=6.5)
         axes.set(yscale="log", ylabel="training loss")
         axes.margins(x=0.15)
     figure.supxlabel("step", fontsize=10)

@@ -94,6 +94,7 @@ class RecordedTraining(Training):
         for name, x in batch.items():
             inputs[name].copy_(x, non_blocking=True)
         graph.replay()
+        loss = loss.clone()  # the update may use its memory
         if self.recorded_update is not None:
             self.recorded_update.replay()
         else:  # the first one makes the optimizer's state
@@ -101,7 +102,7 @@ class RecordedTraining(Training):
             self.recorded_update = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.recorded_update, pool=self.pool):
                 self.update()
-        return loss.clone()
+        return loss
 
     def record_pass(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]:
         inputs = {name: x.to(self.device) for name, x in batch.items()}
