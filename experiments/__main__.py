@@ -21,7 +21,7 @@ from recording import Row, append, commit, hardware, read, versions
 
 from . import assets, recipes
 from .methods import METHODS
-from .plan import FINAL_SEEDS, next_cells, pairs, timing_cells
+from .plan import belongs, next_cells, pairs, timing_cells
 from .runner import Job, run_inline, run_jobs
 from .tasks import Task, registry
 
@@ -91,7 +91,7 @@ def run(
     max_tier: MaxTier = 4,
     jobs: Annotated[int, typer.Option(help="Processes side by side, on all GPUs together.")] = 1,
     minutes: Minutes = 10**6,
-    seeds: Annotated[int, typer.Option(help="Of the final runs, beside the one that selects the rate.")] = 3,
+    seeds: Annotated[int | None, typer.Option(help="Final runs at most; 3, or 8 of few-shot tasks.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Run what has a row of another commit only.")] = False,
     steps: Steps = None,
     out: Out = RESULTS,
@@ -102,17 +102,22 @@ def run(
     Rows are written as cells finish; a run that was stopped goes on where it was.
     """
     tasks, methods = chosen(names, method, max_tier, steps)
-    todo, final_seeds = pairs(tasks, methods), tuple(range(FINAL_SEEDS[0], FINAL_SEEDS[0] + seeds))
+    todo = pairs(tasks, methods)
     own_commit, path = commit("src", "experiments"), out / ROWS
     rows = [row for row in read(path) if counts(row) and (not again or row["commit"] == own_commit)]
 
     def planner() -> list[Job]:
-        return [(cell, task) for task, name in todo for cell in next_cells(rows, task, name, final_seeds)]
+        return [(cell, task) for task, name in todo for cell in next_cells(rows, task, name, seeds)]
 
     for task in tasks:
         task.warm_up()
-    total = sum(len(METHODS[name].rates) * len(task.selection_seeds) + seeds for task, name in todo) - len(rows)
+    total = sum(max(0, expected(task, name, seeds) - sum(belongs(r, task, name) for r in rows)) for task, name in todo)
     execute(planner, rows, path, own_commit, device_or_default(device), jobs, minutes, max(1, total))
+
+
+def expected(task: Task, method: str, seeds: int | None) -> int:
+    """Cells of a task and method, if the grid of rates need not grow."""
+    return len(METHODS[method].rates) * len(task.selection_seeds) + len(task.final_seeds[:seeds])
 
 
 def counts(row: Row) -> bool:

@@ -61,8 +61,12 @@ class ClassificationTask(Task):
 
     @property
     def selection_seeds(self) -> tuple[int, ...]:
-        """A few examples drawn once say little about a learning rate."""
-        return (0,) if self.shots is None else (0, 101, 102)
+        """A few examples drawn once say little."""
+        return super().selection_seeds if self.shots is None else (0, 101, 102)
+
+    @property
+    def final_seeds(self) -> tuple[int, ...]:
+        return super().final_seeds if self.shots is None else tuple(range(1, 9))
 
     def load_encoder(self) -> Any:
         try:

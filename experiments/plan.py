@@ -12,7 +12,6 @@ from .methods import METHODS
 from .tasks import Task
 from .train import Cell
 
-FINAL_SEEDS = (1, 2, 3)
 MAX_EXTENSIONS = 2  # rates added where the best one is at an end of the grid
 
 
@@ -27,8 +26,8 @@ def pairs(tasks: Sequence[Task], methods: Sequence[str]) -> list[tuple[Task, str
     return sorted(found, key=lambda pair: (METHODS[pair[1]].tier + ranks[pair[0].name], METHODS[pair[1]].tier))
 
 
-def next_cells(rows: Iterable[Row], task: Task, method: str, seeds: Sequence[int] = FINAL_SEEDS) -> list[Cell]:
-    """Of one task and method, what can be run now that is not in the rows."""
+def next_cells(rows: Iterable[Row], task: Task, method: str, seeds: int | None = None) -> list[Cell]:
+    """Of one task and method, what can be run now that is not in the rows; the first `seeds` final ones, or all."""
     own = [row for row in rows if belongs(row, task, method)]
     selected = [row for row in own if row["stage"] == "select"]
     tried = {(row["learning_rate"], row["seed"]) for row in selected}
@@ -43,7 +42,7 @@ def next_cells(rows: Iterable[Row], task: Task, method: str, seeds: Sequence[int
     if len(more) < MAX_EXTENSIONS and best in (min(rates + more), max(rates + more)):
         return untried(task, method, [neighbour(best, up=best == max(rates + more))], tried)
     done = {row["seed"] for row in own if row["stage"] == "final" and row["learning_rate"] == best}
-    return [Cell(task.name, method, best, seed, "final") for seed in seeds if seed not in done]
+    return [Cell(task.name, method, best, seed, "final") for seed in task.final_seeds[:seeds] if seed not in done]
 
 
 def untried(task: Task, method: str, rates: Iterable[float], tried: Collection[tuple[float, int]]) -> list[Cell]:

@@ -14,7 +14,7 @@ from .tasks import registry
 ABOUT = (
     "Made by `python -m experiments report` from `rows.jsonl` beside this file; `python -m experiments run TASK "
     "--method METHOD` runs what is missing of a cell. Every method tries at least four learning rates on a log grid, "
-    "and more where the best one is at an end of it; the rate is chosen on validation data with a seed of its own. "
+    "and more where the best one is at an end of it; the rate is chosen on validation data with seeds of its own. "
     "Then other seeds train at that rate, and only these see the test data, once. All methods of a task have the same "
     "base model, batches, steps, warm-up and decay; a new classifier's head trains at a rate that is the same for all."
 )
@@ -80,7 +80,7 @@ def compose(results: dict[str, dict[str, Result]], rows: list[Row], folder: Path
         ),
         *tables.paired(results),
     ]
-    blocks += [Heading("Learning rates"), Text("On validation data, one seed; the chosen rate is bold.")]
+    blocks += [Heading("Learning rates"), Text("On validation data, mean over the seeds; the chosen rate is bold.")]
     blocks += figure("rates", figures.rates, "Validation data against the learning rate.")
     blocks += tables.rates(results)
     if ablations := tables.ablations(results):

@@ -58,8 +58,13 @@ class Task(ABC):
 
     @property
     def selection_seeds(self) -> tuple[int, ...]:
-        """Of the runs that choose a learning rate."""
+        """Of the runs that choose a learning rate, by validation data."""
         return (0,)
+
+    @property
+    def final_seeds(self) -> tuple[int, ...]:
+        """Of the runs at the chosen rate, which see the test data."""
+        return (1, 2, 3)
 
     @abstractmethod
     def check(self) -> None:

@@ -222,10 +222,11 @@ def test_plan(tasks):
     del rows[-1]["validation"]
     cells = next_cells(rows, task, "ntk")
     assert [(cell.learning_rate, cell.seed, cell.stage) for cell in cells] == [
-        (rates[-1], s, "final") for s in (1, 2, 3)
+        (rates[-1], s, "final") for s in task.final_seeds
     ]
+    assert next_cells(rows, task, "ntk", seeds=3) == cells[:3]
     rows += [row(rates[-1], 0.8, "final", seed) for seed in (1, 3)]
-    assert [cell.seed for cell in next_cells(rows, task, "ntk")] == [2]
+    assert [cell.seed for cell in next_cells(rows, task, "ntk", seeds=3)] == [2]
     assert best_rate(task, [{"learning_rate": 1e-3, "seed": 0, "error": "all diverged"}]) is None
     assert [neighbour(rate, True) for rate in (1e-5, 3e-4, 0.01, 0.3)] == [3e-5, 1e-3, 0.03, 1.0]
     assert [neighbour(rate, False) for rate in (1e-5, 3e-4, 1.0)] == [3e-6, 1e-4, 0.3]
