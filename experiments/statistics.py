@@ -41,6 +41,13 @@ class Result:
         return validation(self.task, self.selected)
 
     @property
+    def complete(self) -> bool:
+        """All seeds have run, of the selection and of the test."""
+        seeds = {(row["learning_rate"], row["seed"]) for row in self.selected}
+        tried = all((rate, seed) in seeds for rate in self.validation for seed in self.task.selection_seeds)
+        return bool(seeds) and tried and (self.rate is None or set(self.task.final_seeds) <= self.finals.keys())
+
+    @property
     def any_row(self) -> Row:
         rows = [*self.finals.values(), *self.selected, *([self.timed] if self.timed else [])]
         return next((row for row in rows if "trainable_parameters" in row), rows[0])

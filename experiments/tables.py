@@ -73,30 +73,43 @@ def summary(results: Results) -> Table:
 
 
 def verdict(results: Results) -> str:
-    """What the rows say about ours against LoRA, by task group and by task."""
+    """What the rows say about ours against others, by task group and by task, where all seeds of all have run."""
     groups: dict[str, list[float]] = {}
     above = {"every prefix method": [0, 0], "the published start": [0, 0]}
-    for own in results.values():
-        ours, lora = own.get(OURS), best_of(own, LORA)
-        if ours is None or ours.mean is None:
+    unfinished = []
+    for name, own in results.items():
+        ours = own.get(OURS)
+        if ours is None or not ours.complete:
+            unfinished.append(name)
             continue
-        if lora and (gain := difference(ours, lora)):
+        if lora := finished_best(own, LORA):
+            gain = difference(ours, lora)
+            assert gain is not None
             groups.setdefault(ours.task.group, []).append(gain.relative)
+        else:
+            unfinished.append(name)
         for what, names in zip(above, (PREFIXES, ("ntk-published",)), strict=True):
-            if (rival := best_of(own, names)) and (gain := difference(ours, rival)):
+            if (rival := finished_best(own, names)) and (gain := difference(ours, rival)):
                 above[what][0] += gain.mean > 0
                 above[what][1] += 1
+    sentences = [f"Not counted yet, since some seeds are missing: {', '.join(unfinished)}."] if unfinished else []
+    sentences += [f"It is above {what} on {won} of {of} tasks." for what, (won, of) in above.items() if of]
     if not groups:
-        return "There are not yet final runs of ours and of LoRA on the same task."
+        return " ".join(["Ours and the LoRAs have not all run on any task yet.", *sentences])
     level = [group for group, gains in groups.items() if sum(gains) >= 0]
     worst = min(gain for gains in groups.values() for gain in gains)
-    sentences = [
+    first = (
         f"Ours is at least level with the best LoRA in {len(level)} of {len(groups)} task groups "
         f"({', '.join(level) or 'none'}), by the mean of the group's tasks; on its worst task it is at "
         f"{percent(worst)} to LoRA."
-    ]
-    sentences += [f"It is above {what} on {won} of {of} tasks." for what, (won, of) in above.items() if of]
-    return " ".join(sentences)
+    )
+    return " ".join([first, *sentences])
+
+
+def finished_best(own: dict[str, Result], names: Iterable[str]) -> Result | None:
+    """The best of those that have begun, if all of them have run to the end."""
+    begun = [name for name in names if name in own]
+    return best_of(own, begun) if all(own[name].complete for name in begun) else None
 
 
 def describe(task: Task) -> str:
