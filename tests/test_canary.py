@@ -80,9 +80,9 @@ def test_masks_have_four_dimensions(call):
     implementation, _, args, _ = call
     mask = args[3]
     expect(mask is not None, "a padded batch gets no mask: padding would be attended to.", "routing.py: attach")
-    expect(mask.dim() == 4, f"masks have {mask.dim()} dimensions, not 4.", "routing.py: visible_tokens")
+    expect(mask.dim() == 4, f"masks have {mask.dim()} dimensions, not 4.", "masks.py: visible_tokens")
     kinds = (torch.bool,) if implementation == "sdpa" else (torch.bool, torch.float32)
-    expect(mask.dtype in kinds, f"masks of {implementation} are {mask.dtype}.", "routing.py: visible_tokens")
+    expect(mask.dtype in kinds, f"masks of {implementation} are {mask.dtype}.", "masks.py: visible_tokens")
 
 
 def test_a_batch_without_padding_has_no_mask_for_sdpa():
@@ -104,7 +104,7 @@ def test_a_batch_without_padding_has_no_mask_for_sdpa():
     expect(
         masks == [None, None],
         "sdpa gets a mask where causality alone says it all: slower, and no longer is_causal.",
-        "routing.py: visible_tokens",
+        "masks.py: visible_tokens",
     )
 
 

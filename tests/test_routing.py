@@ -1,11 +1,14 @@
 """Every family against a naive attention that takes masks, scales and windows from families.py, not from the model."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel, masking_utils
 
 from ntk_attention import NTKAttentionConfig
+from ntk_attention.layer import NTKAttentionLayer
 from ntk_attention.routing import ROUTE, routes
 
 from .families import FAMILIES, REFUSED, TARGET, attention_function, naive_attention
@@ -180,12 +183,58 @@ def test_base_may_switch_between_sdpa_and_eager(name):
     assert relative_error(family.run(model, inputs), expected) < FP64
 
 
+def use(model, implementation):
+    """Switch the base model without the library that its attention would need: ours takes its place."""
+    for module in model.modules():
+        config = module.base_config if isinstance(module, NTKAttentionLayer) else getattr(module, "config", None)
+        if config is not None and getattr(config, "_attn_implementation", ROUTE) != ROUTE:
+            config._attn_implementation_internal = implementation
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
+def test_masks_of_flex_and_flash_attention_against_sdpa(name, implementation, monkeypatch):
+    family = FAMILIES[name]
+    base, inputs = family.build(), family.inputs()
+    supported = {"flex_attention": "_supports_flex_attn", "flash_attention_2": "_supports_flash_attn"}
+    if not all(getattr(m, supported[implementation]) for m in base.modules() if isinstance(m, PreTrainedModel)):
+        pytest.skip("transformers does not support it")
+    model = adapted(base)
+    expected = family.run(model, inputs)
+    unpadded = family.inputs(padded=False)
+    expected_unpadded = family.run(model, unpadded)
+    # compiled for a CPU it takes minutes
+    monkeypatch.setattr(masking_utils, "create_block_mask", partial(uncompiled, masking_utils.create_block_mask))
+    use(model, implementation)
+    assert relative_error(family.run(model, inputs), expected) < FP64
+    assert relative_error(family.run(model, unpadded), expected_unpadded) < FP64
+
+
+def uncompiled(create_block_mask, *args, _compile, **kwargs):
+    return create_block_mask(*args, **kwargs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("told_by", ["positions", "lengths"])
+def test_texts_packed_for_flash_attention_do_not_see_each_other(told_by):
+    model = adapted(FAMILIES["llama"].build())
+    ids = FAMILIES["llama"].inputs(padded=False)["input_ids"]
+    first, second = ids[:1, :7], ids[1:, :4]
+    expected = torch.cat([model(input_ids=first).logits, model(input_ids=second).logits], dim=1)
+    use(model, "flash_attention_2")
+    packed = {"input_ids": torch.cat([first, second], dim=1), "position_ids": torch.tensor([[*range(7), *range(4)]])}
+    if told_by == "lengths":
+        lengths = torch.tensor([0, 7, 11], dtype=torch.int32)
+        packed |= {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 7, "max_length_k": 7}
+    assert relative_error(model(**packed).logits, expected) < FP64
+
+
 def test_switch_to_an_implementation_of_other_masks_is_refused():
     family = FAMILIES["llama"]
     model, inputs = adapted(family.build(dtype=torch.float32)), family.inputs()
-    model.base_model.model.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="LlamaAttention uses the attention implementation 'flex_attention'"):
+    use(model, "paged|sdpa")
+    with pytest.raises(ValueError, match=r"LlamaAttention uses the attention implementation 'paged\|sdpa'"):
         model(**inputs)
 
 
@@ -202,17 +251,18 @@ def test_model_that_does_not_route_is_refused(model_type):
 @pytest.mark.parametrize(
     ("implementation", "options", "message"),
     [
-        ("flex_attention", {}, "flex_attention"),
+        ("paged|sdpa", {}, r"paged\|sdpa"),
         ("sdpa", {"target_modules": ["q_proj"]}, "does not route"),
         ("sdpa", {"target_modules": ["self_attn", "mlp"]}, "does not route"),
         ("sdpa", {"target_modules": ["attention"]}, "not found"),
         ("sdpa", {"target_modules": r".*\.nothing"}, "not found"),
         ("sdpa", {"layers_to_transform": [7]}, "not found"),
     ],
-    ids=["flex attention", "projection", "mlp", "no such module", "regex without match", "no such layer"],
+    ids=["paged attention", "projection", "mlp", "no such module", "regex without match", "no such layer"],
 )
 def test_targets_that_are_refused(implementation, options, message):
-    base = FAMILIES["llama"].build(implementation)
+    base = FAMILIES["llama"].build()
+    use(base, implementation)
     keys = list(base.state_dict())
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, NTKAttentionConfig(**options))
@@ -254,6 +304,17 @@ def test_generation_with_cache_against_without(name, options, padded):
     expected = generate(model, inputs, use_cache=False, **without)
     assert torch.equal(generate(model, inputs, **options), expected)
     assert not torch.equal(expected, frozen)
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "unpadded"])
+def test_generation_with_other_masks(name, implementation, padded, monkeypatch):
+    model, inputs = adapted(FAMILIES[name].build(), task_type="CAUSAL_LM"), FAMILIES[name].inputs(padded=padded)
+    expected = generate(model, inputs)
+    monkeypatch.setattr(masking_utils, "create_block_mask", partial(uncompiled, masking_utils.create_block_mask))
+    use(model, implementation)
+    assert torch.equal(generate(model, inputs), expected)
 
 
 @generating

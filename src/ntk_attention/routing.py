@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .masks import IMPLEMENTATIONS, visible_tokens
 from .operation import attend, autocast_inputs, check_state_fits, context_block, prefix_blocks
 
 CHILD = "ntk_states"  # name of the NTKAttentionLayer in its attention module
 ROUTE = "ntk_attention"  # name of our function in the attention interface
-BASE_IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def check_implementation(module: nn.Module, name: str) -> str:
     layer = getattr(module, CHILD, None)
     config: Any = module.config if layer is None else layer.base_config
     implementation = config._attn_implementation
-    if implementation not in BASE_IMPLEMENTATIONS:
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"{name} uses the attention implementation {implementation!r}; NTK-Attention takes the place of one of "
-            f"{BASE_IMPLEMENTATIONS}: load the model with attn_implementation='sdpa'"
+            f"{IMPLEMENTATIONS}: load the model with attn_implementation='sdpa'"
         )
     return implementation
 
@@ -187,50 +187,6 @@ def ntk_attention_forward(
         else:
             out = context.out
     return out.transpose(1, 2).contiguous(), None
-
-
-def visible_tokens(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    implementation: str,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """Key, value, one mask (bool or additive) and is_causal, by the rules of the base implementation.
-
-    sdpa leaves the mask out where causality alone says it all, eager never does. An empty static cache has more keys
-    than queries in the first pass, which is_causal (aligned top-left) cuts off.
-    """
-    L, S = query.shape[2], key.shape[2]
-    if attention_mask is not None and attention_mask.dim() != 4:
-        raise ValueError(
-            f"{type(module).__name__} passed a mask of shape {list(attention_mask.shape)}: NTK-Attention reads the "
-            "4-dimensional masks of 'sdpa' and 'eager'"
-        )
-    if attention_mask is not None and attention_mask.shape[-1] > S:
-        attention_mask = attention_mask[..., :S]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = implementation == "sdpa" and L > 1 and attention_mask is None and causal
-    if causal and S > L:
-        key, value = key[:, :, :L], value[:, :, :L]
-        position_bias = None if position_bias is None else position_bias[..., :L]
-    if position_bias is None:
-        return key, value, attention_mask, causal
-    # T5: a bias on the logits, merged with the mask
-    lowest = torch.finfo(position_bias.dtype).min
-    if causal:
-        attention_mask = torch.ones(L, key.shape[2], dtype=torch.bool, device=key.device).tril()
-    if attention_mask is None:
-        mask = position_bias
-    elif attention_mask.dtype == torch.bool:
-        mask = torch.where(attention_mask, position_bias, lowest)
-    else:
-        mask = position_bias + attention_mask
-    return key, value, mask, False
 
 
 # At import, since a model that was pickled is never attached again.
