@@ -20,6 +20,7 @@ from ntk_attention.run_folder import CHECKPOINTS, RECORD
 from .tiny import save_letters
 
 FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+OFFLOAD = [*FSDP2, "--fsdp_offload_params", "true"]
 ZERO3 = ["--use_deepspeed", "--zero_stage", "3"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--num_processes", "2", "--main_process_port", "0"]
@@ -53,7 +54,9 @@ def alone(model_folder, data, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("kind", [["--multi_gpu"], FSDP2, ZERO3], ids=["DDP", "FSDP2", "ZeRO-3"])
+@pytest.mark.parametrize(
+    "kind", [["--multi_gpu"], FSDP2, OFFLOAD, ZERO3], ids=["DDP", "FSDP2", "FSDP2 on the CPU", "ZeRO-3"]
+)
 def test_two_processes_against_one(kind, alone, model_folder, data, tmp_path):
     if kind == ZERO3 and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import IGNORED, Item, Row, collate, is_correct, render_prompt
 from .observation import evaluating
+from .sharding import device_of
 
 MAX_NEW_TOKENS = 48
 BATCH_SIZE = 32
@@ -22,12 +23,13 @@ Progress = Callable[[int], None]  # called with the number of items done since t
 def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, batch_size: int = BATCH_SIZE) -> float:
     """Cross-entropy in nats, averaged over all tokens that count."""
     total, count = 0.0, 0
+    device = device_of(model)
     with evaluating(model):
         for i in range(0, len(rows), batch_size):
             batch = collate(rows[i : i + batch_size], pad_token_id)
             n = int((batch["labels"][:, 1:] != IGNORED).sum())
             if n:
-                total += n * model(**{k: v.to(model.device) for k, v in batch.items()}).loss.item()
+                total += n * model(**{k: v.to(device) for k, v in batch.items()}).loss.item()
                 count += n
     if count == 0:
         raise ValueError("the items have no token that counts: a loss needs at least two tokens")
@@ -75,12 +77,12 @@ def answers(
     batch_size: int = BATCH_SIZE,
 ) -> list[str]:
     """What the model writes after each prompt, greedily."""
-    texts = []
+    texts, device = [], device_of(model)
     with evaluating(model):
         for i in range(0, len(prompts), batch_size):
             part = [render_prompt(prompt, tokenizer) for prompt in prompts[i : i + batch_size]]
             batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-            batch = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask")}
+            batch = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
             out = model.generate(
                 **batch,
                 max_new_tokens=max_new_tokens,

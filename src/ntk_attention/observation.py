@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .layer import NTKAttentionLayer
 from .operation import Block
 from .sdpa import HIDDEN
+from .sharding import device_of
 
 # query [B, H, L, d], block of the real tokens, block of the prefix or None, factor of phi's input, and which rows
 # [B, L] count
@@ -45,7 +46,7 @@ def observe(
 
     Rows of padding do not count: those whose `attention_mask` is 0, and those that see no token.
     """
-    device = next(p.device for p in model.parameters() if not p.is_meta)  # meta: offloaded
+    device = device_of(model)
     with evaluating(model), torch.no_grad():
         for batch in batches:
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -85,3 +86,11 @@ def whole(x: Tensor) -> Tensor:
 
 def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: FSDP2 and accelerate may keep its parameters elsewhere."""
+    parameter = next(p for p in model.parameters() if not p.is_meta)  # meta: offloaded to a disk
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
