@@ -19,7 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.calibration import SHARE
+from ntk_attention.calibration import SHARE, with_random_inputs
 from ntk_attention.layer import LOG_OF_NOTHING, PrefixAdapter
 from ntk_attention.observation import adapted_layers, evaluating
 
@@ -75,7 +75,7 @@ def ntk(
     *,
     source: str = "train",
     share: float = SHARE,
-    random_inputs: bool = True,
+    others: str = "own",
     **options: Any,
 ) -> nn.Module:
     """As the library makes it: attached and calibrated."""
@@ -84,7 +84,9 @@ def ntk(
         count = len(budgets.geometries(model))
         options["layers_to_transform"] = [i for i in range(count) if layers(i, count)]
     model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task), **options))
-    calibrate(model, batches_from(context, source), share=share, random_inputs=random_inputs)
+    batches = batches_from(context, source)
+    seen = {"own": True, "none": False, "random": with_random_inputs(model, batches)}[others]
+    calibrate(model, batches, share=share, others=seen)
     return model
 
 
@@ -265,7 +267,7 @@ METHODS: dict[str, Method] = {
         only=has_groups,
     ),
     "data-alone": Method(
-        "NTK-Attention, calibrated on training data alone", "ntk", 3, partial(ntk, random_inputs=False), NTK_RATES
+        "NTK-Attention, calibrated on training data alone", "ntk", 3, partial(ntk, others="none"), NTK_RATES
     ),
     **{f"prefix-{m}": Method(f"prefix, m = {m}", "prefix", 3, partial(prefix, m=m), PREFIX_RATES) for m in LENGTHS},
     **{f"ntk-rank-{s}": Method(f"NTK-Attention, rank {s}", "ntk", 3, partial(ntk, rank=s), NTK_RATES) for s in RANKS},
@@ -296,6 +298,10 @@ METHODS: dict[str, Method] = {
     "layers-lower": ablation("the lower half of the layers", "layers", layers=lambda i, count: i < count // 2),
     "data-unrelated": ablation("calibrated on unrelated data", "calibration data", source="unrelated"),
     "data-noise": ablation("calibrated on random inputs", "calibration data", source="noise"),
+    "others-random": ablation(
+        "coordinates see random tokens beside the task", "calibration data", others="random",
+        only=lambda task: not task.has_head,  # elsewhere they are the default
+    ),
     "share-5": ablation("prefix holds 5 % at the start", "share", share=0.05),
     "share-15": ablation("prefix holds 15 % at the start", "share", share=0.15),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.calibration import whitening, with_random_inputs
+from ntk_attention.calibration import OWN_LENGTH, OWN_ROWS, other_inputs, whitening, with_random_inputs
 from ntk_attention.layer import NTKAttentionLayer
 from ntk_attention.observation import adapted_layers, prefix_shares
 
@@ -57,9 +57,9 @@ OPTIONS = {
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 
 
-def calibrated(base=None, batches=(INPUTS,), share=SHARE, random_inputs=False, **options):
+def calibrated(base=None, batches=(INPUTS,), share=SHARE, others=False, **options):
     model = adapted(base, **{"init_weights": True, **options})
-    calibrate(model, batches, share=share, random_inputs=random_inputs)
+    calibrate(model, batches, share=share, others=others)
     return model
 
 
@@ -336,8 +336,31 @@ def test_random_inputs_stand_beside_text():
     assert with_random_inputs(model, [{**picture, "input_ids": INPUTS["input_ids"]}]) == []
 
 
-def test_random_inputs_widen_what_is_whitened(trained):
-    narrow, wide = (calibrated(copy.deepcopy(trained), [repeats(0)], random_inputs=kind) for kind in (False, True))
+def test_a_language_model_writes_the_other_inputs():
+    model = adapted()
+    state = torch.random.get_rng_state()
+    (found,) = other_inputs(model, [INPUTS])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    ids = found["input_ids"]
+    assert ids.shape == (OWN_ROWS, min(OWN_LENGTH, model.config.max_position_embeddings))
+    assert set(ids[:, 0].tolist()) == {model.config.bos_token_id}
+    assert len({tuple(row) for row in ids.tolist()}) == OWN_ROWS
+    with model.disable_adapter(), torch.no_grad():  # likely under the model itself, unlike tokens drawn at random
+        own, drawn = (
+            model(input_ids=x, labels=x).loss for x in (ids, torch.randint_like(ids, model.config.vocab_size))
+        )
+    assert own < drawn
+    assert torch.equal(other_inputs(model, [INPUTS])[0]["input_ids"], ids)
+    encoder = get_peft_model(FAMILIES["bert"].build(), NTKAttentionConfig())
+    inputs = FAMILIES["bert"].inputs()
+    (found,) = other_inputs(encoder, [inputs])
+    assert found["input_ids"].shape == inputs["input_ids"].shape
+
+
+def test_other_inputs_widen_what_is_whitened(trained):
+    base = copy.deepcopy(trained)
+    base.config.bos_token_id = base.config.eos_token_id = None  # it would write what it has learned
+    narrow, wide = (calibrated(copy.deepcopy(base), [repeats(0)], others=kind) for kind in (False, True))
     ratios = []
     for first, second in zip(adapters(narrow), adapters(wide), strict=True):
         moments = [x.coordinates[:, :-1, :-1].square().sum() for x in (first, second)]

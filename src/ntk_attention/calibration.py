@@ -8,7 +8,7 @@ others. Passes of a few batches through the frozen model measure, per head,
    attention on average;
 2. the moments of g(q) = d out / d Z = phi(q) e^{b - lse}, which say how an output answers to a change of Z. They give
    - coordinates in which the features are centred on the constant one and white, in units of the head's output; these
-     moments see random inputs too, since what a task's queries rarely do other inputs do often;
+     moments see other inputs too, since what a task's queries rarely do other inputs do often;
    - the prefix's value at the start: the head's mean output, of all fixed values the one that changes outputs least.
 
 All of it is a change of coordinates and a start: saved files hold plain Z, k and b.
@@ -23,9 +23,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from .evaluation import samples
 from .layer import NTKAttentionLayer, PrefixAdapter
 from .observation import adapted_layers, observe
 from .operation import Block
@@ -38,6 +40,7 @@ EIGENVALUE_FLOOR = 1e-3  # of the whitening, relative to the largest: below it f
 # 1 / share, with this factor: both move the output alike, whatever the share.
 LOG_K_STEP = 0.15
 MAX_BYTES = 8 * 2**30
+OWN_ROWS, OWN_LENGTH = 32, 128  # tokens of the text that a model writes itself
 SIGNALS = ("pixel_values", "input_features", "input_values")  # pictures and sound
 
 
@@ -47,7 +50,7 @@ def calibrate(
     *,
     adapter_name: str = "default",
     share: float = SHARE,
-    random_inputs: bool = True,
+    others: bool | Iterable[Mapping[str, Any]] = True,
 ) -> None:
     """Start an adapter near the frozen model, in coordinates that train well.
 
@@ -60,10 +63,10 @@ def calibrate(
         adapter_name: which adapter.
         share: of every head's attention that the prefix holds at the start; the smaller, the closer to the frozen
             model.
-        random_inputs: let the coordinates see the batches a second time with other `input_ids`, drawn from the whole
-            vocabulary, or, for pictures and sound, with noise of the same mean and deviation; not where there is more
-            than one kind. Task data may hold queries of few kinds. What these rarely do would weigh much in their
-            coordinates, and training would spoil the model for all else.
+        others: batches of other inputs, which the coordinates see too. The data of a task may hold queries of few
+            kinds; what these rarely do would weigh much in their coordinates, and training would spoil the model for
+            all else. By default text that the model writes itself where it writes text, else random tokens, or noise
+            for pictures and sound; nothing where inputs are of several kinds, or with False.
 
     Raises:
         ValueError: without such an adapter, without its constant feature, with an empty `batches`, with batches that
@@ -78,12 +81,12 @@ def calibrate(
     batches = list(batches)
     if not batches:
         raise ValueError("calibrate got no batches: a few batches of training data are expected")
-    others = with_random_inputs(model, batches) if random_inputs else []
 
     statistics = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
     with ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.resting())
+        unlike = other_inputs(model, batches) if others is True else list(others or ())
         observe(model, layers, batches, {name: s.observe_scale for name, s in statistics.items()})
         for name, s in statistics.items():
             s.set_scale(share, name)
@@ -91,9 +94,42 @@ def calibrate(
         observe(model, layers, batches, moments)
         for s in statistics.values():
             s.set_value()
-        observe(model, layers, others, moments)
-    for s in statistics.values():
-        s.set_coordinates_and_start(LOG_K_STEP / share)
+        found = [{name: s.take_moments() for name, s in statistics.items()}]
+        if unlike:
+            observe(model, layers, unlike, moments)
+            found.append({name: s.take_moments() for name, s in statistics.items()})
+    for name, s in statistics.items():  # the task and the rest count alike
+        s.set_coordinates_and_start(torch.stack([kind[name] for kind in found]).mean(dim=0), LOG_K_STEP / share)
+
+
+def other_inputs(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What the model might see apart from these batches: text that it writes itself, random tokens, noise."""
+    start = start_token(model)
+    if start is not None and all("input_ids" in batch and not signals_of(batch) for batch in batches):
+        base = base_of(model)
+        longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or OWN_LENGTH
+        length = min(OWN_LENGTH, longest)
+        return [{"input_ids": samples(base, torch.full((OWN_ROWS, 1), start), length, seed=0)}]
+    return with_random_inputs(model, batches)
+
+
+def base_of(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def start_token(model: Any) -> int | None:
+    """What a text begins with, if the model writes texts and has such a token."""
+    base = base_of(model)
+    if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
+        return None
+    text = base.config.get_text_config()
+    named = [getattr(text, name, None) for name in ("bos_token_id", "eos_token_id")]
+    tokens = [token for value in named for token in (value if isinstance(value, list) else [value])]
+    return next((token for token in tokens if token is not None and token < text.vocab_size), None)
+
+
+def signals_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: x for name, x in batch.items() if name in SIGNALS}
 
 
 def with_random_inputs(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -105,7 +141,7 @@ def with_random_inputs(model: Any, batches: list[Mapping[str, Any]]) -> list[Map
     special = torch.tensor(special_tokens(config) + special_tokens(text), dtype=torch.long)
     found: list[Mapping[str, Any]] = []
     for batch in batches:
-        signals = {name: x for name, x in batch.items() if name in SIGNALS}
+        signals = signals_of(batch)
         if "input_ids" in batch and not signals and size is not None:
             ids = batch["input_ids"].cpu()
             drawn = torch.randint(size, ids.shape, generator=generator)
@@ -201,11 +237,17 @@ class HeadStatistics:
         self.value = self.wanted / self.gram[:, -1, -1, None]
         self.output_rms = (self.sum_square / self.gram_rows).sqrt()[:, None, None]
 
+    def take_moments(self) -> Tensor:
+        """Mean of g g^T over the rows since the last call."""
+        moments = self.gram / self.gram_rows
+        self.gram, self.gram_rows = torch.zeros_like(self.gram), 0
+        return moments
+
     @torch.no_grad()
-    def set_coordinates_and_start(self, log_k_unit: float) -> None:
+    def set_coordinates_and_start(self, moments: Tensor, log_k_unit: float) -> None:
         adapter, value = self.adapter, self.value
-        adapter.set_coordinates(whitening(self.gram / self.gram_rows) * self.output_rms, log_k_unit)
-        Z = torch.zeros_like(self.gram[..., :1]).expand(-1, -1, value.shape[-1]).clone()
+        adapter.set_coordinates(whitening(moments) * self.output_rms, log_k_unit)
+        Z = torch.zeros_like(moments[..., :1]).expand(-1, -1, value.shape[-1]).clone()
         Z[:, -1] = value
         if adapter.leading == "Z_A":  # the first direction holds the start, the others are free to train
             H, r, rank = adapter.Z_A.shape

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .evaluation import samples
 from .exact import LayerPrefix, exact_prefix
-from .observation import adapted_layers, evaluating
+from .observation import adapted_layers
 
 if TYPE_CHECKING:
     from .training import Reporter
@@ -76,7 +77,7 @@ def study(
     for i, size in enumerate(sizes):
         if source == "samples" or (source == "both" and i % 2):
             opener = openers[len(batches) % len(openers)]
-            ids = samples(model, tokenizer, prefix, document, size, length, opener, generator)
+            ids = continuations(model, tokenizer, prefix, document, size, length, opener, generator)
         else:
             ids = pieces(document, size, length, generator)
         batches.append({"input_ids": ids.to(device)})
@@ -92,8 +93,7 @@ def pieces(document: Tensor, rows: int, length: int, generator: torch.Generator)
     return torch.stack([document[start : start + length].cpu() for start in starts])
 
 
-@torch.no_grad()
-def samples(
+def continuations(
     model: Any,
     tokenizer: Any,
     prefix: Mapping[str, LayerPrefix],
@@ -103,7 +103,7 @@ def samples(
     opener: str,
     generator: torch.Generator,
 ) -> Tensor:
-    """Continuations [rows, length] at temperature 1 of one opener, written by the model that sees the document."""
+    """Continuations [rows, length] of one opener, written by the model that sees the document."""
     layers = adapted_layers(model)
 
     def tokens(text: str) -> Tensor:
@@ -112,22 +112,6 @@ def samples(
 
     before, braces, after = opener.partition("{}")
     parts = [tokens(before), *([pieces(document, rows, PIECE, generator)] if braces else []), tokens(after)]
-    start = torch.cat(parts, dim=1).to(next(model.parameters()).device)
-    state = torch.random.get_rng_state()
-    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-    try:
-        with evaluating(model), exact_prefix(layers, prefix, resting=layers):
-            return model.generate(
-                input_ids=start,
-                attention_mask=torch.ones_like(start),
-                max_new_tokens=max(length - start.shape[1], 1),
-                min_new_tokens=max(length - start.shape[1], 1),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                repetition_penalty=1.0,
-                pad_token_id=tokenizer.pad_token_id,
-            ).cpu()
-    finally:
-        torch.random.set_rng_state(state)
+    seed = int(torch.randint(2**31, (), generator=generator))
+    with exact_prefix(layers, prefix, resting=layers):
+        return samples(model, torch.cat(parts, dim=1), length, seed).cpu()
