@@ -3,9 +3,7 @@
 import json
 import math
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +18,6 @@ from experiments.classification import classifier_of
 from experiments.methods import METHODS, Context
 from experiments.plan import best_rate, neighbour, next_cells, pairs
 from experiments.runner import Worker
-from experiments.steps import MadeThere, RecordedTraining, Training
 from experiments.tasks import registry
 from experiments.train import Cell, packed, thinned, trainable, training_order, unpacked
 from recording import read
@@ -230,18 +227,6 @@ def test_plan(tasks):
     assert best_rate(task, [{"learning_rate": 1e-3, "seed": 0, "error": "all diverged"}]) is None
     assert [neighbour(rate, True) for rate in (1e-5, 3e-4, 0.01, 0.3)] == [3e-5, 1e-3, 0.03, 1.0]
     assert [neighbour(rate, False) for rate in (1e-5, 3e-4, 1.0)] == [3e-6, 1e-4, 0.3]
-
-
-def test_numbers_become_tensors_on_the_device():
-    """What a CUDA graph cannot hold is a copy from the CPU; "meta" stands for the GPU."""
-    with torch.device("meta"), MadeThere():
-        made = [torch.tensor(x) for x in (True, 3, 0.5)] + [torch.tensor(7, dtype=torch.int32)]
-    assert {x.device.type for x in made} == {"meta"}
-    expected = [torch.tensor(x) for x in (True, 3, 0.5, [1.0, 2.0])]
-    with MadeThere():
-        for x in expected:
-            torch.testing.assert_close(torch.tensor(x.tolist()), x)
-        assert torch.tensor(7, dtype=torch.int32).dtype == torch.int32
 
 
 def test_the_most_informative_come_first():
@@ -485,29 +470,3 @@ def test_boxed_answers():
     assert recipes.boxed("no box ") == "no box"
     assert recipes.same_answer("x\n#### \\frac{1}{2}", "#### \\frac{1} {2}")
     assert not recipes.same_answer("#### 2", "#### \\frac{1}{2}")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_recorded_steps_are_ordinary_steps():
-    def train(kind):
-        torch.manual_seed(0)
-        model = Regression().cuda()
-        groups = [{"params": [model.linear.weight], "lr": 1e-2}, {"params": [model.linear.bias], "lr": 1e-3}]
-        training = kind(model, groups, 12, nullcontext)
-        generator = torch.Generator().manual_seed(1)
-        batches = [{"x": torch.randn(4 + step % 2, 8, generator=generator)} for step in range(12)]
-        return [training.step(batch).item() for batch in batches], model.linear.weight
-
-    (losses, weight), (expected_losses, expected) = (train(kind) for kind in (RecordedTraining, Training))
-    assert losses == pytest.approx(expected_losses, rel=1e-5)
-    torch.testing.assert_close(weight, expected)
-
-
-class Regression(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(8, 1)
-
-    def forward(self, x):
-        error = self.linear(x) - torch.tensor(1.5).to(x.device) * x.sum(dim=1, keepdim=True)
-        return SimpleNamespace(loss=error.square().mean())
