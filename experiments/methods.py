@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
@@ -75,7 +75,7 @@ def ntk(
     *,
     source: str = "train",
     share: float = SHARE,
-    others: str = "own",
+    others: Literal["own", "random", "none"] = "own",
     **options: Any,
 ) -> nn.Module:
     """As the library makes it: attached and calibrated."""
@@ -85,7 +85,7 @@ def ntk(
         options["layers_to_transform"] = [i for i in range(count) if layers(i, count)]
     model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task), **options))
     batches = batches_from(context, source)
-    seen = {"own": True, "none": False, "random": with_random_inputs(model, batches)}[others]
+    seen = with_random_inputs(model, batches) if others == "random" else others == "own"
     calibrate(model, batches, share=share, others=seen)
     return model
 

@@ -122,9 +122,10 @@ class RecordedTraining(Training):
 
 
 class MadeThere(TorchFunctionMode):
-    """With `torch.device`: no tensor comes from the CPU, which a graph cannot hold. Numbers do, unless they fill one.
+    """With `torch.device`: every new tensor is made on the device, since a graph cannot hold a copy from the CPU.
 
-    peft's mask of a prefix and transformers' cache of a sliding window would.
+    peft's mask of a prefix needs the device; transformers' cache of a sliding window makes a tensor of a number, which
+    `torch.tensor` copies from the CPU even so.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

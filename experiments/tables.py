@@ -79,7 +79,7 @@ def verdict(results: Results) -> str:
     unfinished = []
     for name, own in results.items():
         ours = own.get(OURS)
-        if ours is None or not ours.complete:
+        if ours is None or ours.mean is None or not ours.complete:
             unfinished.append(name)
             continue
         if lora := finished_best(own, LORA):
