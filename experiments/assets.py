@@ -171,8 +171,10 @@ def perl(into: Path) -> None:
 
 
 def python_docs(into: Path) -> None:
-    files = sorted((deb("python3.11-doc", into) / "usr/share/doc/python3.11/html/_sources").rglob("*.txt"))
-    found = passages((str(f), f.read_text("utf-8", "replace")) for f in files)
+    source = deb("python3.11-doc", into) / "usr/share/doc/python3.11/html/_sources"
+    # Named from there: the folder above has another name each time, and the split is by name.
+    files = ((str(f.relative_to(source)), f) for f in sorted(source.rglob("*.txt")))
+    found = passages((name, f.read_text("utf-8", "replace")) for name, f in files)
     write_splits("python-docs", {"validation": found["validation"]})
 
 

@@ -107,7 +107,7 @@ def batches_from(context: Context, source: str) -> list[Batch]:
 
 def ntk_published(model: nn.Module, context: Context) -> nn.Module:
     """Z = 0 and |k| = 0, plain coordinates, phi = elu + 1 without a constant feature."""
-    options = {"init_weights": "published", "constant_feature": False}
+    options = {"init_weights": "published", "constant_feature": False, **ATTENTION_ALONE}
     return get_peft_model(model, NTKAttentionConfig(**peft_options(context.task), **options))
 
 
@@ -125,9 +125,10 @@ def ntk_scale_only(model: nn.Module, context: Context) -> nn.Module:
     """Calibrated b, share and value of the prefix, but plain coordinates."""
     model = ntk(model, context)
     for adapter in adapters(model):
-        Z, log_k = adapter.plain_Z(), adapter.log_k_unit * adapter.log_k
-        adapter.coordinates, adapter.log_k_unit = None, 1.0
-        adapter.set_plain(Z, log_k)
+        for part in [part for part in (adapter, adapter.feed_forward) if part is not None]:
+            leading, scaled = part.plain_leading(), part.plain_scaled()
+            part.set_coordinates(None, 1.0)
+            part.set_plain(leading, scaled)
     return model
 
 
@@ -137,8 +138,7 @@ def ntk_whitening_only(model: nn.Module, context: Context) -> nn.Module:
     model = ntk(model, context)
     for adapter in adapters(model):
         adapter.log_scale.zero_()
-        neutral = torch.full_like(adapter.log_k, -math.log(adapter.log_k.shape[1]))
-        adapter.set_plain(torch.zeros_like(getattr(adapter, adapter.leading)), neutral)
+        without_value(adapter, -math.log(adapter.log_k.shape[1]))
     return model
 
 
@@ -147,10 +147,15 @@ def ntk_without_normaliser(model: nn.Module, context: Context) -> nn.Module:
     """Calibrated coordinates and b; k weighs nothing and does not train: the prefix only adds to the numerator."""
     model = ntk(model, context)
     for adapter in adapters(model):
-        nothing = torch.full_like(adapter.log_k, LOG_OF_NOTHING)
-        adapter.set_plain(torch.zeros_like(getattr(adapter, adapter.leading)), nothing)
+        without_value(adapter, LOG_OF_NOTHING)
         adapter.log_k.requires_grad_(False)
     return model
+
+
+def without_value(adapter: PrefixAdapter, log_k: float) -> None:
+    """A prefix of value zero; what multiplies the zeros is left as calibration has made it."""
+    (adapter.Z if adapter.leading == "Z" else adapter.Z_B).zero_()
+    adapter.log_k.fill_(log_k / adapter.unit)
 
 
 # --- the others ---
@@ -224,6 +229,7 @@ def head_only(model: nn.Module, context: Context) -> nn.Module:
 
 # --- the registry ---
 
+ATTENTION_ALONE: dict[str, None] = {"rank": None, "feed_forward_rank": None}  # a full Z, as in the paper
 NTK_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 PREFIX_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
@@ -267,10 +273,16 @@ METHODS: dict[str, Method] = {
         only=has_groups,
     ),
     "data-alone": Method(
-        "NTK-Attention, calibrated on training data alone", "ntk", 3, partial(ntk, others="none"), NTK_RATES
+        "NTK-Attention, calibrated on training data alone", "ntk", 3,
+        partial(ntk, others="none", **ATTENTION_ALONE), NTK_RATES,
     ),
     **{f"prefix-{m}": Method(f"prefix, m = {m}", "prefix", 3, partial(prefix, m=m), PREFIX_RATES) for m in LENGTHS},
-    **{f"ntk-rank-{s}": Method(f"NTK-Attention, rank {s}", "ntk", 3, partial(ntk, rank=s), NTK_RATES) for s in RANKS},
+    **{
+        f"ntk-rank-{s}": Method(
+            f"NTK-Attention, rank {s}", "ntk", 3, partial(ntk, rank=s, feed_forward_rank=None), NTK_RATES
+        )
+        for s in RANKS
+    },
     **{
         f"lora-attention-{s}": Method(
             f"LoRA, attention, size of rank {s}", "lora", 3,
@@ -278,6 +290,7 @@ METHODS: dict[str, Method] = {
         )
         for s in RANKS
     },
+    "attention-alone": ablation("attention alone, full Z", "feed-forward blocks", **ATTENTION_ALONE),
     "start-neutral": ablation("neutral start, not calibrated", "start", ntk_neutral),
     "start-scale": ablation("scale only", "start", ntk_scale_only),
     "start-whitening": ablation("whitening only", "start", ntk_whitening_only),
@@ -299,7 +312,7 @@ METHODS: dict[str, Method] = {
     "data-unrelated": ablation("calibrated on unrelated data", "calibration data", source="unrelated"),
     "data-noise": ablation("calibrated on random inputs", "calibration data", source="noise"),
     "others-random": ablation(
-        "coordinates see random tokens beside the task", "calibration data", others="random",
+        "coordinates see random tokens beside the task", "calibration data", others="random", **ATTENTION_ALONE,
         only=lambda task: not task.has_head,  # elsewhere they are the default
     ),
     "share-5": ablation("prefix holds 5 % at the start", "share", share=0.05),

@@ -110,14 +110,14 @@ def large(tensors):
 
 
 def infinite(tensors):
-    next(x for name, x in tensors.items() if name.endswith(".Z"))[1, 2, 3] = torch.inf
+    next(x for name, x in tensors.items() if name.endswith("ntk_states.Z_A"))[1, 2, 1] = torch.inf
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (rename, "'base_model.model.lm_head.weight' belongs to no adapter of this model"),
-        (drop, "log_k is missing .1 of 6"),
+        (drop, "log_k is missing .1 of 12"),
         (integers, "has the dtype I64, expected one of F64"),
         (large, "holds 1e.04, at most 80 is expected of a logarithm"),
         (infinite, "holds NaN or infinite values"),
@@ -148,7 +148,7 @@ def test_a_state_dict_that_does_not_fit_changes_no_tensor(tmp_path):
     model = adapted(init_weights=True)
     with pytest.raises(AdapterError, match=r"layers.1.*NaN"):
         model.load_adapter(tmp_path, "default", is_trainable=True)
-    assert not any(adapter.Z.any() for adapter in adapters(model))
+    assert not any(adapter.Z_B.any() for adapter in adapters(model))
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a.b", ""])

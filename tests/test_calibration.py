@@ -14,7 +14,7 @@ from ntk_attention.calibration import OWN_LENGTH, OWN_ROWS, other_inputs, whiten
 from ntk_attention.layer import NTKAttentionLayer
 from ntk_attention.observation import adapted_layers, prefix_shares
 
-from .families import FAMILIES, LLAMA, attention_function, naive_attention
+from .families import ATTENTION, FAMILIES, LLAMA, attention_function, naive_attention
 from .reference import relative_error
 from .tiny import INPUTS, adapted, adapters, logits, loss_of, losses_of_training, tiny, trainable
 
@@ -83,7 +83,7 @@ def test_share_of_the_attention_against_naive(name, share):
     # the mean over the tokens, per head, with every layer seeing what it sees in the frozen model
     family = FAMILIES[name]
     inputs = family.inputs()
-    model = get_peft_model(family.build(), NTKAttentionConfig()).eval()
+    model = get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION)).eval()
     calibrate(model, [inputs], share=share)
     shares = {}
     with attention_function(naive_attention(family, inputs, shares=shares, with_prefix=False)):
@@ -109,7 +109,7 @@ def of_real_tokens(calls, inputs):
 def test_prefix_shares_against_naive(name):
     family = FAMILIES[name]
     inputs, shares = family.inputs(), {}
-    model = get_peft_model(family.build(), NTKAttentionConfig(init_weights=False)).eval()
+    model = get_peft_model(family.build(), NTKAttentionConfig(init_weights=False, **ATTENTION)).eval()
     actual = prefix_shares(model, [inputs])
     with attention_function(naive_attention(family, inputs, shares=shares)):
         model(**inputs)
@@ -121,7 +121,7 @@ def test_prefix_shares_against_naive(name):
 @torch.no_grad()
 def test_start_changes_the_outputs_least():
     # of the first layer, whose inputs are those of the frozen model
-    model = calibrated()
+    model = calibrated(**ATTENTION)
     attention = model.base_model.model.model.layers[0].self_attn
     outputs = []
     hook = attention.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
@@ -162,7 +162,7 @@ def test_file_holds_plain_values(options, tmp_path):
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert not any("coordinates" in name for name in tensors)
     trained = [getattr(a, a.leading) for a in adapters(model)]
-    stored = [x for name, x in sorted(tensors.items()) if name.endswith((".Z", ".Z_A"))]
+    stored = [x for name, x in sorted(tensors.items()) if name.endswith(("ntk_states.Z", "ntk_states.Z_A"))]
     assert all(not torch.allclose(a, b) for a, b in zip(trained, stored, strict=True))
     loaded = PeftModel.from_pretrained(tiny(), tmp_path)
     assert all(a.coordinates is None for a in adapters(loaded))
@@ -192,7 +192,7 @@ def test_padded_batch_against_each_item_alone(name, side):
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
     models = []
     for batches in ([inputs], [alone(inputs, item) for item in (0, 1)]):
-        models.append(get_peft_model(family.build(), NTKAttentionConfig()).eval())
+        models.append(get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION)).eval())
         calibrate(models[-1], batches, share=SHARE)
     for padded, single in zip(*map(saved, models), strict=True):
         torch.testing.assert_close(padded["log_k"], single["log_k"])
@@ -211,7 +211,7 @@ def alone(inputs, item):
 
 def test_training_after_calibration_lowers_the_loss():
     model = calibrated().train()
-    assert {name.rsplit(".", 1)[1] for name in trainable(model)} == {"Z", "log_k"}
+    assert {name.rsplit(".", 1)[1] for name in trainable(model)} == {"Z_A", "Z_B", "log_k"}
     losses = losses_of_training(model, 5, 0.03)
     assert losses[-1] < losses[0]
 
@@ -226,7 +226,7 @@ def test_training_goes_on_after_loading_into_a_model_calibrated_alike():
     whole = calibrated()
     optimizer = torch.optim.AdamW(trainable(whole).values(), lr=0.03)
     steps(whole, optimizer, 3)
-    adapter, moments = get_peft_model_state_dict(whole), copy.deepcopy(optimizer.state_dict())
+    adapter, moments = copy.deepcopy(get_peft_model_state_dict(whole)), copy.deepcopy(optimizer.state_dict())
     steps(whole, optimizer, 3)
 
     resumed = calibrated()

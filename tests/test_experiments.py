@@ -20,6 +20,9 @@ from experiments.plan import best_rate, neighbour, next_cells, pairs
 from experiments.runner import Worker
 from experiments.tasks import registry
 from experiments.train import Cell, packed, thinned, trainable, training_order, unpacked
+from ntk_attention import NTKAttentionConfig
+from ntk_attention.layer import parameter_shapes
+from ntk_attention.routing import Geometry
 from recording import read
 
 TASKS = {"chain-sum": 4, "sections-16": 4, "fashion-64": 3}  # steps
@@ -102,20 +105,40 @@ def test_every_method_runs_on_every_task(rows):
     assert ran == set(METHODS)
 
 
-def test_sizes_are_equal(rows):
-    """Every method that is compared at equal size is within 5 % of ours."""
+def test_sizes_are_equal(rows, tasks, worker):
+    """Every method that is compared at equal size is within 5 % of a full Z."""
     for task in TASKS:
+        full_z = budgets.ours(worker.base(tasks[task]).model)
         sizes = {method: row["trainable_parameters"] for (name, method), row in rows.items()
                  if name == task and "error" not in row}  # fmt: skip
         for method in ("lora-attention", "lora-all", "lora-qv", "ntk-published", "prefix-memory"):
             if method in sizes and method not in ("ntk-published", "prefix-memory"):
-                assert abs(sizes[method] / sizes["ntk"] - 1) <= budgets.TOLERANCE
+                assert abs(sizes[method] / full_z - 1) <= budgets.TOLERANCE
+        assert sizes["attention-alone"] == full_z
         for rank in (2, 8, 32):
             if f"lora-attention-{rank}" in sizes:
                 assert abs(sizes[f"lora-attention-{rank}"] / sizes[f"ntk-rank-{rank}"] - 1) <= budgets.TOLERANCE
         assert sizes["full"] > sizes["ntk"]
     assert rows["sections-16", "head"]["trainable_parameters"] == 0
     assert rows["sections-16", "head"]["head_parameters"] == 32 * 2 + 2
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(9, 3, 64, 64, 576),
+        Geometry(12, 12, 32, 32, 384),
+        Geometry(3, 3, 64, 64, 192),
+        Geometry(4, 1, 256, 256, 640),
+    ],
+    ids=["smollm2-135m", "minilm", "vit-fashion", "gemma3-270m"],
+)
+def test_the_default_is_as_large_as_a_full_z(geometry):
+    def size(**options):
+        shapes = parameter_shapes(NTKAttentionConfig(**options), geometry)
+        return sum(math.prod(shape) for name, shape in shapes.items() if name != "log_scale")
+
+    assert abs(size() / size(rank=None, feed_forward_rank=None) - 1) <= budgets.TOLERANCE
 
 
 @pytest.mark.parametrize("magnitudes", [False, True], ids=["LoRA", "DoRA"])

@@ -36,7 +36,7 @@ def prefix():
 
 def adapted(options):
     torch.manual_seed(0)
-    return get_peft_model(llama(), NTKAttentionConfig(task_type="CAUSAL_LM", **options)).eval()
+    return get_peft_model(llama(), NTKAttentionConfig(task_type="CAUSAL_LM", **options).for_given_prefix()).eval()
 
 
 @torch.no_grad()

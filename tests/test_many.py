@@ -134,7 +134,7 @@ def test_rows_change_while_a_mixed_batch_lasts():
         after = model(**inputs).logits
         assert torch.equal(after, inside)
         third = model.get_submodule("base_model.model.model.layers.1.self_attn.ntk_states.third")
-        third.Z.mul_(2)
+        third.Z_A.mul_(2)
         mixed.update("third")
         mixed.update("__base__")
         updated = model(**inputs).logits
@@ -144,7 +144,7 @@ def test_rows_change_while_a_mixed_batch_lasts():
         with pytest.raises(ValueError, match="nobody"):
             mixed.update("nobody")
     assert relative_error(updated, one_by_one(model, inputs, others)) < 1e-12
-    third.Z.data.div_(2)
+    third.Z_A.data.div_(2)
     assert relative_error(before, one_by_one(model, inputs, ROWS)) < 1e-12
     assert relative_error(after, one_by_one(model, inputs, others)) < 1e-12
 
@@ -260,8 +260,8 @@ def test_lora_beside_it_against_lora_merged():
     assert names
     assert all("ntk_states" in name for name in names)
     for name, parameter in actual.named_parameters():  # both train together once the user says so
-        parameter.requires_grad_("lora_" in name or name.endswith((".Z", ".log_k")))
+        parameter.requires_grad_("lora_" in name or name.endswith((".Z_A", ".Z_B", ".log_k")))
     actual(**inputs, labels=inputs["input_ids"]).loss.backward()
     trained = {name: p.grad for name, p in actual.named_parameters() if p.grad is not None}
     assert any("lora_A" in name and gradient.any() for name, gradient in trained.items())
-    assert any(name.endswith(".Z") and gradient.any() for name, gradient in trained.items())
+    assert any(name.endswith(".Z_B") and gradient.any() for name, gradient in trained.items())

@@ -29,7 +29,7 @@ from ntk_attention import NTKAttentionConfig
 from ntk_attention.adapter_folder import AdapterError
 from ntk_attention.observation import adapted_layers
 
-from .families import BERT, FAMILIES, LLAMA
+from .families import ATTENTION, BERT, FAMILIES, LLAMA
 from .reference import relative_error
 from .tiny import INPUTS, TINY, adapted, adapters, logits, loss_of, tiny, trainable
 
@@ -175,12 +175,13 @@ def test_saved_folder(tmp_path):
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".md") == ["adapter_config.json", FILE]
     tensors = load_file(tmp_path / FILE)
-    assert len(tensors) == 2 * 3
-    assert sum(name.endswith(".Z") for name in tensors) == 2
-    assert torch.equal(tensors["base_model.model.model.layers.1.self_attn.ntk_states.Z"], adapters(model)[1].Z)
+    assert len(tensors) == 2 * 6
+    inside, second = "base_model.model.model.layers.1.self_attn.ntk_states", adapters(model)[1]
+    assert torch.equal(tensors[f"{inside}.Z_A"], second.Z_A)
+    assert torch.equal(tensors[f"{inside}.feed_forward.Z_B"], second.feed_forward.Z_B)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "NTK_ATTENTION"
-    assert config["geometry"] == {"num_modules": 2, "sizes": [[4, 2, 8, 8]]}
+    assert config["geometry"] == {"num_modules": 2, "sizes": [[4, 2, 8, 8, 32]]}
 
 
 def classifier():
@@ -264,7 +265,7 @@ def truncate(folder):
 
 def poison(folder):
     tensors = load_file(folder / FILE)
-    next(t for name, t in tensors.items() if name.endswith("Z"))[0, 0, 0] = torch.nan
+    next(t for name, t in tensors.items() if name.endswith("ntk_states.Z_A"))[0, 0, 0] = torch.nan
     save_file(tensors, folder / FILE)
 
 
@@ -295,9 +296,9 @@ def test_missing_folder_is_refused(tmp_path):
         PeftModel.from_pretrained(tiny(), tmp_path / "nothing")
 
 
-def two_adapters():
-    model = adapted(adapter_name="first")
-    model.add_adapter("second", NTKAttentionConfig(init_weights=False, task_type="CAUSAL_LM"))
+def two_adapters(**options):
+    model = adapted(adapter_name="first", **options)
+    model.add_adapter("second", NTKAttentionConfig(init_weights=False, task_type="CAUSAL_LM", **options))
     return model
 
 
@@ -313,11 +314,11 @@ def test_switching_between_adapters():
 
 
 def test_two_active_adapters_against_the_sum_of_their_states():
-    model = two_adapters()
+    model = two_adapters(**ATTENTION)
     model.base_model.set_adapter(["first", "second"])
     actual = logits(model)
     assert {name.split(".")[-2] for name in trainable(model)} == {"first", "second"}
-    total = adapted()
+    total = adapted(**ATTENTION)
     with torch.no_grad():
         for sum_, a, b in zip(adapters(total), adapters(model, "first"), adapters(model, "second"), strict=True):
             sum_.Z.copy_(a.Z + b.Z)
@@ -407,7 +408,7 @@ def test_copy_of_an_adapted_model_is_independent(copied):
     assert torch.equal(logits(other), expected)
     with torch.no_grad():
         for adapter in adapters(other):
-            adapter.Z.add_(1.0)
+            adapter.Z_A.add_(1.0)
     assert torch.equal(logits(model), expected)
     assert not torch.equal(logits(other), expected)
     assert torch.equal(logits(other.unload()), logits(tiny()))
@@ -431,8 +432,9 @@ def test_status_and_parameter_counts():
     assert status.enabled is True
     assert status.active_adapters == ["default"]
     assert status.num_adapter_layers == 2
-    r = 8 + 1
-    assert model.get_nb_trainable_parameters()[0] == 2 * 4 * (r * 8 + r)
+    heads, d, r, rank, D = 4, 8, 8 + 1, 8 // 4, 32
+    in_attention = heads * (r * rank + rank * d + r)
+    assert model.get_nb_trainable_parameters()[0] == 2 * (in_attention + 2 * D * rank)
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])

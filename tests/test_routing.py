@@ -11,7 +11,7 @@ from ntk_attention import NTKAttentionConfig
 from ntk_attention.layer import NTKAttentionLayer
 from ntk_attention.routing import ROUTE, routes
 
-from .families import FAMILIES, REFUSED, TARGET, attention_function, naive_attention
+from .families import ATTENTION, FAMILIES, REFUSED, TARGET, attention_function, naive_attention
 from .reference import relative_error
 
 # Norms and rotary embeddings of many families run in float32, also in a float64 model.
@@ -26,7 +26,7 @@ def cases(fits=lambda family: True):
 
 def adapted(base, **options):
     torch.manual_seed(2)
-    return get_peft_model(base, NTKAttentionConfig(**{"init_weights": False, **options})).eval()
+    return get_peft_model(base, NTKAttentionConfig(**{"init_weights": False, **ATTENTION, **options})).eval()
 
 
 @cases()
@@ -146,18 +146,21 @@ def test_life_cycle(name, tmp_path):
     with torch.no_grad():
         frozen = family.run(base, inputs)
     torch.manual_seed(2)
-    model = get_peft_model(base, NTKAttentionConfig())
+    model = get_peft_model(base, NTKAttentionConfig(rank=None))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n.rsplit(".", 1)[1] for n in trainable} == {"Z", "log_k"}
-    assert len(trainable) == 2 * sum(routes(m) for m in base.modules())
+    assert {n.rsplit(".", 1)[1] for n in trainable} == {"Z", "log_k", "Z_A", "Z_B"}
+    num_blocks = sum("feed_forward.Z_A" in n for n in trainable)
+    assert num_blocks >= 1
+    assert len(trainable) == 2 * sum(routes(m) for m in base.modules()) + 2 * num_blocks
 
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     loss = family.run(model, inputs).square().mean()
     loss.backward()
     assert torch.isfinite(loss)
-    assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if n in trainable)
+    moved = {n for n in trainable if not n.endswith(".Z_A")}  # which has no gradient while Z_B is zero
+    assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if n in moved)
     optimizer.step()
     assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == trainable
 

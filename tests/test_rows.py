@@ -298,7 +298,7 @@ def test_a_decoding_model_swaps_adapters():
             second = logits.clone()
             for module in model.modules():
                 if isinstance(module, NTKAttentionLayer):
-                    module["third"].Z.mul_(2)
+                    module["third"].Z_A.mul_(2)
             step()
             assert torch.equal(logits, second)  # not yet
             batch.update("third")

@@ -52,8 +52,8 @@ def test_it_learns_and_says_so(run):
     assert record["test_items"] == 10
     assert record["steps"] == 20
     assert record == json.loads((folder / RECORD).read_text())
-    r = 8 + 1
-    assert record["trainable_parameters"] == 2 * 4 * (r * 8 + r)
+    heads, d, r, rank, D = 4, 8, 8 + 1, 8 // 4, 32
+    assert record["trainable_parameters"] == 2 * (heads * (r * rank + rank * d + r) + 2 * D * rank)
 
 
 def test_the_folder_is_an_ordinary_adapter(run):
@@ -63,8 +63,8 @@ def test_the_folder_is_an_ordinary_adapter(run):
     assert "checkpoints" not in names
     model = AutoPeftModelForCausalLM.from_pretrained(folder)
     saved = load_file(folder / "adapter_model.safetensors")
-    name, Z = next((n, x) for n, x in saved.items() if n.endswith(".Z"))
-    assert torch.equal(model.get_parameter(name.removesuffix(".Z") + ".default.Z"), Z)
+    name, Z = next((n, x) for n, x in saved.items() if n.endswith("ntk_states.Z_A"))
+    assert torch.equal(model.get_parameter(name.removesuffix(".Z_A") + ".default.Z_A"), Z)
 
 
 def test_an_interrupted_run_resumes_to_the_same_end(run, settings, tmp_path):
@@ -195,7 +195,9 @@ def broken_at(step, breaks, monkeypatch):
 
 def poison_state(model, _):
     with torch.no_grad():
-        next(p for n, p in model.named_parameters() if "layers.1" in n and n.endswith(".Z"))[0, 0, 0] = torch.nan
+        next(p for n, p in model.named_parameters() if "layers.1" in n and n.endswith("default.Z_A"))[0, 0, 0] = (
+            torch.nan
+        )
 
 
 def poison_gradient(model, _):

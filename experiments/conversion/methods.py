@@ -92,7 +92,7 @@ class Job:
 
     def adapt(self, **options: Any) -> Any:
         torch.manual_seed(self.seed)
-        return get_peft_model(self.base, NTKAttentionConfig(task_type="CAUSAL_LM", **options)).eval()
+        return get_peft_model(self.base, NTKAttentionConfig(task_type="CAUSAL_LM", **options).for_given_prefix()).eval()
 
     def strip(self) -> None:
         """Take away the adapter that a method has left when it failed."""

@@ -117,7 +117,7 @@ def convert(
     base: Any, prefix: list, batches: list, steps: int, rate: float, seed: int, config: dict, distils: bool = False
 ) -> Any:
     torch.manual_seed(seed)
-    model = get_peft_model(base, NTKAttentionConfig(task_type="CAUSAL_LM", **config)).eval()
+    model = get_peft_model(base, NTKAttentionConfig(task_type="CAUSAL_LM", **config).for_given_prefix()).eval()
     named = by_layer(model, prefix)
     if config.get("feature_map") == "anchored":
         anchor(model, named, batches)

@@ -11,6 +11,8 @@ others. Passes of a few batches through the frozen model measure, per head,
      moments see other inputs too, since what a task's queries rarely do other inputs do often;
    - the prefix's value at the start: the head's mean output, of all fixed values the one that changes outputs least.
 
+The feed-forward block beside gets coordinates in which its inputs are white and its output is the unit.
+
 All of it is a change of coordinates and a start: saved files hold plain Z, k and b.
 """
 
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .evaluation import samples
+from .feed_forward import FeedForwardPrefix
 from .layer import NTKAttentionLayer, PrefixAdapter
 from .observation import adapted_layers, observe
 from .operation import Block
@@ -83,6 +86,11 @@ def calibrate(
         raise ValueError("calibrate got no batches: a few batches of training data are expected")
 
     statistics = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
+    blocks = {
+        name: FeedForwardStatistics(prefix)
+        for name, layer in layers.items()
+        if (prefix := layer[adapter_name].feed_forward) is not None
+    }
     with ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.resting())
@@ -91,15 +99,19 @@ def calibrate(
         for name, s in statistics.items():
             s.set_scale(share, name)
         moments = {name: s.observe_moments for name, s in statistics.items()}
-        observe(model, layers, batches, moments)
-        for s in statistics.values():
-            s.set_value()
-        found = [{name: s.take_moments() for name, s in statistics.items()}]
-        if unlike:
-            observe(model, layers, unlike, moments)
-            found.append({name: s.take_moments() for name, s in statistics.items()})
-    for name, s in statistics.items():  # the task and the rest count alike
-        s.set_coordinates_and_start(torch.stack([kind[name] for kind in found]).mean(dim=0), LOG_K_STEP / share)
+        of_blocks = {name: s.observe for name, s in blocks.items()}
+        for kind in (batches, unlike):
+            if kind:
+                observe(model, layers, kind, moments, of_blocks)
+                for heads in statistics.values():
+                    heads.end_of_kind()
+                for block in blocks.values():
+                    block.end_of_kind()
+    generator = torch.Generator().manual_seed(0)  # every process, and every call, makes the same start
+    for heads in statistics.values():
+        heads.set_coordinates_and_start(LOG_K_STEP / share, generator)
+    for block in blocks.values():
+        block.set_coordinates_and_start(generator)
 
 
 def other_inputs(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -164,10 +176,12 @@ def check_size(layers: Mapping[str, NTKAttentionLayer], adapter_name: str = "def
     """Raise ValueError if the moments and coordinates, r x r for every head, would not fit into memory."""
     sizes = (getattr(layer[adapter_name], layer[adapter_name].leading).shape for layer in layers.values())
     size = sum(12 * H * r**2 for H, r, _ in sizes)
+    blocks = (layer[adapter_name].feed_forward for layer in layers.values())
+    size += sum(12 * len(block.Z_A) ** 2 for block in blocks if block is not None)
     if size > MAX_BYTES:
         raise ValueError(
             f"calibration would hold {size / 2**30:.0f} GiB of r x r matrices, at most {MAX_BYTES / 2**30:.0f} are "
-            "expected: take a feature map with fewer features, or fewer layers"
+            "expected: take a feature map with fewer features, fewer layers, or feed_forward_rank=None"
         )
 
 
@@ -184,7 +198,8 @@ class HeadStatistics:
         self.gram = zeros(H, r, r)  # sum of g g^T
         self.gram_rows = 0
         self.wanted: Tensor | float = 0.0  # [H, d_v], sum of g_constant * share * output
-        self.value = self.output_rms = zeros(H)  # set by set_value
+        self.moments: list[Tensor] = []  # of every kind of input, the task's first
+        self.value = self.output_rms = zeros(H)  # of the task
         self.log_k = zeros(H)  # set between the passes, the same for all features
 
     def rows(self, query: Tensor, frozen: Block, factor: float, counts: Tensor) -> tuple[Tensor, ...]:
@@ -232,32 +247,66 @@ class HeadStatistics:
         self.wanted = self.wanted + ((g[..., -1] * share)[..., None] * out).double().sum(dim=1)
         self.sum_square += out.double().square().mean(dim=2).sum(dim=1)
 
-    def set_value(self) -> None:
-        """The prefix's value at the start [H, d_v]: of all fixed ones, the least-squares one in the outputs."""
-        self.value = self.wanted / self.gram[:, -1, -1, None]
-        self.output_rms = (self.sum_square / self.gram_rows).sqrt()[:, None, None]
-
-    def take_moments(self) -> Tensor:
-        """Mean of g g^T over the rows since the last call."""
-        moments = self.gram / self.gram_rows
+    def end_of_kind(self) -> None:
+        """Mean of g g^T over the rows since the last call. The first ones, of the task, also give the prefix's value at
+        the start [H, d_v]: of all fixed ones, the least-squares one in the outputs."""
+        if not self.moments:
+            self.value = self.wanted / self.gram[:, -1, -1, None]
+            self.output_rms = (self.sum_square / self.gram_rows).sqrt()[:, None, None]
+        self.moments.append(self.gram / self.gram_rows)
         self.gram, self.gram_rows = torch.zeros_like(self.gram), 0
-        return moments
 
     @torch.no_grad()
-    def set_coordinates_and_start(self, moments: Tensor, log_k_unit: float) -> None:
+    def set_coordinates_and_start(self, unit: float, generator: torch.Generator) -> None:
         adapter, value = self.adapter, self.value
-        adapter.set_coordinates(whitening(moments) * self.output_rms, log_k_unit)
+        moments = mean_of(self.moments)
+        adapter.set_coordinates(whitening(moments) * self.output_rms, unit)
         Z = torch.zeros_like(moments[..., :1]).expand(-1, -1, value.shape[-1]).clone()
         Z[:, -1] = value
         if adapter.leading == "Z_A":  # the first direction holds the start, the others are free to train
             H, r, rank = adapter.Z_A.shape
-            noise = adapter.part_of(torch.randn(H, r, rank, dtype=Z.dtype).to(Z))
+            noise = adapter.part_of(torch.randn(H, r, rank, dtype=Z.dtype, generator=generator, device="cpu").to(Z))
+            assert adapter.coordinates is not None
             Z = adapter.coordinates.double() @ noise * r**-0.5
             Z[..., 0] = 0.0
             Z[:, -1, 0] = 1.0
             Z_B = adapter.part("Z_B").zero_()
             Z_B[:, 0] = value.to(Z_B)
         adapter.set_plain(Z, self.log_k[:, None].expand_as(adapter.part("log_k")))
+
+
+class FeedForwardStatistics:
+    """What calibration measures of one feed-forward block: moments of its inputs, and the size of its outputs."""
+
+    def __init__(self, prefix: FeedForwardPrefix):
+        self.prefix = prefix
+        self.moments: list[Tensor] = []  # [D, D] of every kind of input, the task's first
+        self.gram: Tensor | float = 0.0
+        self.sum_square, self.num_rows = 0.0, 0
+        self.output_rms = 1.0  # of the task
+
+    def observe(self, x: Tensor, out: Tensor) -> None:
+        x = x.float()
+        self.gram = self.gram + (x.T @ x).double()
+        self.sum_square += out.double().square().mean(dim=1).sum().item()
+        self.num_rows += len(x)
+
+    def end_of_kind(self) -> None:
+        if not self.moments:
+            self.output_rms = (self.sum_square / self.num_rows) ** 0.5
+        self.moments.append(torch.as_tensor(self.gram / self.num_rows))
+        self.gram, self.num_rows = 0.0, 0
+
+    @torch.no_grad()
+    def set_coordinates_and_start(self, generator: torch.Generator) -> None:
+        """Inputs are white, steps of Z_B are in units of the block's output; nothing is added at first."""
+        self.prefix.set_coordinates(inverse_root(mean_of(self.moments)), self.output_rms)
+        self.prefix.reset_parameters(generator=generator)
+
+
+def mean_of(moments: list[Tensor]) -> Tensor:
+    """The task and the rest count alike."""
+    return torch.stack(moments).mean(dim=0)
 
 
 def offset_for_share(logits: Tensor, share: float) -> Tensor:
@@ -271,6 +320,13 @@ def offset_for_share(logits: Tensor, share: float) -> Tensor:
     return (low + high) / 2
 
 
+def inverse_root(moments: Tensor, floor: float = EIGENVALUE_FLOOR) -> Tensor:
+    """The symmetric C [..., r, r] with C moments C = 1, up to the floor of eigenvalues, relative to the largest."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(moments)
+    least = floor * eigenvalues[..., -1:].clamp_min(torch.finfo(moments.dtype).tiny)
+    return eigenvectors * eigenvalues.clamp_min(least).rsqrt()[..., None, :] @ eigenvectors.transpose(-1, -2)
+
+
 def whitening(gram: Tensor, floor: float = EIGENVALUE_FLOOR) -> Tensor:
     """C [H, r, r] with C^T gram C = 1 (up to the floor of eigenvalues, relative to the largest).
 
@@ -279,9 +335,7 @@ def whitening(gram: Tensor, floor: float = EIGENVALUE_FLOOR) -> Tensor:
     constant = gram[:, -1:, -1:]
     mean = gram[:, -1:, :-1] / constant  # [H, 1, r - 1]
     covariance = gram[:, :-1, :-1] - mean.transpose(1, 2) * mean * constant
-    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
-    least = floor * eigenvalues[:, -1:].clamp_min(torch.finfo(gram.dtype).tiny)
-    root = eigenvectors * eigenvalues.clamp_min(least).rsqrt()[:, None, :] @ eigenvectors.transpose(1, 2)
+    root = inverse_root(covariance, floor)
     C = torch.zeros_like(gram)
     C[:, :-1, :-1] = root
     C[:, -1:, :-1] = -mean @ root

@@ -86,7 +86,7 @@ def finetune(
     max_new_tokens: MaxNewTokens = 48,
     seed: int = 0,
     feature_map: Annotated[str, typer.Option(help="elu, taylor or positive_random.")] = "elu",
-    rank: Annotated[int | None, typer.Option(help="Rank of Z; full by default.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of Z; a quarter of head_dim by default.")] = None,
     state_heads: Annotated[str, typer.Option(help="One state per 'query' or per 'kv' head.")] = "query",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the folder.")] = False,
@@ -96,7 +96,7 @@ def finetune(
         from .training import Settings
         from .training import finetune as run
 
-        adapter = {"feature_map": feature_map, "rank": rank, "state_heads": state_heads}
+        adapter = {"feature_map": feature_map, "rank": "auto" if rank is None else rank, "state_heads": state_heads}
         settings = Settings(
             model, data, items, held_out, epochs, batch_size, learning_rate, max_new_tokens, seed, adapter
         )

@@ -91,7 +91,7 @@ def compress(
     """
     reporter = reporter or Silent()
     started = time.time()
-    config = NTKAttentionConfig(task_type="CAUSAL_LM", **settings.adapter)
+    config = NTKAttentionConfig(task_type="CAUSAL_LM", **settings.adapter).for_given_prefix()
     check_source(settings)
     check_folder(output, asdict(settings), resume=resume, overwrite=overwrite, name=RECORD)
     set_seed(settings.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,10 @@ class NTKAttentionConfig(PeftConfig):
         feature_map: name of the feature map, see `ntk_attention.FEATURE_MAPS`.
         feature_map_options: its options, e.g. ``{"degree": 4}`` or ``{"num_features": 256, "seed": 0}``.
         constant_feature: append the feature 1 to the map; needed by `calibrate`.
-        rank: of Z = Z_A Z_B; full by default.
+        rank: of Z = Z_A Z_B; "auto", the default, is a quarter of head_dim, None a full Z.
+        feed_forward_rank: of the prefix of the feed-forward block in the same layer. "auto", the default, gives it as
+            many numbers as the low rank of Z saves: with both defaults an adapter is about as large as with a full Z
+            in attention alone, and learns more. None leaves the blocks alone, and those that are not found stay so.
         state_heads: one state per "query" head, or per "kv" head (shared by the query heads of its group).
         init_weights: True starts as one neutral token with value zero; False starts at random, with visible output
             (for tests); "published" as the published demo does: Z and k at zero, so that k does not train.
@@ -53,7 +56,8 @@ class NTKAttentionConfig(PeftConfig):
     feature_map: str = field(default="elu")
     feature_map_options: dict[str, Any] = field(default_factory=dict)
     constant_feature: bool = field(default=True)
-    rank: int | None = field(default=None)
+    rank: int | Literal["auto"] | None = field(default="auto")
+    feed_forward_rank: int | Literal["auto"] | None = field(default="auto")
     state_heads: Literal["query", "kv"] = field(default="query")
     init_weights: bool | Literal["published"] = field(default=True)
     geometry: dict[str, Any] | None = field(default=None)
@@ -72,8 +76,12 @@ class NTKAttentionConfig(PeftConfig):
             self.constant_feature = self.constant_feature or self.feature_map.constant
             self.feature_map = self.feature_map.name
         self.make_feature_map()  # raises ValueError for unknown names and options
-        if self.rank is not None and (type(self.rank) is not int or not 0 < self.rank <= MAX_RANK):
-            raise ValueError(f"rank must be a positive integer up to {MAX_RANK} or None, got {shown(self.rank)}")
+        for name in ("rank", "feed_forward_rank"):
+            rank = getattr(self, name)
+            if rank not in (None, "auto") and (type(rank) is not int or not 0 < rank <= MAX_RANK):
+                raise ValueError(
+                    f"{name} must be a positive integer up to {MAX_RANK}, 'auto' or None, got {shown(rank)}"
+                )
         if self.state_heads not in ("query", "kv"):
             raise ValueError(f"state_heads must be 'query' or 'kv', got {shown(self.state_heads)}")
         if self.init_weights not in (True, False, "published"):
@@ -85,7 +93,8 @@ class NTKAttentionConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        return read_config(Path(path_json_file), {f.name for f in fields(cls)})
+        found = read_config(Path(path_json_file), {f.name for f in fields(cls)})
+        return {"feed_forward_rank": None, **found}  # files from before there was one
 
     @classmethod
     def from_pretrained(
@@ -112,6 +121,23 @@ class NTKAttentionConfig(PeftConfig):
             raise AdapterError(f"{folder / CONFIG}: {error}") from None
         config.weights = weights
         return config
+
+    def for_given_prefix(self) -> NTKAttentionConfig:
+        """A copy for a prefix that exists, whose sums need a full Z and leave feed-forward blocks alone by default."""
+        ranks: dict[str, Any] = {name: None for name in ("rank", "feed_forward_rank") if getattr(self, name) == "auto"}
+        return replace(self, **ranks)
+
+    def rank_for(self, head_dim: int) -> int | None:
+        """The rank of Z in heads of this size; None for a full Z."""
+        return max(1, head_dim // 4) if self.rank == "auto" else self.rank
+
+    def feed_forward_rank_for(self, numbers: int, width: int) -> int | None:
+        """The rank beside a full Z of so many numbers, all heads together, in a block of this width; None for none."""
+        if not width or self.feed_forward_rank is None:
+            return None
+        if self.feed_forward_rank == "auto":  # half of a full Z, over Z_A and Z_B
+            return max(1, round(numbers / (4 * width)))
+        return self.feed_forward_rank
 
     def make_feature_map(self) -> FeatureMap:
         return feature_map(self.feature_map, **{"constant": self.constant_feature, **self.feature_map_options})
@@ -200,10 +226,10 @@ def check_geometry(value: Any) -> None:
     if not isinstance(sizes, list) or len(sizes) > MAX_ENTRIES:
         raise ValueError(f"geometry: sizes must be a list, got {shown(sizes)}")
     for size in sizes:
-        if not isinstance(size, list) or len(size) != 4 or not all(map(is_count, size)):
+        if not isinstance(size, list) or len(size) not in (4, 5) or not all(map(is_count, size)):
             raise ValueError(
-                f"geometry: sizes holds {shown(size)}, expected lists of four numbers: heads, KV heads, head_dim and "
-                "value dim"
+                f"geometry: sizes holds {shown(size)}, expected lists of four or five numbers: heads, KV heads, "
+                "head_dim, value dim and the width of the feed-forward block"
             )
 
 

@@ -33,13 +33,14 @@ def adapter_from_prefix(
     Args:
         model: the frozen model, whose layers the prefix belongs to.
         prefix: one entry per attention layer, by `layer_idx`; from `prefix_of_cache` or `prefix_of_adapter`.
-        config: feature map, rank and target modules, by default `taylor` of degree 2 everywhere. The states are one per
-            KV head. A layer that is not a target sees no prefix.
+        config: feature map, rank and target modules, by default `taylor` of degree 2 with a full Z everywhere. The
+            states are one per KV head. A layer that is not a target sees no prefix.
 
     Raises:
         ValueError: if layers or heads do not fit the model, or a value is not finite. The model is as it was then.
     """
-    config = NTKAttentionConfig(feature_map="taylor", constant_feature=False) if config is None else copy.copy(config)
+    config = config or NTKAttentionConfig(feature_map="taylor", constant_feature=False)
+    config = config.for_given_prefix()
     config.state_heads = "kv"
     check_prefix(model, prefix)
     modules = attention_modules(model)

@@ -166,7 +166,7 @@ class Moments:
         gram = self.gram / self.rows
         C = whitening(gram, EIGENVALUE_FLOOR) if adapter.feature_map.constant else root(gram)
         plain = adapter.plain_leading().clone()
-        log_k = adapter.log_k_unit * adapter.log_k
+        log_k = adapter.plain_scaled()
         share = min(max(self.share / self.rows, 0.01), 1.0)
         adapter.set_coordinates(C * (self.square / self.rows) ** 0.5, LOG_K_STEP / share)
         adapter.set_plain(plain, log_k)

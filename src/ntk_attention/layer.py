@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,14 +13,15 @@ from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.hooks import RemovableHandle
 
-from .adapter_folder import check_shape, check_values
 from .config import NTKAttentionConfig
+from .coordinates import Coordinated
 from .exact import LayerPrefix
+from .feed_forward import FeedForward, FeedForwardPrefix, FeedForwardRows
 from .operation import Block
 from .routing import Geometry
-from .sharding import is_partitioned, split_by_head
+from .sharding import spread
 from .state import PrefixState, RowStates
 
 # The published start, k = 0, cannot be a logarithm; this k weighs nothing and, like |k| at 0, has no gradient.
@@ -44,40 +46,48 @@ def parameter_shapes(config: NTKAttentionConfig, geometry: Geometry) -> dict[str
         )
     num_positive = int(feature_map.nonnegative(d).sum())
     shapes: dict[str, tuple[int, ...]] = {"log_k": (H, num_positive), "log_scale": (H,)}
-    if config.rank is None:
+    rank = config.rank_for(d)
+    if rank is None:
         shapes["Z"] = (H, r, d_v)
     else:
-        shapes |= {"Z_A": (H, r, config.rank), "Z_B": (H, config.rank, d_v)}
+        shapes |= {"Z_A": (H, r, rank), "Z_B": (H, rank, d_v)}
     if num_positive < r:
         shapes["k_signed"] = (H, r - num_positive)
+    D = geometry.feed_forward
+    rank = config.feed_forward_rank_for(H * d * d_v, D)
+    if rank is not None:
+        shapes |= {"feed_forward.Z_A": (D, rank), "feed_forward.Z_B": (rank, D)}
     return shapes | {f"feature_map.{name}": shape for name, shape in feature_map.stored_shapes(d).items()}
 
 
-class PrefixAdapter(nn.Module):
-    """The trainable form of one `PrefixState`.
+class PrefixAdapter(Coordinated):
+    """The trainable form of one `PrefixState`, and of the prefix of the feed-forward block beside it.
 
     Trainable are Z [H, r, d_v] (or its factors Z_A [H, r, rank] and Z_B [H, rank, d_v]) and log_k, the logarithm of
     the entries of k that belong to nonnegative features: the normaliser is positive by construction. Two tensors do
     not train: `log_scale`, b, [H], which calibration sets, and `k_signed`, the entries of k of features of both signs
-    (`taylor` has some), which are zero except in a state that was made of a given prefix.
+    (`taylor` has some), which are zero except in a state that was made of a given prefix. `feed_forward` is None where
+    there is no such block or the config wants none.
 
-    Calibration (`calibration.py`) also sets `coordinates` C [H, r, r] and `log_k_unit` u: training then moves Z' and
-    kappa in Z = C Z', log k = u kappa, where every direction matters alike. Files always hold the plain Z and log_k.
+    Calibration (`calibration.py`) also sets coordinates, see `Coordinated`: Z = C Z', log k = unit kappa.
 
     In a tensor-parallel model (`shard`) the parameters are spread by head over the processes of a mesh. State dicts
     hold the whole, and loading one takes each process's part; other methods deal in the heads of this process.
     """
 
+    scaled = "log_k"
+
     def __init__(self, config: NTKAttentionConfig, geometry: Geometry):
         super().__init__()
         shapes = parameter_shapes(config, geometry)
         self.feature_map = config.make_feature_map().bind(geometry.head_dim)
-        if config.rank is None:
+        if "Z" in shapes:
             self.Z = nn.Parameter(torch.empty(shapes["Z"]))
         else:
             self.Z_A = nn.Parameter(torch.empty(shapes["Z_A"]))
             self.Z_B = nn.Parameter(torch.empty(shapes["Z_B"]))
         self.log_k = nn.Parameter(torch.empty(shapes["log_k"]))
+        self.leading = "Z" if "Z" in shapes else "Z_A"  # carries the features
         nonnegative = self.feature_map.nonnegative(geometry.head_dim)
         self.normaliser_features = None if nonnegative.all() else nonnegative.nonzero().squeeze(1)
         self.k_signed: nn.Parameter | None
@@ -86,32 +96,20 @@ class PrefixAdapter(nn.Module):
             self.signed_features = (~nonnegative).nonzero().squeeze(1)
             self.k_signed = nn.Parameter(torch.empty(shapes["k_signed"]), requires_grad=False)
         self.log_scale = nn.Parameter(torch.empty(shapes["log_scale"]), requires_grad=False)
-        self.register_buffer("coordinates", None, persistent=False)
-        self.log_k_unit = 1.0
-        self.mesh: DeviceMesh | None = None
+        self.feed_forward: FeedForwardPrefix | None = None
+        if "feed_forward.Z_A" in shapes:
+            self.feed_forward = FeedForwardPrefix(*shapes["feed_forward.Z_A"])
         self.reset_parameters(config.init_weights)
 
-    @property
-    def leading(self) -> str:
-        """The factor of Z that carries the features, and so the coordinates."""
-        return "Z" if "Z" in self._parameters else "Z_A"
-
     def shard(self, mesh: DeviceMesh) -> None:
-        """Keep a part of the heads, of the start that the first process of the mesh has."""
-        self.mesh = mesh
-        for name, parameter in list(self.named_parameters(recurse=False)):
-            part = split_by_head(parameter.detach(), mesh, source=0)
-            # Not setattr: PEFT's low_cpu_mem_usage takes that over, and cannot rebuild a DTensor.
-            self._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
-
-    def part(self, name: str) -> Tensor:
-        """A parameter, of the heads of this process."""
-        parameter = getattr(self, name)
-        return parameter if self.mesh is None else parameter.to_local()
+        """Keep a part of the heads."""
+        super().shard(mesh)
+        if self.feed_forward is not None:
+            self.feed_forward.shard(mesh)
 
     def part_of(self, x: Tensor) -> Tensor:
         """The heads of this process of a whole tensor [H, ...], which is on every process."""
-        return x if self.mesh is None else split_by_head(x, self.mesh).to_local()
+        return x if self.mesh is None else spread(x, self.mesh).to_local()
 
     @property
     def num_heads(self) -> int:
@@ -121,6 +119,8 @@ class PrefixAdapter(nn.Module):
     def reset_parameters(self, init_weights: bool | str) -> None:
         if self.log_k.is_meta:
             return
+        if self.feed_forward is not None:
+            self.feed_forward.reset_parameters(init_weights is False)
         r = getattr(self, self.leading).shape[1]
         with torch.no_grad():
             self.log_scale.zero_()
@@ -128,7 +128,7 @@ class PrefixAdapter(nn.Module):
                 self.k_signed.zero_()
             if init_weights is False:
                 self.log_k.normal_(-math.log(r), 0.5)
-                for name, parameter in self.named_parameters():
+                for name, parameter in self.named_parameters(recurse=False):
                     if name in ("Z", "Z_A", "Z_B"):
                         parameter.normal_(0.0, 1.0)
                 return
@@ -140,11 +140,6 @@ class PrefixAdapter(nn.Module):
                 self.Z_A.normal_(0.0, r**-0.5)
                 self.Z_B.zero_()
 
-    def plain_leading(self) -> Tensor:
-        """The leading factor of Z in plain coordinates."""
-        Z = self.part(self.leading)
-        return Z if self.coordinates is None else self.coordinates.to(Z.dtype) @ Z
-
     def plain_Z(self) -> Tensor:  # noqa: N802
         """Z [H, r, d_v] in plain coordinates."""
         Z = self.plain_leading()
@@ -152,7 +147,7 @@ class PrefixAdapter(nn.Module):
 
     def state(self) -> PrefixState:
         """The state as it stands, differentiable with respect to the parameters."""
-        k = torch.exp(self.log_k_unit * self.part("log_k"))
+        k = torch.exp(self.plain_scaled())
         if self.normaliser_features is not None and self.k_signed is not None:
             r = getattr(self, self.leading).shape[1]
             k = k.new_zeros(len(k), r).index_copy(1, self.normaliser_features.to(k.device), k)
@@ -160,15 +155,9 @@ class PrefixAdapter(nn.Module):
         return PrefixState.trusted(self.plain_Z(), k, self.part("log_scale"), self.feature_map)
 
     @torch.no_grad()
-    def set_plain(self, Z: Tensor, log_k: Tensor) -> None:
-        """Give the leading factor of Z and log_k by their plain values."""
-        leading = self.part(self.leading)
-        leading.copy_(self._to_coordinates(Z.to(leading)))
-        self.part("log_k").copy_(log_k / self.log_k_unit)
-
-    @torch.no_grad()
     def load_state(self, state: PrefixState) -> None:
-        """Become a given state; factors of Z become its best approximation of their rank.
+        """Become a given state, with nothing for the feed-forward block; factors of Z become its best approximation
+        of their rank.
 
         Raises:
             ValueError: if heads, r, d_v or the feature map are others.
@@ -183,8 +172,9 @@ class PrefixAdapter(nn.Module):
         expected = (self.num_heads, getattr(self, self.leading).shape[1], d_v)
         if tuple(Z.shape) != expected:
             raise ValueError(f"the adapter needs Z [H, r, d_v] = {list(expected)}, the state has {list(Z.shape)}")
-        self.register_buffer("coordinates", None, persistent=False)
-        self.log_k_unit = 1.0
+        self.set_coordinates(None, 1.0)
+        if self.feed_forward is not None:
+            self.feed_forward.part("Z_B").zero_()
         leading = self.part(self.leading)
         if self.leading == "Z":
             leading.copy_(Z)
@@ -200,65 +190,16 @@ class PrefixAdapter(nn.Module):
             self.part("k_signed").copy_(k[:, self.signed_features.to(k.device)])
         self.part("log_scale").copy_(state.log_scale)
 
-    def set_coordinates(self, coordinates: Tensor, log_k_unit: float) -> None:
-        """Train in these coordinates from here on; `set_plain` must follow."""
-        self.coordinates = coordinates.to(self.log_k.device, self.log_k.dtype)
-        self.log_k_unit = log_k_unit
-
     def freeze_constants(self) -> None:
-        """Only Z (or its factors) and log_k ever train."""
+        """Only Z (or its factors), log_k and the factors for the feed-forward block ever train."""
         self.log_scale.requires_grad_(False)
         if self.k_signed is not None:
             self.k_signed.requires_grad_(False)
         self.feature_map.requires_grad_(False)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # ZeRO-3 makes state dicts of its parameters without asking: there all hold them as they are trained, and the
-        # tuner takes the plain ones of them.
-        if not is_partitioned(self.log_k):
-            self.make_plain(destination, prefix)
-
-    def make_plain(self, tensors: dict[str, Any], prefix: str) -> None:
-        """Bring the trained values in a state dict, whose names start so, into plain coordinates."""
-        if self.coordinates is not None:
-            C = self.coordinates
-            tensors[prefix + self.leading] = self._per_head(tensors[prefix + self.leading], lambda Z: C.to(Z) @ Z)
-            tensors[prefix + "log_k"] = self.log_k_unit * tensors[prefix + "log_k"]
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name, parameter in self.named_parameters():
-            given = state_dict.get(prefix + name)
-            if given is None:
-                continue
-            check_shape("the state dict", f"{prefix}{name}", tuple(given.shape), tuple(parameter.shape))
-            check_values("the state dict", f"{prefix}{name}", given)
-            if self.mesh is not None and isinstance(parameter, DTensor) and not isinstance(given, DTensor):
-                state_dict[prefix + name] = split_by_head(given.to(self.mesh.device_type), self.mesh)
-        if self.coordinates is not None and not is_partitioned(self.log_k):
-            if prefix + self.leading in state_dict:
-                state_dict[prefix + self.leading] = self._to_coordinates(state_dict[prefix + self.leading])
-            if prefix + "log_k" in state_dict:
-                state_dict[prefix + "log_k"] = state_dict[prefix + "log_k"] / self.log_k_unit
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _to_coordinates(self, plain: Tensor) -> Tensor:
-        if self.coordinates is None:
-            return plain
-        C = self.coordinates.double()
-        return self._per_head(plain, lambda Z: torch.linalg.solve(C, Z.to(C)).to(Z.dtype))
-
-    def _per_head(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """The function, which has the coordinates in it, of a tensor that may be spread over processes."""
-        if not isinstance(x, DTensor):
-            return function(x)
-        if self.mesh is None:  # FSDP2, which cuts heads apart: this process has the coordinates of all
-            return distribute_tensor(function(x.full_tensor()), x.device_mesh, x.placements)
-        return DTensor.from_local(function(x.to_local()), x.device_mesh, x.placements, run_check=False)
-
 
 class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
-    """The adapters of one attention module, by name; hangs on that module as a child."""
+    """The adapters of one attention module and its feed-forward block, by name; hangs on the attention as a child."""
 
     adapter_layer_names = ("adapters",)
 
@@ -268,6 +209,11 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self.geometry = geometry
         self.mesh = mesh  # of processes that hold a part of the heads each
         self.rows: RowStates | None = None  # of a mixed batch, while it lasts
+        self.feed_forward_rows: FeedForwardRows | None = None  # likewise
+        self.feed_forward_input: Tensor | None = None  # while the block runs
+        # Sees the input and the output of every call of the block, without prefixes.
+        self.feed_forward_observer: Callable[[Tensor, Tensor], None] | None = None
+        self._hooks: list[RemovableHandle] = []
         # A function put here sees every call: the query, the block of the real tokens, the block of the prefix (None
         # while the adapters rest) and the factor that makes phi's input of the query.
         self.observer: Callable[[Tensor, Block, Block | None, float], None] | None = None
@@ -283,15 +229,64 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
     def get_base_layer(self) -> nn.Module:
         return self._attention[0]
 
-    def add_adapter(self, name: str, config: NTKAttentionConfig) -> None:
-        adapter = PrefixAdapter(config, self.geometry)
+    def add_adapter(self, name: str, config: NTKAttentionConfig, block: FeedForward | None = None) -> None:
+        """A new adapter, which looks after a feed-forward block as well."""
+        width = 0 if block is None else block.width
+        adapter = PrefixAdapter(config, replace(self.geometry, feed_forward=width))
         device = self.device()
         if device is not None and not adapter.log_k.is_meta:
             adapter.to(device)
         if self.mesh is not None:
             adapter.shard(self.mesh)
         self[name] = adapter
+        if block is not None and not self._hooks:
+            self.hook(block)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def hook(self, block: FeedForward) -> None:
+        """Add to the block's output from here on. Where one module is the block, no state is kept between the hooks,
+        which torch.compile could not put into one graph with activation checkpointing."""
+        if block.first is block.last:
+            self._hooks = [block.last.register_forward_hook(self.after_block, with_kwargs=True)]
+            return
+        self._hooks = [
+            block.first.register_forward_pre_hook(self.before_first, with_kwargs=True),
+            block.last.register_forward_hook(self.after_last),
+        ]
+
+    def before_first(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.feed_forward_input = input_of(args, kwargs)
+
+    def after_last(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        x, self.feed_forward_input = self.feed_forward_input, None
+        assert x is not None
+        return self.add_to_block(x, output)
+
+    def after_block(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return self.add_to_block(input_of(args, kwargs), output)
+
+    def add_to_block(self, x: Tensor, output: Any) -> Any:
+        """The output of the block, with what its prefixes add; experts may return more than a tensor."""
+        out = output[0] if isinstance(output, tuple) else output
+        if self.feed_forward_observer is not None:
+            self.feed_forward_observer(x, out)
+        for prefix in self.feed_forward_prefixes():
+            out = out + prefix(x.to(out.device)).to(out.dtype)
+        return (out, *output[1:]) if isinstance(output, tuple) else out
+
+    def feed_forward_prefixes(self) -> list[Callable[[Tensor], Tensor]]:
+        if self.disable_adapters:
+            return []
+        if self.rows is not None:
+            return [] if self.feed_forward_rows is None else [self.feed_forward_rows]
+        self.keep_in_memory()
+        prefixes = [self[name].feed_forward for name in self.active_names()]
+        return [prefix for prefix in prefixes if prefix is not None]
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().set_adapter(*args, **kwargs)
@@ -375,3 +370,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
                         "set_peft_model_state_dict on a base model that is partly on a disk, not from_pretrained"
                     ) from error
                 self._move_adapter_to_device_of_base_layer(name)
+
+
+def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states [..., D] that a block was called with."""
+    return args[0] if args else next(iter(kwargs.values()))

@@ -18,6 +18,8 @@ from .sharding import device_of
 # query [B, H, L, d], block of the real tokens, block of the prefix or None, factor of phi's input, and which rows
 # [B, L] count
 Observer = Callable[[Tensor, Block, Block | None, float, Tensor], None]
+# input and output [N, D] of a feed-forward block, of the tokens that count
+FeedForwardObserver = Callable[[Tensor, Tensor], None]
 
 
 def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, NTKAttentionLayer]:
@@ -41,22 +43,27 @@ def observe(
     layers: Mapping[str, NTKAttentionLayer],
     batches: Iterable[Mapping[str, Any]],
     observers: Mapping[str, Observer],
+    feed_forward_observers: Mapping[str, FeedForwardObserver] | None = None,
 ) -> None:
     """Run the model over the batches, without gradients and dropout, and show its attention to one observer a layer.
 
-    Rows of padding do not count: those whose `attention_mask` is 0, and those that see no token.
+    Those of feed-forward blocks, by the layer whose adapter looks after them, see these. Rows of padding do not count:
+    those whose `attention_mask` is 0, and those that see no token.
     """
     device = device_of(model)
     with evaluating(model), torch.no_grad():
         for batch in batches:
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             for name, layer in layers.items():
-                layer.observer = partial(show, observers[name], padding_mask(model, name, batch))
+                mask = padding_mask(model, name, batch)
+                layer.observer = partial(show, observers[name], mask)
+                if feed_forward_observers and name in feed_forward_observers:
+                    layer.feed_forward_observer = partial(show_feed_forward, feed_forward_observers[name], mask)
             try:
                 model(**batch)
             finally:
                 for layer in layers.values():
-                    layer.observer = None
+                    layer.observer = layer.feed_forward_observer = None
 
 
 @contextmanager
@@ -80,6 +87,15 @@ def show(
     if mask is not None and tuple(mask.shape) == tuple(counts.shape):
         counts = counts & mask.bool()
     observer(query, context, prefix, factor, counts)
+
+
+def show_feed_forward(observer: FeedForwardObserver, mask: Tensor | None, x: Tensor, out: Tensor) -> None:
+    """Call the observer with the real tokens; some families have one dimension for items and tokens."""
+    x, out = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
+    if mask is not None and mask.numel() == len(x):
+        real = mask.reshape(-1).bool()
+        x, out = x[real], out[real]
+    observer(x, out)
 
 
 def padding_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Tensor | None:

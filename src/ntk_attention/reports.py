@@ -48,16 +48,20 @@ def describe_adapter(model: nn.Module, folder: Path) -> list[tuple[str, str]]:
     """Facts about the adapter `default` of a model that was loaded from a folder: name and value."""
     layers = list(adapted_layers(model).values())
     adapters = [layer["default"] for layer in layers]
-    parameters = sum(p.numel() for a in adapters for n, p in a.named_parameters() if n in ("Z", "Z_A", "Z_B", "log_k"))
+    trained = ("Z", "Z_A", "Z_B", "log_k")
+    parameters = sum(p.numel() for a in adapters for n, p in a.named_parameters() if n.split(".")[-1] in trained)
     token = sum(g.num_kv_heads * (g.head_dim + g.value_dim) for g in (layer.geometry for layer in layers))
     heads = sorted({len(adapter.log_k) for adapter in adapters})
     r = sorted({a.feature_map.num_features(layer.geometry.head_dim) for a, layer in zip(adapters, layers, strict=True)})
+    blocks = [adapter.feed_forward for adapter in adapters if adapter.feed_forward is not None]
     size = (folder / "adapter_model.safetensors").stat().st_size
     return [
         ("attention modules", str(len(layers))),
         ("state heads per module", numbers(heads)),
         ("features r", f"{numbers(r)} ({adapters[0].feature_map})"),
         ("rank of Z", str(adapters[0].Z_A.shape[-1]) if adapters[0].leading == "Z_A" else "full"),
+        ("feed-forward blocks", str(len(blocks))),
+        ("rank of their Z", numbers(sorted({block.rank for block in blocks})) or "-"),
         ("trainable parameters", f"{parameters:,}"),
         ("adapter file", f"{size / 2**20:.2f} MiB"),
         ("stands for a prefix of", "any length; a KV prefix of as many numbers has "

@@ -34,6 +34,7 @@ class Geometry:
     num_kv_heads: int  # H_kv
     head_dim: int  # d, of queries and keys
     value_dim: int  # d_v
+    feed_forward: int = 0  # D, the width of the feed-forward block that goes with it; 0 without one
 
 
 def routes(module: nn.Module) -> bool:
@@ -114,6 +115,7 @@ def attach(module: nn.Module, layer: Any) -> None:
 
 def detach(module: nn.Module) -> None:
     """Undo `attach`."""
+    getattr(module, CHILD).remove_hooks()
     module.config = getattr(module, CHILD).base_config
     delattr(module, CHILD)
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-BY_HEAD = [Shard(0)]  # the first dimension of every tensor of a state counts heads
+BY_HEAD = (Shard(0),)  # the first dimension of every tensor of a state counts heads
+ON_ALL = (Replicate(),)
 SPLIT = "rowwise"  # transformers' style of an output projection that gets a part of the heads on each process
 
 
@@ -41,15 +42,17 @@ def head_mesh(model: Any, name: str) -> DeviceMesh | None:
     return mesh["tp"] if mesh.ndim > 1 else mesh
 
 
-def split_by_head(x: Tensor, mesh: DeviceMesh, source: int | None = None) -> DTensor:
-    """A whole tensor [H, ...] as one that is spread by head.
+def spread(
+    x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement] = BY_HEAD, source: int | None = None
+) -> DTensor:
+    """A whole tensor, on every process, as one that is spread over the mesh.
 
     Args:
-        x: on every process.
-        mesh: whose size divides H.
+        x: [H, ...] where it is spread by head; the size of the mesh divides H.
+        mesh, placements: where its parts go.
         source: the process whose values all take; None where they have the same.
     """
-    return distribute_tensor(x, mesh, BY_HEAD, src_data_rank=None if x.is_meta else source)
+    return distribute_tensor(x, mesh, placements, src_data_rank=None if x.is_meta else source)
 
 
 def is_partitioned(x: Tensor) -> bool:

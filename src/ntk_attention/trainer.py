@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .coordinates import Coordinated
 from .evaluation import mean_loss
 from .observation import adapted_layers
 from .run_folder import STAGING, last_good_checkpoint, move, seal, step_of
@@ -162,16 +163,27 @@ def load_exact_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def calibration_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The start of a run, coordinates included: what a resumed run must not compute anew."""
     tensors = exact_tensors(model)
-    for name, layer in adapted_layers(model).items():
-        tensors[f"{name}.coordinates"] = layer["default"].coordinates.cpu().contiguous()
-        tensors[f"{name}.log_k_unit"] = torch.tensor(layer["default"].log_k_unit, dtype=torch.float64)
+    for name, module in coordinated(model).items():
+        assert module.coordinates is not None
+        tensors[f"{name}.coordinates"] = module.coordinates.cpu().contiguous()
+        tensors[f"{name}.unit"] = torch.tensor(module.unit, dtype=torch.float64)
     return tensors
 
 
 def set_calibration(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for name, layer in adapted_layers(model).items():
-        layer["default"].set_coordinates(tensors[f"{name}.coordinates"], tensors[f"{name}.log_k_unit"].item())
+    for name, module in coordinated(model).items():
+        module.set_coordinates(tensors[f"{name}.coordinates"], tensors[f"{name}.unit"].item())
     load_exact_tensors(model, tensors)
+
+
+def coordinated(model: nn.Module) -> dict[str, Coordinated]:
+    """Every part of the adapter that has coordinates."""
+    return {
+        f"{name}.{inner}": module
+        for name, layer in adapted_layers(model).items()
+        for inner, module in layer["default"].named_modules()
+        if isinstance(module, Coordinated)
+    }
 
 
 def save_calibration(model: nn.Module, path: Path) -> None:

@@ -20,6 +20,8 @@ from torch import nn
 
 from .adapter_folder import CONFIG, AdapterError, check_state_dict, check_weights
 from .config import NTKAttentionConfig
+from .coordinates import Coordinated
+from .feed_forward import FeedForward, FeedForwardRows, feed_forwards
 from .layer import NTKAttentionLayer, parameter_shapes
 from .registration import NAME
 from .routing import (
@@ -54,11 +56,16 @@ class MixedBatch:
         index = self._index(adapter_names)
         self.indices: dict[torch.device, torch.Tensor] = {}  # one for all layers of a device
         self.rows: dict[NTKAttentionLayer, RowStates] = {}
+        self.feed_forward_rows: dict[NTKAttentionLayer, FeedForwardRows] = {}
         for layer in layers:
             states = layer.stack(self.adapters)
             if states:
                 device = states[0].Z.device
-                self.rows[layer] = RowStates.stack(states, self.indices.setdefault(device, index.to(device)))
+                on_device = self.indices.setdefault(device, index.to(device))
+                self.rows[layer] = RowStates.stack(states, on_device)
+                blocks = [layer[name].feed_forward if name in layer else None for name in self.adapters]
+                if any(block is not None for block in blocks):
+                    self.feed_forward_rows[layer] = FeedForwardRows.stack(blocks, on_device)
 
     def assign(self, adapter_names: Sequence[str]) -> None:
         """Give the rows other adapters, out of those whose states are here.
@@ -85,6 +92,9 @@ class MixedBatch:
                 state = layer[adapter_name].state()
                 for name in ("Z", "k", "log_scale"):
                     getattr(rows, name)[place].copy_(getattr(state, name))
+                block = layer[adapter_name].feed_forward
+                if block is not None:
+                    self.feed_forward_rows[layer].put(place, block)
 
     def _index(self, adapter_names: Sequence[str]) -> torch.Tensor:
         places = {NO_ADAPTER: -1} | {name: i for i, name in enumerate(self.adapters)}
@@ -152,23 +162,38 @@ class NTKAttentionModel(BaseTuner):
             )
         if peft_config.task_type in GENERATING and not hasattr(self.model, "prepare_inputs_for_generation"):
             raise ValueError(f"task_type is {peft_config.task_type!r}, but {type(self.model).__name__} cannot generate")
-        sizes = set()
         for name in names:
             module = self.model.get_submodule(name)
             check_routes(module, name)
             check_implementation(module, name)
-            found = geometry_of(module, name)
+        sites = self._sites(names, peft_config)
+        for name, (found, _) in sites.items():
             parameter_shapes(peft_config, found)  # refuses states without end
             self._check_mesh(name, found)
-            sizes.add(tuple(asdict(found).values()))
-        self._check_modules_to_save(names, peft_config)
-        geometry = {"num_modules": len(names), "sizes": [list(size) for size in sorted(sizes)]}
-        if peft_config.geometry is not None and peft_config.geometry != geometry:
+        blocks = [name for _, block in sites.values() if block is not None for name in set(block.names)]
+        self._check_modules_to_save([*names, *blocks], peft_config)
+        sizes = sorted({tuple(asdict(found).values()) for found, _ in sites.values()})
+        geometry = {"num_modules": len(names), "sizes": [list(size) for size in sizes]}
+        given = peft_config.geometry
+        if given is not None:  # files from before feed-forward blocks had prefixes hold four numbers
+            given = {**given, "sizes": [[*size, 0][:5] for size in given["sizes"]]}
+        if given not in (None, geometry):
             raise ValueError(
-                f"the adapter was made for a model with {describe(peft_config.geometry)}, this one has "
-                f"{describe(geometry)}"
+                f"the adapter was made for a model with {describe(given)}, this one has {describe(geometry)}"
             )
         peft_config.geometry = geometry
+        self.sites = sites  # of the adapter that is being made
+
+    def _sites(
+        self, names: Sequence[str], peft_config: NTKAttentionConfig
+    ) -> dict[str, tuple[Geometry, FeedForward | None]]:
+        """Where adapters go: attention modules by name, and the feed-forward block that each looks after as well."""
+        blocks = {} if peft_config.feed_forward_rank is None else feed_forwards(self.model, names)
+        sites = {}
+        for name in names:
+            found, block = geometry_of(self.model.get_submodule(name), name), blocks.get(name)
+            sites[name] = (replace(found, feed_forward=0 if block is None else block.width), block)
+        return sites
 
     def _check_mesh(self, name: str, geometry: Geometry) -> None:
         mesh = head_mesh(self.model, name)
@@ -204,8 +229,7 @@ class NTKAttentionModel(BaseTuner):
     def _saved_shapes(self, peft_config: NTKAttentionConfig) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors in the file of an adapter of this model."""
         shapes = {}
-        for name in self._target_names(peft_config):
-            geometry = geometry_of(self.model.get_submodule(name), name)
+        for name, (geometry, _) in self._sites(self._target_names(peft_config), peft_config).items():
             for tensor, shape in parameter_shapes(peft_config, geometry).items():
                 shapes[f"base_model.model.{name}.{CHILD}.{tensor}"] = shape
         for name, module in self._modules_to_save(peft_config).items():
@@ -224,10 +248,10 @@ class NTKAttentionModel(BaseTuner):
         plain coordinates also where ZeRO-3 made the state dict."""
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         tensors = {name: whole(x) for name, x in tensors.items()}
-        for name, layer in model.named_modules():
-            own = isinstance(layer, NTKAttentionLayer) and adapter_name in layer
-            if own and is_partitioned(layer[adapter_name].log_k):
-                layer[adapter_name].make_plain(tensors, f"{name}.{adapter_name}.")
+        for name, module in model.named_modules():
+            own = isinstance(module, Coordinated) and f".{CHILD}.{adapter_name}." in f"{name}."
+            if own and is_partitioned(getattr(module, module.scaled)):
+                module.make_plain(tensors, f"{name}.")
         return tensors
 
     @classmethod
@@ -243,12 +267,13 @@ class NTKAttentionModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, **_: Any
     ) -> None:
         check_routes(target, current_key)
+        geometry, block = self.sites[current_key]
         layer = getattr(target, CHILD, None)
         if layer is None:
-            layer = NTKAttentionLayer(target, geometry_of(target, current_key), head_mesh(self.model, current_key))
+            layer = NTKAttentionLayer(target, geometry, head_mesh(self.model, current_key))
             layer.set_adapter(self.active_adapters)
             attach(target, layer)
-        layer.add_adapter(adapter_name, peft_config)
+        layer.add_adapter(adapter_name, peft_config, block)
 
     def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
         """The last step of making and of loading an adapter, after which PEFT may have offloaded it."""
@@ -292,17 +317,17 @@ class NTKAttentionModel(BaseTuner):
             raise ValueError(f"adapter_names holds {unknown}, expected names of {sorted(self.peft_config)}")
         layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
         batch = MixedBatch(layers, adapters, adapter_names)
-        before = [layer.rows for layer in layers]
+        before = [(layer.rows, layer.feed_forward_rows) for layer in layers]
         try:
             with ExitStack() as stack:
                 for layer in layers:
-                    layer.rows = batch.rows.get(layer)
+                    layer.rows, layer.feed_forward_rows = batch.rows.get(layer), batch.feed_forward_rows.get(layer)
                     if layer.rows is None:  # none of the adapters is here
                         stack.enter_context(layer.resting())
                 yield batch
         finally:
             for layer, rows in zip(layers, before, strict=True):
-                layer.rows = rows
+                layer.rows, layer.feed_forward_rows = rows
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter whose states are sums: Z = sum_i w_i Z_i, k = sum_i w_i k_i.
@@ -310,6 +335,7 @@ class NTKAttentionModel(BaseTuner):
         A state stands for a set of prefix tokens, so this is the prefix of all adapters with every token of adapter i
         counted w_i times: T = (A V + sum_i w_i phi Z_i) / (A 1 + sum_i w_i phi k_i). Weights of 1 are all adapters
         active at once. It is no average of outputs: equal weights that sum to 1 halve (for two) the share of each.
+        What feed-forward blocks get adds in the same way: sum_i w_i x^T Z_i.
 
         Args:
             adapters: names of adapters on the same modules, with one feature map and as many state heads.
@@ -338,12 +364,25 @@ class NTKAttentionModel(BaseTuner):
                 for layer in layers
                 if adapters[0] in layer
             }
+            blocks = {
+                layer: [(block, math.exp(w)) for name, w in parts if (block := layer[name].feed_forward) is not None]
+                for layer in sums
+            }
+            ranks = (sum(block.rank for block, _ in found) for found in blocks.values())
             self.peft_config[adapter_name] = replace(
-                self.peft_config[adapters[0]], rank=None, init_weights=True, inference_mode=True
+                self.peft_config[adapters[0]],
+                rank=None,
+                feed_forward_rank=max(ranks) or None,
+                geometry=None,
+                init_weights=True,
+                inference_mode=True,
             )
             self.inject_adapter(self.model, adapter_name)
             for layer, state in sums.items():
                 layer[adapter_name].load_state(state)
+                block = layer[adapter_name].feed_forward
+                if block is not None:
+                    block.become_sum(blocks[layer])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As every tuner does it, which would look past modules whose name holds the prefix, and so past ours."""
@@ -369,7 +408,10 @@ class NTKAttentionModel(BaseTuner):
 
 
 def describe(geometry: dict[str, Any]) -> str:
-    sizes = ", ".join(f"{h} heads, {kv} KV heads, head_dim {d}, value dim {v}" for h, kv, d, v in geometry["sizes"])
+    sizes = ", ".join(
+        f"{h} heads, {kv} KV heads, head_dim {d}, value dim {v}{f', feed-forward width {D}' if D else ''}"
+        for h, kv, d, v, D in geometry["sizes"]
+    )
     return f"{geometry['num_modules']} attention modules ({sizes})"
 
 
