@@ -282,25 +282,29 @@ class FeedForwardStatistics:
         self.prefix = prefix
         self.moments: list[Tensor] = []  # [D, D] of every kind of input, the task's first
         self.gram: Tensor | float = 0.0
-        self.sum_square, self.num_rows = 0.0, 0
-        self.output_rms = 1.0  # of the task
+        self.num_rows = 0
+        self.sizes: list[Tensor] = []  # [N], rms of the outputs of the task, token by token
 
     def observe(self, x: Tensor, out: Tensor) -> None:
         x = x.float()
         self.gram = self.gram + (x.T @ x).double()
-        self.sum_square += out.double().square().mean(dim=1).sum().item()
         self.num_rows += len(x)
+        if not self.moments:
+            self.sizes.append(out.float().square().mean(dim=1).sqrt())
 
     def end_of_kind(self) -> None:
-        if not self.moments:
-            self.output_rms = (self.sum_square / self.num_rows) ** 0.5
         self.moments.append(torch.as_tensor(self.gram / self.num_rows))
         self.gram, self.num_rows = 0.0, 0
 
     @torch.no_grad()
     def set_coordinates_and_start(self, generator: torch.Generator) -> None:
-        """Inputs are white, steps of Z_B are in units of the block's output; nothing is added at first."""
-        self.prefix.set_coordinates(inverse_root(mean_of(self.moments)), self.output_rms)
+        """Inputs are white, steps of Z_B are in units of the block's output; nothing is added at first.
+
+        The unit is the output's size at the median token: in some blocks a few tokens have outputs a thousand times as
+        large as all others ("massive activations"), and with their rms as the unit training was unstable.
+        """
+        unit = torch.cat(self.sizes).median().clamp_min(torch.finfo(torch.float32).tiny)
+        self.prefix.set_coordinates(inverse_root(mean_of(self.moments)), unit.item())
         self.prefix.reset_parameters(generator=generator)
 
 
