@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 
 from ntk_attention import NTKAttentionConfig
 
-from .models import llama, model_sizes
+from .models import ATTENTION_ALONE, llama, model_sizes
 from .runner import Case
 from .timing import Prepared
 
@@ -33,7 +33,7 @@ def cases(device: str, tiny: bool) -> list[Case]:
     B, adapters, prompt, new = (4, 6, 16, 4) if tiny else (BATCH, ADAPTERS, PROMPT, NEW)
 
     def models() -> Models:
-        ours = NTKAttentionConfig(task_type="CAUSAL_LM", init_weights=False)
+        ours = NTKAttentionConfig(init_weights=False, **ATTENTION_ALONE)
         lora = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         return Models(llama(device, tiny).eval(), *(with_adapters(device, tiny, c, adapters) for c in (ours, lora)))
 

@@ -21,7 +21,7 @@ from transformers import StaticCache
 
 from ntk_attention import NTKAttentionConfig
 
-from .models import llama, model_sizes
+from .models import ATTENTION_ALONE, llama, model_sizes
 from .runner import Case
 from .timing import Prepared, captured
 
@@ -34,6 +34,7 @@ class Models(NamedTuple):
     plain: Any
     grouped: Any
     ours: Any
+    blocks_too: Any
 
 
 def cases(device: str, tiny: bool) -> list[Case]:
@@ -42,9 +43,12 @@ def cases(device: str, tiny: bool) -> list[Case]:
 
     def models() -> Models:
         if not made:
-            adapted = get_peft_model(llama(device, tiny), NTKAttentionConfig(task_type="CAUSAL_LM", init_weights=False))
+            ours, blocks_too = (
+                get_peft_model(llama(device, tiny), NTKAttentionConfig(init_weights=False, **options))
+                for options in (ATTENTION_ALONE, {"task_type": "CAUSAL_LM"})
+            )
             grouped = llama(device, tiny, attention="grouped")
-            made.append(Models(llama(device, tiny).eval(), grouped.eval(), adapted.eval()))
+            made.append(Models(*(m.eval() for m in (llama(device, tiny), grouped, ours, blocks_too))))
         return made[0]
 
     def case(B: int, launch: str) -> Case:
@@ -54,6 +58,7 @@ def cases(device: str, tiny: bool) -> list[Case]:
             "no prefix": lambda models: setup(models.plain, m=0),
             "no prefix, grouped": lambda models: setup(models.grouped, m=0),
             "ours": lambda models: setup(models.ours, m=0),
+            "ours, blocks too": lambda models: setup(models.blocks_too, m=0),
         }
         for m in prefixes:
             methods[f"prefix m={m}"] = lambda models, m=m: setup(models.plain, m=m)  # type: ignore[misc]

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ntk_attention import NTKAttentionConfig
 
-from .models import llama, model_sizes
+from .models import ATTENTION_ALONE, llama, model_sizes
 from .runner import Case
 from .timing import Prepared
 from .training import BATCH, LENGTH, train
@@ -79,7 +79,7 @@ def quantised(device: str, tiny: bool, config: Any) -> Any:
 
 def prepare(make: Callable[[], Any], ids: Tensor, checkpointing: bool = False, backend: str | None = None) -> Prepared:
     base = make()
-    model = get_peft_model(base, NTKAttentionConfig(task_type="CAUSAL_LM")).train()
+    model = get_peft_model(base, NTKAttentionConfig(**ATTENTION_ALONE)).train()
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.disable_input_require_grads()  # for the reentrant mode; no graph holds it

@@ -32,6 +32,10 @@ TINY = {
 }
 
 
+# Options of an adapter of attention alone: the cost of the paper's method. By default feed-forward blocks get one too.
+ATTENTION_ALONE: dict[str, Any] = {"task_type": "CAUSAL_LM", "rank": None, "feed_forward_rank": None}
+
+
 def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **_):
     """scaled_dot_product_attention that is told of grouped heads and so reads each KV head once."""
     out = F.scaled_dot_product_attention(

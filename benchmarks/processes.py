@@ -40,7 +40,7 @@ from transformers.distributed import DistributedConfig
 from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.trainer import AdapterTrainer, share_calibration
 
-from .models import LLAMA_1B, TINY, shaped
+from .models import ATTENTION_ALONE, LLAMA_1B, TINY, shaped
 from .rows import SEED, Recorder
 from .timing import Result, allocated, release, synchronize
 from .training import BATCH, CALIBRATION_TOKENS, LENGTH
@@ -201,7 +201,7 @@ def train(training: Training, folder: Path) -> Result:
     before = allocated(device)
     model = get_peft_model(
         make_model(training.sizes, arguments.device, folder if spread else None),
-        NTKAttentionConfig(task_type="CAUSAL_LM"),
+        NTKAttentionConfig(**ATTENTION_ALONE),
     )
     items = make_items(training)
     calibrate(model, [{"input_ids": items[0]["input_ids"][None, :CALIBRATION_TOKENS].to(arguments.device)}])

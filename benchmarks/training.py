@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ntk_attention import NTKAttentionConfig, calibrate
 
-from .models import llama, model_sizes
+from .models import ATTENTION_ALONE, llama, model_sizes
 from .runner import Case
 from .timing import Prepared
 
@@ -39,11 +39,12 @@ def cases(device: str, tiny: bool) -> list[Case]:
     methods: dict[str, Callable[..., Prepared]] = {
         "frozen": frozen,
         LORA: partial(adapted, config=LoraConfig(r=16, task_type="CAUSAL_LM")),
-        OURS: partial(adapted, config=NTKAttentionConfig(task_type="CAUSAL_LM")),
+        OURS: partial(adapted, config=NTKAttentionConfig(**ATTENTION_ALONE)),
         "LoRA all linear": partial(
             adapted, config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         ),
         "ours calibrated": calibrated,
+        "ours, blocks too": partial(adapted, config=NTKAttentionConfig(task_type="CAUSAL_LM")),
         "full": full,
     }
     for m in prefixes:
@@ -80,7 +81,7 @@ def adapted(model: Any, ids: Tensor, config: Any) -> Prepared:
 
 
 def calibrated(model: Any, ids: Tensor) -> Prepared:
-    model = get_peft_model(model, NTKAttentionConfig(task_type="CAUSAL_LM"))
+    model = get_peft_model(model, NTKAttentionConfig(**ATTENTION_ALONE))
     calibrate(model, [{"input_ids": ids[:1, :CALIBRATION_TOKENS]}])
     return train(model, ids)
 

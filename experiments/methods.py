@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from transformers import DynamicCache
 from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.calibration import SHARE, with_random_inputs
 from ntk_attention.layer import LOG_OF_NOTHING, PrefixAdapter
-from ntk_attention.observation import adapted_layers, evaluating
+from ntk_attention.observation import adapted_layers, evaluating, observe
 
 from . import budgets
 from .extensions import ExactPrefix, PrefixMemory, extend, start_from_tokens
@@ -149,6 +150,27 @@ def ntk_without_normaliser(model: nn.Module, context: Context) -> nn.Module:
     for adapter in adapters(model):
         without_value(adapter, LOG_OF_NOTHING)
         adapter.log_k.requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def ntk_rms_unit(model: nn.Module, context: Context) -> nn.Module:
+    """The unit of feed-forward blocks is the rms of their outputs, which a few tokens can dominate."""
+    model = ntk(model, context)
+    sizes: dict[str, list[torch.Tensor]] = {name: [] for name in adapted_layers(model)}
+
+    def keep(name: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        sizes[name].append(out.float().square().mean(dim=1))
+
+    layers = adapted_layers(model)
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(layer.resting())
+        blocks = {name: partial(keep, name) for name in layers}
+        observe(model, layers, batches_from(context, "train"), dict.fromkeys(layers, lambda *_: None), blocks)
+    for name, layer in layers.items():
+        if layer["default"].feed_forward is not None:
+            layer["default"].feed_forward.unit = torch.cat(sizes[name]).mean().sqrt().item()
     return model
 
 
@@ -291,6 +313,7 @@ METHODS: dict[str, Method] = {
         for s in RANKS
     },
     "attention-alone": ablation("attention alone, full Z", "feed-forward blocks", **ATTENTION_ALONE),
+    "rms-unit": ablation("unit of the blocks is the rms", "feed-forward blocks", ntk_rms_unit),
     "start-neutral": ablation("neutral start, not calibrated", "start", ntk_neutral),
     "start-scale": ablation("scale only", "start", ntk_scale_only),
     "start-whitening": ablation("whitening only", "start", ntk_whitening_only),

@@ -55,17 +55,19 @@ def summary(results: Results) -> Table:
     body = []
     for name, own in results.items():
         ours = own.get(OURS)
-        if ours is None or ours.mean is None:
-            continue
         rivals = [best_of(own, LORA), best_of(own, PREFIXES), own.get("ntk-published"), own.get("full")]
-        gains = [difference(ours, rival) if rival else None for rival in rivals[:2]]
-        arrow = "↑" if ours.task.higher_is_better else "↓"
+        found = [result.mean if result else None for result in (ours, *rivals)]
+        if not any(mean is not None for mean in found):
+            continue
+        task = next(iter(own.values())).task
+        gains = [difference(ours, rival) if ours and rival else None for rival in rivals[:2]]
+        arrow = "↑" if task.higher_is_better else "↓"
         body.append(
             [
                 name,
-                f"{ours.task.metric} {arrow}",
-                str(len(ours.finals)),
-                *(value(ours.task, result.mean) if result else "" for result in (ours, *rivals)),
+                f"{task.metric} {arrow}",
+                str(len(ours.finals)) if ours else "",
+                *("not yet" if mean is None else value(task, mean) for mean in found),
                 *(percent(gain.relative) if gain else "" for gain in gains),
             ]
         )

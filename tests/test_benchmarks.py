@@ -73,9 +73,8 @@ def test_methods(folder):
     trained = {row["method"]: row["figures"]["trainable_parameters"] for row in read(folder / "training.jsonl")}
     assert trained["frozen"] == 0
     assert trained["full"] == llama("cpu", tiny=True).num_parameters()
-    assert (
-        trained["ours"] == trained["ours calibrated"] == 2 * (4 * (9 * 2 + 2 * 8 + 9) + 2 * 32 * 2)
-    )  # layers, heads, blocks
+    assert trained["ours"] == trained["ours calibrated"] == 2 * 4 * (9 * 8 + 9)  # layers, heads, Z and k
+    assert trained["ours, blocks too"] == 2 * (4 * (9 * 2 + 2 * 8 + 9) + 2 * 32 * 2)
     assert trained["prefix m=4"] == 4 * 2 * 2 * 2 * 8  # tokens, layers, keys and values, KV heads, d
 
 

@@ -51,7 +51,7 @@ def documents(
     rows: Annotated[int, typer.Option(help="Of calibration text.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of such a row.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 8,
-    source: Annotated[str, typer.Option(help="Of the calibration text: samples, chunks or both.")] = "both",
+    source: Annotated[str, typer.Option(help="Of the calibration text: samples, chunks or both.")] = "samples",
     state_rate: Annotated[float, typer.Option(help="Learning rate of states.")] = 2e-3,
     cache_rate: Annotated[float, typer.Option(help="Learning rate of trained caches.")] = 5e-3,
     seed: int = 0,

@@ -1,8 +1,9 @@
 """Calibration text for a document: what a state of it is fitted and distilled on, made from nothing but the document.
 
-What a reader of a document will be asked is not known. Two kinds of text bring queries like those that come: the
-model's own continuations of the document, sampled while it sees all of it, and pieces of the document, read once more.
-Studying one's own text is the idea of Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266).
+What a reader of a document will be asked is not known. The model's own continuations of the document, sampled while it
+sees all of it, bring queries like those that come. Pieces of the document, read once more, do so too, but a state that
+is distilled on them learns to copy them and not what follows (docs/conversion.md). Studying one's own text is the idea
+of Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def study(
     length: int = 512,
     batch_size: int = 16,
     seed: int = 0,
-    source: str = "both",
+    source: str = "samples",
     reporter: Reporter | None = None,
 ) -> list[dict[str, Tensor]]:
     """Batches of calibration text.
@@ -57,7 +58,8 @@ def study(
             will follow in use: behind the last position of the calibration a state is a guess.
         batch_size: rows of a batch.
         seed: of the places and the samples.
-        source: "samples" of the model, "chunks" of the document, or alternately "both".
+        source: "samples" of the model, "chunks" of the document, or alternately "both". A model that is to say the
+            document again needs chunks.
         reporter: told about every row.
 
     Raises:
