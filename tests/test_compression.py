@@ -12,6 +12,7 @@ from ntk_attention import save_cache
 from ntk_attention.compression import WORK, Settings, compress
 from ntk_attention.conversion import prefix_of_cache, prefix_of_text
 from ntk_attention.evaluation import fidelity
+from ntk_attention.models import fast_dtype
 
 from .test_cli import expect_refusal, invoke
 
@@ -89,7 +90,8 @@ def test_a_cache(model_folder, tmp_path):
     record = json.loads((tmp_path / "out" / "compress.json").read_text())
     assert "distilled" not in record
     assert record["fitted"]["kl"] < record["without"]["kl"]
-    assert record["cache_bytes"] == 2 * 2 * 2 * 8 * 40 * 2  # layers, keys and values, KV heads, d, tokens, bfloat16
+    numbers = 2 * 2 * 2 * 8 * 40  # layers, keys and values, KV heads, d, tokens
+    assert record["cache_bytes"] == numbers * fast_dtype().itemsize
 
 
 def test_a_prefix_tuning_adapter(model_folder, tmp_path):

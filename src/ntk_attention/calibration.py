@@ -280,14 +280,14 @@ class FeedForwardStatistics:
 
     def __init__(self, prefix: FeedForwardPrefix):
         self.prefix = prefix
-        self.moments: list[Tensor] = []  # [D, D] of every kind of input, the task's first
+        self.moments: list[Tensor] = []  # [D, D] of every kind of input, the task's first; in float32, they are large
         self.gram: Tensor | float = 0.0
         self.num_rows = 0
         self.sizes: list[Tensor] = []  # [N], rms of the outputs of the task, token by token
 
     def observe(self, x: Tensor, out: Tensor) -> None:
         x = x.float()
-        self.gram = self.gram + (x.T @ x).double()
+        self.gram = self.gram + x.T @ x
         self.num_rows += len(x)
         if not self.moments:
             self.sizes.append(out.float().square().mean(dim=1).sqrt())
@@ -304,7 +304,8 @@ class FeedForwardStatistics:
         large as all others ("massive activations"), and with their rms as the unit training was unstable.
         """
         unit = torch.cat(self.sizes).median().clamp_min(torch.finfo(torch.float32).tiny)
-        self.prefix.set_coordinates(inverse_root(mean_of(self.moments)), unit.item())
+        self.prefix.set_coordinates(inverse_root(mean_of(self.moments).double()), unit.item())
+        self.moments.clear()
         self.prefix.reset_parameters(generator=generator)
 
 
