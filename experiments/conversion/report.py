@@ -125,6 +125,7 @@ def panel(axes: Any, rows: list[Row], error: str, colours: dict[str, str]) -> No
 
 def documents(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
     text = []
+    rows = sorted(rows, key=lambda row: row["source"] != "samples")  # the default first
     for key in dict.fromkeys((setting(row), row["text"]) for row in rows):
         own = [row for row in rows if (setting(row), row["text"]) == key]
         failed = [f"{row['method']}: {row['error']}" for row in own if "error" in row]
