@@ -86,7 +86,8 @@ class Coordinated(nn.Module):
                 continue
             check_shape("the state dict", f"{prefix}{name}", tuple(given.shape), tuple(parameter.shape))
             check_values("the state dict", f"{prefix}{name}", given)
-            if self.mesh is not None and isinstance(parameter, DTensor) and not isinstance(given, DTensor):
+            own = name in self._parameters  # a child with other placements sees to its own
+            if own and self.mesh is not None and isinstance(parameter, DTensor) and not isinstance(given, DTensor):
                 state_dict[prefix + name] = spread(given.to(self.mesh.device_type), self.mesh, self.placements)
         if self.coordinates is not None and not is_partitioned(getattr(self, self.scaled)):
             if prefix + self.leading in state_dict:
