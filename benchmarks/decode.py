@@ -2,8 +2,9 @@
 
 A step is one forward pass of `transformers` for one new token of each sequence, and the choice of the next; the static
 cache (512 tokens of a prompt, here random numbers, and room for 512 more) is written in place, so that each step goes
-on where the last one ended. Methods: no prefix; ours, with a random state in every layer, called as a user calls it;
-prefixes of m real tokens, which lie in a cache that is longer by m. "graph" replays a CUDA graph of the step, "eager"
+on where the last one ended. Methods: no prefix; ours, with a random state in every layer, called as a user calls it, in
+attention alone with a full Z, and with prefixes for the feed-forward blocks too; prefixes of m real tokens, which lie
+in a cache that is longer by m. "graph" replays a CUDA graph of the step, "eager"
 calls the model. Without ours, attention is what transformers makes of "sdpa" (5.17 repeats the KV heads in each step,
 5.23 does not; ours never does); "no prefix, grouped" is torch's attention, told of the groups. A static cache has its
 full length from the start, and attention reads all of it.

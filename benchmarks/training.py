@@ -9,7 +9,8 @@ weights, optimizer state, and the step at its peak.
 - full: all parameters, weights and optimizer state in bfloat16.
 - LoRA r=16: peft's default targets (query and value), and all linear layers.
 - prefix m: peft's prefix tuning without projection.
-- ours, as `get_peft_model` makes it; and calibrated, where Z is trained in other coordinates.
+- ours, in attention alone with a full Z; calibrated, where Z is trained in other coordinates; and, as `get_peft_model`
+  makes it by default, with prefixes for the feed-forward blocks too.
 """
 
 from __future__ import annotations

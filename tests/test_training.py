@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from ntk_attention import training
+from ntk_attention.models import load_model
 from ntk_attention.run_folder import RECORD
 from ntk_attention.trainer import AdapterTrainer
 from ntk_attention.training import Settings, finetune
@@ -221,3 +222,10 @@ def test_numbers_that_are_not_finite_stop_the_run(breaks, message, run, settings
         with pytest.raises(ValueError, match=f"{message}.*lower the learning rate.*checkpoint is {checkpoint} "):
             finetune(settings, tmp_path / "out")
     assert finetune(settings, tmp_path / "out", resume=True)["after"] == run[0]["after"]
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)], ids=["fast", "slow"])
+def test_dtype_of_a_base_model_on_a_cpu(fast, dtype, model_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    assert load_model(str(model_folder))[0].dtype == dtype

@@ -301,7 +301,7 @@ class FeedForwardStatistics:
         """Inputs are white, steps of Z_B are in units of the block's output; nothing is added at first.
 
         The unit is the output's size at the median token: in some blocks a few tokens have outputs a thousand times as
-        large as all others ("massive activations"), and with their rms as the unit training was unstable.
+        large as all others ("massive activations"), and would make the rms a unit in which every step is too large.
         """
         unit = torch.cat(self.sizes).median().clamp_min(torch.finfo(torch.float32).tiny)
         self.prefix.set_coordinates(inverse_root(mean_of(self.moments).double()), unit.item())

@@ -48,7 +48,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
 
 
 def fast_dtype() -> torch.dtype:
-    """bfloat16, but on a CPU without instructions for it, which would take ten times as long as in float32."""
+    """bfloat16, but float32 on a CPU without instructions for it, which takes many times as long over bfloat16."""
     if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16
     return torch.float32
