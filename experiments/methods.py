@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,9 +19,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.calibration import SHARE, with_random_inputs
+from ntk_attention.calibration import INPUT_UNIT, SHARE, STREAM_UNIT, with_random_inputs
 from ntk_attention.layer import LOG_OF_NOTHING, PrefixAdapter
-from ntk_attention.observation import adapted_layers, evaluating, observe
+from ntk_attention.observation import adapted_layers, evaluating
 
 from . import budgets
 from .extensions import ExactPrefix, PrefixMemory, extend, start_from_tokens
@@ -154,23 +153,18 @@ def ntk_without_normaliser(model: nn.Module, context: Context) -> nn.Module:
 
 
 @torch.no_grad()
-def ntk_rms_unit(model: nn.Module, context: Context) -> nn.Module:
-    """The unit of feed-forward blocks is the rms of their outputs, which a few tokens can dominate."""
-    model = ntk(model, context)
-    sizes: dict[str, list[torch.Tensor]] = {name: [] for name in adapted_layers(model)}
-
-    def keep(name: str, x: torch.Tensor, out: torch.Tensor) -> None:
-        sizes[name].append(out.float().square().mean(dim=1))
-
-    layers = adapted_layers(model)
-    with ExitStack() as stack:
-        for layer in layers.values():
-            stack.enter_context(layer.resting())
-        blocks = {name: partial(keep, name) for name in layers}
-        observe(model, layers, batches_from(context, "train"), dict.fromkeys(layers, lambda *_: None), blocks)
-    for name, layer in layers.items():
-        if layer["default"].feed_forward is not None:
-            layer["default"].feed_forward.unit = torch.cat(sizes[name]).mean().sqrt().item()
+def ntk_output_unit(model: nn.Module, context: Context) -> nn.Module:
+    """A feed-forward block trains in units of its own output, and Z_A in coordinates where inputs are white."""
+    model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task)))
+    for layer in adapted_layers(model).values():
+        if layer.block is not None:
+            layer.block = replace(layer.block, layer=layer.block.last)
+    calibrate(model, batches_from(context, "train"))
+    for adapter in adapters(model):
+        block = adapter.feed_forward
+        if block is not None:
+            block.set_coordinates(block.coordinates / INPUT_UNIT, block.unit / STREAM_UNIT)
+            block.Z_A.mul_(INPUT_UNIT)
     return model
 
 
@@ -313,7 +307,7 @@ METHODS: dict[str, Method] = {
         for s in RANKS
     },
     "attention-alone": ablation("attention alone, full Z", "feed-forward blocks", **ATTENTION_ALONE),
-    "rms-unit": ablation("unit of the blocks is the rms", "feed-forward blocks", ntk_rms_unit),
+    "output-unit": ablation("blocks in units of their output", "feed-forward blocks", ntk_output_unit),
     "start-neutral": ablation("neutral start, not calibrated", "start", ntk_neutral),
     "start-scale": ablation("scale only", "start", ntk_scale_only),
     "start-whitening": ablation("whitening only", "start", ntk_whitening_only),

@@ -1,6 +1,7 @@
 """Prefixes of feed-forward blocks: where they go, what they add, how they start, and what files of them hold."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.adapter_folder import CONFIG, WEIGHTS
+from ntk_attention.calibration import INPUT_UNIT, STREAM_UNIT
 from ntk_attention.feed_forward import feed_forwards
 from ntk_attention.routing import routes
 
@@ -123,25 +125,51 @@ def test_nothing_is_left_behind(name):
 
 
 def test_start_has_no_effect_and_white_inputs():
-    """Calibrated on one batch alone: the mean square of every direction is 1, and Z_B is in units of the output."""
+    """Calibrated on one batch alone: the mean square of every direction of the inputs is the same, and Z_B is in units
+    of the residual stream."""
     model = adapted(init_weights=True)
     seen = {}
     decoder = model.base_model.model.model.layers
     with model.disable_adapter(), torch.no_grad():
-        hook = decoder[1].mlp.register_forward_hook(lambda module, args, out: seen.update(x=args[0], out=out))
+        decoder[1].mlp.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+        decoder[1].register_forward_hook(lambda module, args, out: seen.update(stream=out))
         model(**INPUTS)
-        hook.remove()
     calibrate(model, [INPUTS], others=False)
     prefix = adapters(model)[1].feed_forward
     real = INPUTS["attention_mask"].bool()
-    x = (seen["x"][real] @ prefix.coordinates).double()
-    assert prefix.unit == pytest.approx(seen["out"][real].square().mean(dim=1).sqrt().median().item(), rel=1e-5)
+    x = (seen["x"][real] @ prefix.coordinates).double() / INPUT_UNIT
+    size = seen["stream"][real].square().mean(dim=1).sqrt().median().item()
+    assert prefix.unit == pytest.approx(STREAM_UNIT * size, rel=1e-5)
+    assert (seen["x"][real] @ prefix.plain_leading()).square().mean().item() == pytest.approx(1.0, rel=0.5)
     assert not prefix.Z_B.any()
     square = torch.linalg.eigvalsh(x.mT @ x / len(x))[-min(x.shape) // 2 :]  # the rest is under the floor
     torch.testing.assert_close(square, torch.ones_like(square), rtol=1e-3, atol=0)
     again = adapted(init_weights=True)
     calibrate(again, [INPUTS], others=False)
     assert torch.equal(adapters(again)[1].feed_forward.Z_A, prefix.Z_A)  # the same start in every process
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_calibration_sees_the_stream_of_every_family(name):
+    """The layers' outputs, by hooks on the layers that hold the blocks."""
+    family = FAMILIES[name]
+    model = get_peft_model(family.build(), NTKAttentionConfig(), autocast_adapter_dtype=False).eval()
+    blocks = {layer: layer["default"].feed_forward for layer in layers_of(model)}
+    blocks = {layer: prefix for layer, prefix in blocks.items() if prefix is not None}
+    sizes = {layer: [] for layer in blocks}
+
+    def keep(module, args, out, layer):
+        sizes[layer].append((out if torch.is_tensor(out) else out[0]).flatten(0, -2).square().mean(dim=1).sqrt())
+
+    inputs = family.inputs(padded=False)
+    calibrate(model, [inputs], others=False)
+    for layer in blocks:
+        layer.block.layer.register_forward_hook(partial(keep, layer=layer))
+    with model.disable_adapter(), torch.no_grad():
+        family.run(model, inputs)
+    assert len(blocks) == BLOCKS.get(name, 2)
+    for layer, prefix in blocks.items():
+        assert prefix.unit == pytest.approx(STREAM_UNIT * torch.cat(sizes[layer]).median().item(), rel=1e-4)
 
 
 def test_training_moves_it_and_files_hold_it(tmp_path):

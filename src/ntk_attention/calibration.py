@@ -11,7 +11,8 @@ others. Passes of a few batches through the frozen model measure, per head,
      moments see other inputs too, since what a task's queries rarely do other inputs do often;
    - the prefix's value at the start: the head's mean output, of all fixed values the one that changes outputs least.
 
-The feed-forward block beside gets coordinates in which its inputs are white and its output is the unit.
+The feed-forward block beside gets coordinates in which its inputs are white and steps are parts of what the layer gives
+on, its residual stream.
 
 All of it is a change of coordinates and a start: saved files hold plain Z, k and b.
 """
@@ -42,6 +43,9 @@ EIGENVALUE_FLOOR = 1e-3  # of the whitening, relative to the largest: below it f
 # A step of log k moves the output by `share` times as much as a step of Z does, so its unit is made larger by
 # 1 / share, with this factor: both move the output alike, whatever the share.
 LOG_K_STEP = 0.15
+# Of the prefix of a feed-forward block: the unit of Z_B relative to the size of the residual stream, and that of Z_A
+# relative to coordinates in which inputs are white.
+STREAM_UNIT, INPUT_UNIT = 0.07, 0.3
 MAX_BYTES = 8 * 2**30
 OWN_ROWS, OWN_LENGTH = 32, 128  # tokens of the text that a model writes itself
 SIGNALS = ("pixel_values", "input_features", "input_values")  # pictures and sound
@@ -99,10 +103,9 @@ def calibrate(
         for name, s in statistics.items():
             s.set_scale(share, name)
         moments = {name: s.observe_moments for name, s in statistics.items()}
-        of_blocks = {name: s.observe for name, s in blocks.items()}
         for kind in (batches, unlike):
             if kind:
-                observe(model, layers, kind, moments, of_blocks)
+                observe(model, layers, kind, moments, blocks)
                 for heads in statistics.values():
                     heads.end_of_kind()
                 for block in blocks.values():
@@ -276,21 +279,23 @@ class HeadStatistics:
 
 
 class FeedForwardStatistics:
-    """What calibration measures of one feed-forward block: moments of its inputs, and the size of its outputs."""
+    """What calibration measures of one feed-forward block: moments of its inputs, and the size of the stream."""
 
     def __init__(self, prefix: FeedForwardPrefix):
         self.prefix = prefix
         self.moments: list[Tensor] = []  # [D, D] of every kind of input, the task's first; in float32, they are large
         self.gram: Tensor | float = 0.0
         self.num_rows = 0
-        self.sizes: list[Tensor] = []  # [N], rms of the outputs of the task, token by token
+        self.sizes: list[Tensor] = []  # [N], rms of what the layer gives on, of the task, token by token
 
-    def observe(self, x: Tensor, out: Tensor) -> None:
+    def observe_input(self, x: Tensor) -> None:
         x = x.float()
         self.gram = self.gram + x.T @ x
         self.num_rows += len(x)
+
+    def observe_stream(self, hidden: Tensor) -> None:
         if not self.moments:
-            self.sizes.append(out.float().square().mean(dim=1).sqrt())
+            self.sizes.append(hidden.float().square().mean(dim=1).sqrt())
 
     def end_of_kind(self) -> None:
         self.moments.append(torch.as_tensor(self.gram / self.num_rows))
@@ -298,15 +303,17 @@ class FeedForwardStatistics:
 
     @torch.no_grad()
     def set_coordinates_and_start(self, generator: torch.Generator) -> None:
-        """Inputs are white, steps of Z_B are in units of the block's output; nothing is added at first.
+        """Coordinates as the constants above say; nothing is added at first.
 
-        The unit is the output's size at the median token: in some blocks a few tokens have outputs a thousand times as
-        large as all others ("massive activations"), and would make the rms a unit in which every step is too large.
+        The stream's size is that of the median token: in some layers a few tokens are a thousand times as large as all
+        others ("massive activations"), and would make the rms a unit in which every step is too large.
         """
-        unit = torch.cat(self.sizes).median().clamp_min(torch.finfo(torch.float32).tiny)
-        self.prefix.set_coordinates(inverse_root(mean_of(self.moments).double()), unit.item())
+        size = torch.cat(self.sizes).median().clamp_min(torch.finfo(torch.float32).tiny)
+        coordinates = INPUT_UNIT * inverse_root(mean_of(self.moments).double())
+        self.prefix.set_coordinates(coordinates, STREAM_UNIT * size.item())
         self.moments.clear()
         self.prefix.reset_parameters(generator=generator)
+        self.prefix.part("Z_A").div_(INPUT_UNIT)
 
 
 def mean_of(moments: list[Tensor]) -> Tensor:

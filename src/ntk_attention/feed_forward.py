@@ -36,10 +36,12 @@ LEVELS = 3  # from an attention module up to its layer, at most
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One block: the module that gets its input [..., D], and the one whose output [..., D] is the block's."""
+    """One block: the module that gets its input [..., D], the one whose output [..., D] is the block's, and the
+    transformer layer that has both."""
 
     first: nn.Module
     last: nn.Module
+    layer: nn.Module
     names: tuple[str, str]  # of both
     width: int  # D
 
@@ -71,7 +73,7 @@ def feed_forward_of(model: nn.Module, attention: str) -> FeedForward | None:
             except AttributeError:
                 continue
             if width and getattr(first, "in_features", width) == width:
-                return FeedForward(first, last, (names[0], names[1]), width)
+                return FeedForward(first, last, model.get_submodule(".".join(layer)), (names[0], names[1]), width)
     return None
 
 

@@ -210,9 +210,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self.mesh = mesh  # of processes that hold a part of the heads each
         self.rows: RowStates | None = None  # of a mixed batch, while it lasts
         self.feed_forward_rows: FeedForwardRows | None = None  # likewise
+        self.block: FeedForward | None = None
         self.feed_forward_input: Tensor | None = None  # while the block runs
-        # Sees the input and the output of every call of the block, without prefixes.
-        self.feed_forward_observer: Callable[[Tensor, Tensor], None] | None = None
         self._hooks: list[RemovableHandle] = []
         # A function put here sees every call: the query, the block of the real tokens, the block of the prefix (None
         # while the adapters rest) and the factor that makes phi's input of the query.
@@ -246,6 +245,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
     def hook(self, block: FeedForward) -> None:
         """Add to the block's output from here on. Where one module is the block, no state is kept between the hooks,
         which torch.compile could not put into one graph with activation checkpointing."""
+        self.block = block
         if block.first is block.last:
             self._hooks = [block.last.register_forward_hook(self.after_block, with_kwargs=True)]
             return
@@ -268,8 +268,6 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
     def add_to_block(self, x: Tensor, output: Any) -> Any:
         """The output of the block, with what its prefixes add; experts may return more than a tensor."""
         out = output[0] if isinstance(output, tuple) else output
-        if self.feed_forward_observer is not None:
-            self.feed_forward_observer(x, out)
         for prefix in self.feed_forward_prefixes():
             out = out + prefix(x.to(out.device)).to(out.dtype)
         return (out, *output[1:]) if isinstance(output, tuple) else out

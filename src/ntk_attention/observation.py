@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .layer import NTKAttentionLayer
+from .feed_forward import FeedForward
+from .layer import NTKAttentionLayer, input_of
 from .operation import Block
 from .sdpa import HIDDEN
 from .sharding import device_of
@@ -18,8 +19,16 @@ from .sharding import device_of
 # query [B, H, L, d], block of the real tokens, block of the prefix or None, factor of phi's input, and which rows
 # [B, L] count
 Observer = Callable[[Tensor, Block, Block | None, float, Tensor], None]
-# input and output [N, D] of a feed-forward block, of the tokens that count
-FeedForwardObserver = Callable[[Tensor, Tensor], None]
+
+
+class FeedForwardObserver(Protocol):
+    """Of the tokens that count, [N, D]:"""
+
+    def observe_input(self, x: Tensor) -> None:
+        """of the block;"""
+
+    def observe_stream(self, hidden: Tensor) -> None:
+        """what its transformer layer gives on."""
 
 
 def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, NTKAttentionLayer]:
@@ -51,19 +60,18 @@ def observe(
     those whose `attention_mask` is 0, and those that see no token.
     """
     device = device_of(model)
+    blocks = feed_forward_observers or {}
     with evaluating(model), torch.no_grad():
         for batch in batches:
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            for name, layer in layers.items():
-                mask = padding_mask(model, name, batch)
-                layer.observer = partial(show, observers[name], mask)
-                if feed_forward_observers and name in feed_forward_observers:
-                    layer.feed_forward_observer = partial(show_feed_forward, feed_forward_observers[name], mask)
-            try:
+            with ExitStack() as stack:
+                for name, layer in layers.items():
+                    mask = padding_mask(model, name, batch)
+                    layer.observer = partial(show, observers[name], mask)
+                    stack.callback(setattr, layer, "observer", None)
+                    if name in blocks and layer.block is not None:
+                        stack.enter_context(showing(layer.block, blocks[name], mask))
                 model(**batch)
-            finally:
-                for layer in layers.values():
-                    layer.observer = layer.feed_forward_observer = None
 
 
 @contextmanager
@@ -89,13 +97,27 @@ def show(
     observer(query, context, prefix, factor, counts)
 
 
-def show_feed_forward(observer: FeedForwardObserver, mask: Tensor | None, x: Tensor, out: Tensor) -> None:
-    """Call the observer with the real tokens; some families have one dimension for items and tokens."""
-    x, out = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
-    if mask is not None and mask.numel() == len(x):
-        real = mask.reshape(-1).bool()
-        x, out = x[real], out[real]
-    observer(x, out)
+@contextmanager
+def showing(block: FeedForward, observer: FeedForwardObserver, mask: Tensor | None) -> Iterator[None]:
+    """Call the observer with every input of the block and every output of its layer."""
+
+    def see_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        observer.observe_input(real_tokens(input_of(args, kwargs), mask))
+
+    def see_output(module: nn.Module, args: tuple, output: Any) -> None:
+        observer.observe_stream(real_tokens(output if isinstance(output, Tensor) else output[0], mask))
+
+    with (
+        block.first.register_forward_pre_hook(see_input, with_kwargs=True),
+        block.layer.register_forward_hook(see_output),
+    ):
+        yield
+
+
+def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[N, D] of [..., D]; some families have one dimension for items and tokens."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if mask is None or mask.numel() != len(x) else x[mask.reshape(-1).bool()]
 
 
 def padding_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Tensor | None:
