@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.adapter_folder import CONFIG, WEIGHTS
-from ntk_attention.calibration import INPUT_UNIT, STREAM_UNIT
+from ntk_attention.calibration import INPUT_UNIT, OUTPUT_UNIT, STREAM_UNIT
+from ntk_attention.coordinates import solve_by_qr
 from ntk_attention.feed_forward import feed_forwards
 from ntk_attention.routing import routes
 
@@ -125,21 +126,22 @@ def test_nothing_is_left_behind(name):
 
 
 def test_start_has_no_effect_and_white_inputs():
-    """Calibrated on one batch alone: the mean square of every direction of the inputs is the same, and Z_B is in units
-    of the residual stream."""
+    """Calibrated on one batch alone: the mean square of every direction of the inputs is the same, and the unit is that
+    of the median real token."""
     model = adapted(init_weights=True)
     seen = {}
     decoder = model.base_model.model.model.layers
     with model.disable_adapter(), torch.no_grad():
         decoder[1].mlp.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+        decoder[1].mlp.register_forward_hook(lambda module, args, out: seen.update(output=out))
         decoder[1].register_forward_hook(lambda module, args, out: seen.update(stream=out))
         model(**INPUTS)
     calibrate(model, [INPUTS], others=False)
     prefix = adapters(model)[1].feed_forward
     real = INPUTS["attention_mask"].bool()
     x = (seen["x"][real] @ prefix.coordinates).double() / INPUT_UNIT
-    size = seen["stream"][real].square().mean(dim=1).sqrt().median().item()
-    assert prefix.unit == pytest.approx(STREAM_UNIT * size, rel=1e-5)
+    stream, output = (seen[place][real].square().mean(dim=1).sqrt().median().item() for place in ("stream", "output"))
+    assert prefix.unit == pytest.approx(min(STREAM_UNIT * stream, OUTPUT_UNIT * output), rel=1e-5)
     assert (seen["x"][real] @ prefix.plain_leading()).square().mean().item() == pytest.approx(1.0, rel=0.5)
     assert not prefix.Z_B.any()
     square = torch.linalg.eigvalsh(x.mT @ x / len(x))[-min(x.shape) // 2 :]  # the rest is under the floor
@@ -150,26 +152,29 @@ def test_start_has_no_effect_and_white_inputs():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_calibration_sees_the_stream_of_every_family(name):
-    """The layers' outputs, by hooks on the layers that hold the blocks."""
+def test_unit_of_every_family(name):
+    """Of the residual stream, and at most so much of the block's output: by hooks on both."""
     family = FAMILIES[name]
     model = get_peft_model(family.build(), NTKAttentionConfig(), autocast_adapter_dtype=False).eval()
-    blocks = {layer: layer["default"].feed_forward for layer in layers_of(model)}
-    blocks = {layer: prefix for layer, prefix in blocks.items() if prefix is not None}
-    sizes = {layer: [] for layer in blocks}
-
-    def keep(module, args, out, layer):
-        sizes[layer].append((out if torch.is_tensor(out) else out[0]).flatten(0, -2).square().mean(dim=1).sqrt())
-
+    layers = [layer for layer in layers_of(model) if layer["default"].feed_forward is not None]
+    assert len(layers) == BLOCKS.get(name, 2)
     inputs = family.inputs(padded=False)
     calibrate(model, [inputs], others=False)
-    for layer in blocks:
-        layer.block.layer.register_forward_hook(partial(keep, layer=layer))
+    sizes = {}
+
+    def keep(module, args, out, place):
+        out = (out if torch.is_tensor(out) else out[0]).flatten(0, -2)
+        sizes.setdefault(place, []).append(out.square().mean(dim=1).sqrt())
+
+    for i, layer in enumerate(layers):
+        layer.block.layer.register_forward_hook(partial(keep, place=(i, "stream")))
+        layer.block.last.register_forward_hook(partial(keep, place=(i, "output")))
     with model.disable_adapter(), torch.no_grad():
         family.run(model, inputs)
-    assert len(blocks) == BLOCKS.get(name, 2)
-    for layer, prefix in blocks.items():
-        assert prefix.unit == pytest.approx(STREAM_UNIT * torch.cat(sizes[layer]).median().item(), rel=1e-4)
+    for i, layer in enumerate(layers):
+        stream, output = (torch.cat(sizes[i, kind]).median().item() for kind in ("stream", "output"))
+        expected = min(STREAM_UNIT * stream, OUTPUT_UNIT * output)
+        assert layer["default"].feed_forward.unit == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_moves_it_and_files_hold_it(tmp_path):
@@ -237,3 +242,15 @@ def test_rows_with_and_without():
 def test_a_block_that_is_saved_whole_is_refused():
     with pytest.raises(ValueError, match=r"overlaps model\.layers\.0\.mlp"):
         adapted(modules_to_save=["layers.0.mlp.up_proj"])
+
+
+def test_solve_by_qr_with_several_threads():
+    """At a size where torch's LU of a batch goes wrong."""
+    generator = torch.Generator().manual_seed(0)
+    A, X = (torch.randn(4, 257, n, dtype=torch.float64, generator=generator) for n in (257, 3))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert relative_error(solve_by_qr(A, A @ X), X) < 1e-9
+    finally:
+        torch.set_num_threads(threads)

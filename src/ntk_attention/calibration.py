@@ -43,9 +43,10 @@ EIGENVALUE_FLOOR = 1e-3  # of the whitening, relative to the largest: below it f
 # A step of log k moves the output by `share` times as much as a step of Z does, so its unit is made larger by
 # 1 / share, with this factor: both move the output alike, whatever the share.
 LOG_K_STEP = 0.15
-# Of the prefix of a feed-forward block: the unit of Z_B relative to the size of the residual stream, and that of Z_A
-# relative to coordinates in which inputs are white.
-STREAM_UNIT, INPUT_UNIT = 0.07, 0.3
+# Of the prefix of a feed-forward block: the unit of Z_B relative to the size of the residual stream, at most so much of
+# the block's own output, which some families normalise before they add it; and that of Z_A relative to coordinates in
+# which inputs are white.
+STREAM_UNIT, OUTPUT_UNIT, INPUT_UNIT = 0.07, 0.4, 0.3
 MAX_BYTES = 8 * 2**30
 OWN_ROWS, OWN_LENGTH = 32, 128  # tokens of the text that a model writes itself
 SIGNALS = ("pixel_values", "input_features", "input_values")  # pictures and sound
@@ -279,23 +280,32 @@ class HeadStatistics:
 
 
 class FeedForwardStatistics:
-    """What calibration measures of one feed-forward block: moments of its inputs, and the size of the stream."""
+    """What calibration measures of one feed-forward block: moments of its inputs, and sizes.
+
+    These are of the median token: in some layers a few tokens are a thousand times as large as all others ("massive
+    activations"), and would make the rms a unit in which every step is too large.
+    """
 
     def __init__(self, prefix: FeedForwardPrefix):
         self.prefix = prefix
         self.moments: list[Tensor] = []  # [D, D] of every kind of input, the task's first; in float32, they are large
         self.gram: Tensor | float = 0.0
         self.num_rows = 0
-        self.sizes: list[Tensor] = []  # [N], rms of what the layer gives on, of the task, token by token
+        self.outputs: list[Tensor] = []  # [N], rms of the block's output, token by token, of the task
+        self.streams: list[Tensor] = []  # likewise of what the layer gives on
 
     def observe_input(self, x: Tensor) -> None:
         x = x.float()
         self.gram = self.gram + x.T @ x
         self.num_rows += len(x)
 
+    def observe_output(self, out: Tensor) -> None:
+        if not self.moments:
+            self.outputs.append(rms(out))
+
     def observe_stream(self, hidden: Tensor) -> None:
         if not self.moments:
-            self.sizes.append(hidden.float().square().mean(dim=1).sqrt())
+            self.streams.append(rms(hidden))
 
     def end_of_kind(self) -> None:
         self.moments.append(torch.as_tensor(self.gram / self.num_rows))
@@ -303,17 +313,19 @@ class FeedForwardStatistics:
 
     @torch.no_grad()
     def set_coordinates_and_start(self, generator: torch.Generator) -> None:
-        """Coordinates as the constants above say; nothing is added at first.
-
-        The stream's size is that of the median token: in some layers a few tokens are a thousand times as large as all
-        others ("massive activations"), and would make the rms a unit in which every step is too large.
-        """
-        size = torch.cat(self.sizes).median().clamp_min(torch.finfo(torch.float32).tiny)
+        """Coordinates as the constants above say; nothing is added at first."""
+        stream, output = (torch.cat(sizes).median().item() for sizes in (self.streams, self.outputs))
+        unit = max(min(STREAM_UNIT * stream, OUTPUT_UNIT * output), torch.finfo(torch.float32).tiny)
         coordinates = INPUT_UNIT * inverse_root(mean_of(self.moments).double())
-        self.prefix.set_coordinates(coordinates, STREAM_UNIT * size.item())
+        self.prefix.set_coordinates(coordinates, unit)
         self.moments.clear()
         self.prefix.reset_parameters(generator=generator)
         self.prefix.part("Z_A").div_(INPUT_UNIT)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Of every row: [N]."""
+    return x.float().square().mean(dim=1).sqrt()
 
 
 def mean_of(moments: list[Tensor]) -> Tensor:

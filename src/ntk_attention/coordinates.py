@@ -100,7 +100,7 @@ class Coordinated(nn.Module):
         if self.coordinates is None:
             return plain
         C = self.coordinates.double()
-        return self._on_whole(plain, lambda X: torch.linalg.solve(C, X.to(C)).to(X.dtype))
+        return self._on_whole(plain, lambda X: solve_by_qr(C, X.to(C)).to(X.dtype))
 
     def _on_whole(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """The function, which has the coordinates in it, of a tensor that may be spread over processes."""
@@ -109,3 +109,13 @@ class Coordinated(nn.Module):
         if self.mesh is None:  # FSDP2, which cuts heads apart: this process has the coordinates of all
             return distribute_tensor(function(x.full_tensor()), x.device_mesh, x.placements)
         return DTensor.from_local(function(x.to_local()), x.device_mesh, x.placements, run_check=False)
+
+
+def solve_by_qr(A: Tensor, B: Tensor) -> Tensor:
+    """A^-1 B of batches of matrices [..., n, n] and [..., n, m].
+
+    Not torch.linalg.solve: on a CPU with several threads its LU of such a batch is wrong from about n = 150 on
+    (pytorch issue 142815).
+    """
+    Q, R = torch.linalg.qr(A)
+    return torch.linalg.solve_triangular(R, Q.mT @ B, upper=True)

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .coordinates import solve_by_qr
 from .exact import LayerPrefix, exact_prefix, together
 from .features import FeatureMap
 from .layer import NTKAttentionLayer, PrefixAdapter
@@ -332,9 +333,9 @@ def equilibrated(sums: Sums, ridge: Tensor, penalty: Penalty) -> tuple[Tensor, T
 
 
 def solve(gram: Tensor, y: Tensor) -> Tensor:
-    """gram^-1 y; by LU where rounding has left a matrix that is not positive."""
+    """gram^-1 y; by QR where rounding has left a matrix that is not positive."""
     root, failed = torch.linalg.cholesky_ex(gram)
-    return torch.linalg.solve(gram, y) if failed.any() else torch.cholesky_solve(y, root)
+    return solve_by_qr(gram, y) if failed.any() else torch.cholesky_solve(y, root)
 
 
 def ridge_regression(sums: Sums, ridge: Tensor, penalty: Penalty) -> Tensor:

@@ -27,6 +27,9 @@ class FeedForwardObserver(Protocol):
     def observe_input(self, x: Tensor) -> None:
         """of the block;"""
 
+    def observe_output(self, out: Tensor) -> None:
+        """likewise;"""
+
     def observe_stream(self, hidden: Tensor) -> None:
         """what its transformer layer gives on."""
 
@@ -99,17 +102,18 @@ def show(
 
 @contextmanager
 def showing(block: FeedForward, observer: FeedForwardObserver, mask: Tensor | None) -> Iterator[None]:
-    """Call the observer with every input of the block and every output of its layer."""
+    """Call the observer with every input and output of the block, and every output of its layer."""
 
     def see_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         observer.observe_input(real_tokens(input_of(args, kwargs), mask))
 
-    def see_output(module: nn.Module, args: tuple, output: Any) -> None:
-        observer.observe_stream(real_tokens(output if isinstance(output, Tensor) else output[0], mask))
+    def see_output(see: Callable[[Tensor], None], module: nn.Module, args: tuple, output: Any) -> None:
+        see(real_tokens(output if isinstance(output, Tensor) else output[0], mask))
 
     with (
         block.first.register_forward_pre_hook(see_input, with_kwargs=True),
-        block.layer.register_forward_hook(see_output),
+        block.last.register_forward_hook(partial(see_output, observer.observe_output)),
+        block.layer.register_forward_hook(partial(see_output, observer.observe_stream)),
     ):
         yield
 
