@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 EMBEDDED = "smollm2-135m"  # name of the embedded model on the command line
 EMBEDDED_FOLDER = "smollm2-135m-instruct"
+WORDS_TRIED, LEAST_WHOLE = 200, 0.9  # of a tokenizer's own words
 
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -79,10 +89,21 @@ def embedded_folder() -> Path:
 
 
 def convert_gguf(gguf: Path, folder: Path) -> Path:
-    """Dequantise a GGUF file into a bfloat16 model folder, unless it is there already."""
+    """Dequantise a GGUF file into a bfloat16 model folder, unless it is there already.
+
+    Raises:
+        ValueError: if this transformers cannot read the file's tokenizer, and there is no tokenizer.json beside it.
+    """
     if (folder / "config.json").exists():
         return folder
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer_of(gguf, config).save_pretrained(partial)
+    try:
+        check_tokenizer(AutoTokenizer.from_pretrained(partial), gguf)  # as it will be read
+    except ValueError:
+        shutil.rmtree(partial)
+        raise
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     config = quantised.config
     if hasattr(config, "quantization_config"):
@@ -92,16 +113,35 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
     plain.load_state_dict(quantised.state_dict())
     plain.generation_config = quantised.generation_config
     plain.save_pretrained(partial)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # transformers 5.17 takes the first special token for all of them; the config is right.
-    for name in ("bos", "eos", "pad"):
-        token_id = getattr(config, f"{name}_token_id")
-        if isinstance(token_id, int):
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
-    tokenizer.save_pretrained(partial)
     try:
         partial.rename(folder)  # whole or not at all, also when two processes do it at once
     except OSError:
         if not (folder / "config.json").exists():
             raise
     return folder
+
+
+def tokenizer_of(gguf: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer.json beside a GGUF file, or else the tokenizer in it."""
+    if (gguf.parent / "tokenizer.json").exists():
+        return AutoTokenizer.from_pretrained(gguf.parent)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers 5.17 takes the first special token for all of them; the config is right.
+    for name in ("bos", "eos", "pad"):
+        token_id = getattr(config, f"{name}_token_id")
+        if isinstance(token_id, int):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    """Raise ValueError if the tokenizer cuts words up that are tokens of its own: its merges were lost."""
+    words = sorted(word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha())
+    words = words[:: max(1, len(words) // WORDS_TRIED)]
+    whole = sum(len(tokenizer(word, add_special_tokens=False).input_ids) == 1 for word in words)
+    if whole < LEAST_WHOLE * len(words):
+        raise ValueError(
+            f"transformers {transformers.__version__} does not read the tokenizer in {gguf}: of {len(words)} tokens "
+            f"that are words it keeps {whole} whole. Convert with a newer version (5.24 reads Gemma's, 5.17 does not), "
+            "or put the model's tokenizer.json beside the file"
+        )
