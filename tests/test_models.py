@@ -26,5 +26,5 @@ def test_whole_words_stay_whole():
 
 
 def test_lost_merges_are_an_error():
-    with pytest.raises(ValueError, match=r"the tokenizer in model\.gguf: of 25 tokens that are words it keeps 13 whole"):
+    with pytest.raises(ValueError, match=r"tokenizer in model\.gguf: of 25 tokens that are words it keeps 13 whole"):
         check_tokenizer(tokenizer(with_merges=False), Path("model.gguf"))
