@@ -64,7 +64,7 @@ STYLE = """
 }
 * { box-sizing: border-box }
 body { margin: 0; color: var(--ink); background: var(--back); font: 16px/1.55 system-ui, sans-serif }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 20px 80px }
+main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 80px }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 16px 0 }
 h2 { font-size: 1.35rem; margin: 48px 0 8px; padding-top: 16px; border-top: 1px solid var(--line) }
 h3 { font-size: 1.08rem; margin: 32px 0 4px }
@@ -72,7 +72,7 @@ p { max-width: 46em } a { color: var(--accent) }
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: .93rem }
 .wide { overflow-x: auto; margin: 12px 0 20px; border: 1px solid var(--line); border-radius: 6px }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums }
-th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th, td { padding: 6px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back) }
 tr:last-child td { border-bottom: 0 }
