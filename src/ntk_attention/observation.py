@@ -22,16 +22,16 @@ Observer = Callable[[Tensor, Block, Block | None, float, Tensor], None]
 
 
 class FeedForwardObserver(Protocol):
-    """Of the tokens that count, [N, D]:"""
+    """Sees a feed-forward block run: the tokens that count, [N, D]."""
 
     def observe_input(self, x: Tensor) -> None:
-        """of the block;"""
+        """Of the block."""
 
     def observe_output(self, out: Tensor) -> None:
-        """likewise;"""
+        """Of the block, without prefixes."""
 
     def observe_stream(self, hidden: Tensor) -> None:
-        """what its transformer layer gives on."""
+        """What its transformer layer gives on."""
 
 
 def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, NTKAttentionLayer]:
