@@ -62,7 +62,7 @@ class ClassificationTask(Task):
     @property
     def selection_seeds(self) -> tuple[int, ...]:
         """A few examples drawn once say little."""
-        return super().selection_seeds if self.shots is None else (0, 101, 102)
+        return super().selection_seeds if self.shots is None else (0, *range(101, 108))
 
     @property
     def final_seeds(self) -> tuple[int, ...]:
