@@ -153,6 +153,14 @@ def ntk_without_normaliser(model: nn.Module, context: Context) -> nn.Module:
     return model
 
 
+def ntk_half_in_blocks(model: nn.Module, context: Context) -> nn.Module:
+    """Attention and feed-forward blocks share the size equally, where the default has one and three quarters."""
+    g, width = budgets.geometries(model)[0], model.config.hidden_size
+    return ntk(
+        model, context, rank=g.head_dim // 4, feed_forward_rank=round(g.num_heads * g.head_dim**2 / (4 * width))
+    )
+
+
 @torch.no_grad()
 def ntk_output_unit(model: nn.Module, context: Context) -> nn.Module:
     """A feed-forward block trains in units of its own output, and Z_A in coordinates where inputs are white."""
@@ -319,6 +327,7 @@ METHODS: dict[str, Method] = {
         for s in RANKS
     },
     "attention-alone": ablation("attention alone, full Z", "feed-forward blocks", **ATTENTION_ALONE),
+    "half-in-blocks": ablation("rank d / 4, half of the size in blocks", "feed-forward blocks", ntk_half_in_blocks),
     "output-unit": ablation("blocks in units of their output", "feed-forward blocks", ntk_output_unit),
     "stream-unit": ablation("blocks in units of the stream alone", "feed-forward blocks", ntk_stream_unit),
     "start-neutral": ablation("neutral start, not calibrated", "start", ntk_neutral),

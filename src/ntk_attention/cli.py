@@ -86,7 +86,7 @@ def finetune(
     max_new_tokens: MaxNewTokens = 48,
     seed: int = 0,
     feature_map: Annotated[str, typer.Option(help="elu, taylor or positive_random.")] = "elu",
-    rank: Annotated[int | None, typer.Option(help="Rank of Z; a quarter of head_dim by default.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of Z; an eighth of head_dim by default.")] = None,
     state_heads: Annotated[str, typer.Option(help="One state per 'query' or per 'kv' head.")] = "query",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the folder.")] = False,

@@ -37,7 +37,7 @@ class NTKAttentionConfig(PeftConfig):
         feature_map: name of the feature map, see `ntk_attention.FEATURE_MAPS`.
         feature_map_options: its options, e.g. ``{"degree": 4}`` or ``{"num_features": 256, "seed": 0}``.
         constant_feature: append the feature 1 to the map; needed by `calibrate`.
-        rank: of Z = Z_A Z_B; "auto", the default, is a quarter of head_dim, None a full Z.
+        rank: of Z = Z_A Z_B; "auto", the default, is an eighth of head_dim, None a full Z.
         feed_forward_rank: of the prefix of the feed-forward block in the same layer. "auto", the default, gives it as
             many numbers as the low rank of Z saves: with both defaults an adapter is about as large as with a full Z
             in attention alone. None leaves the blocks alone, and those that are not found stay so.
@@ -129,14 +129,14 @@ class NTKAttentionConfig(PeftConfig):
 
     def rank_for(self, head_dim: int) -> int | None:
         """The rank of Z in heads of this size; None for a full Z."""
-        return max(1, head_dim // 4) if self.rank == "auto" else self.rank
+        return max(1, head_dim // 8) if self.rank == "auto" else self.rank
 
     def feed_forward_rank_for(self, numbers: int, width: int) -> int | None:
         """The rank beside a full Z of so many numbers, all heads together, in a block of this width; None for none."""
         if not width or self.feed_forward_rank is None:
             return None
-        if self.feed_forward_rank == "auto":  # half of a full Z, over Z_A and Z_B
-            return max(1, round(numbers / (4 * width)))
+        if self.feed_forward_rank == "auto":  # three quarters of a full Z, over Z_A and Z_B
+            return max(1, round(3 * numbers / (8 * width)))
         return self.feed_forward_rank
 
     def make_feature_map(self) -> FeatureMap:
