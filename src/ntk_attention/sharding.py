@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -97,3 +98,21 @@ def device_of(model: nn.Module) -> torch.device:
     if isinstance(parameter, DTensor) and parameter.device_mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return parameter.device
+
+
+@contextmanager
+def inputs_on(device: torch.device, model: Any) -> Iterator[None]:
+    """With the inputs of the model of transformers, under its adapters or not, sent to a device.
+
+    `generate` sends them to where the first parameter is, and FSDP2 may keep that on the CPU.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def send(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return send_to_device((args, kwargs), device)
+
+    hook = base.register_forward_pre_hook(send, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
