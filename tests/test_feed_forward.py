@@ -210,7 +210,7 @@ def test_two_active_adapters_against_their_sum():
     model.base_model.set_adapter(["first", "second"])
     expected = logits(model)
     model.base_model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "both")
-    assert model.peft_config["both"].feed_forward_rank == 2 + 3
+    assert model.peft_config["both"].feed_forward_rank == 3 + 3
     model.set_adapter("both")
     assert relative_error(logits(model), expected) < 1e-4
     model.base_model.add_weighted_adapter(["first", "second"], [2.0, 0.0], "twice")
