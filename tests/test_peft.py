@@ -27,7 +27,9 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from ntk_attention import NTKAttentionConfig
 from ntk_attention.adapter_folder import AdapterError
+from ntk_attention.layer import ranks_of, settle_ranks
 from ntk_attention.observation import adapted_layers
+from ntk_attention.routing import Geometry
 
 from .families import ATTENTION, BERT, FAMILIES, LLAMA
 from .reference import relative_error
@@ -207,6 +209,26 @@ def test_modules_to_save(tmp_path):
         assert not torch.equal(weight, classifier().classifier.weight)
         with loaded.disable_adapter():
             assert torch.equal(loaded(**inputs).logits, classifier()(**inputs).logits)
+
+
+def test_files_hold_ranks_as_numbers(tmp_path):
+    """So that an adapter can be loaded when "auto" has come to mean others."""
+    model, config = tiny(), NTKAttentionConfig(task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    adapter = adapters(model)[0]
+    assert (stored["rank"], stored["feed_forward_rank"]) == (adapter.Z_A.shape[2], adapter.feed_forward.rank)
+    assert config.rank == "auto"  # may be used for another model
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 64)])
+def test_ranks_that_no_number_fits_stay(sizes):
+    geometries = [Geometry(4, 2, d, d, width) for d, width in zip(sizes, (32, 0), strict=True)]
+    config = NTKAttentionConfig()
+    settle_ranks(config, geometries)
+    assert config.rank == ("auto" if sizes == (8, 64) else 1)
+    assert config.feed_forward_rank == ranks_of(NTKAttentionConfig(), geometries[0])[1] == 3  # the other has no block
 
 
 @pytest.mark.parametrize(
@@ -432,9 +454,9 @@ def test_status_and_parameter_counts():
     assert status.enabled is True
     assert status.active_adapters == ["default"]
     assert status.num_adapter_layers == 2
-    heads, d, r, rank, D = 4, 8, 8 + 1, 8 // 4, 32
+    heads, d, r, rank, D, in_block = 4, 8, 8 + 1, 8 // 8, 32, 3
     in_attention = heads * (r * rank + rank * d + r)
-    assert model.get_nb_trainable_parameters()[0] == 2 * (in_attention + 2 * D * rank)
+    assert model.get_nb_trainable_parameters()[0] == 2 * (in_attention + 2 * D * in_block)
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -36,7 +36,7 @@ def parameter_shapes(config: NTKAttentionConfig, geometry: Geometry) -> dict[str
         ValueError: if the feature map makes more features than any state can hold.
     """
     d, d_v = geometry.head_dim, geometry.value_dim
-    H = geometry.num_heads if config.state_heads == "query" else geometry.num_kv_heads
+    H, rank, feed_forward_rank = num_states(config, geometry), *ranks_of(config, geometry)
     feature_map = config.make_feature_map()
     r = feature_map.num_features(d)
     if r > MAX_FEATURES:
@@ -46,18 +46,36 @@ def parameter_shapes(config: NTKAttentionConfig, geometry: Geometry) -> dict[str
         )
     num_positive = int(feature_map.nonnegative(d).sum())
     shapes: dict[str, tuple[int, ...]] = {"log_k": (H, num_positive), "log_scale": (H,)}
-    rank = config.rank_for(d)
     if rank is None:
         shapes["Z"] = (H, r, d_v)
     else:
         shapes |= {"Z_A": (H, r, rank), "Z_B": (H, rank, d_v)}
     if num_positive < r:
         shapes["k_signed"] = (H, r - num_positive)
-    D = geometry.feed_forward
-    rank = config.feed_forward_rank_for(H * d * d_v, D)
-    if rank is not None:
-        shapes |= {"feed_forward.Z_A": (D, rank), "feed_forward.Z_B": (rank, D)}
+    if feed_forward_rank is not None:
+        D = geometry.feed_forward
+        shapes |= {"feed_forward.Z_A": (D, feed_forward_rank), "feed_forward.Z_B": (feed_forward_rank, D)}
     return shapes | {f"feature_map.{name}": shape for name, shape in feature_map.stored_shapes(d).items()}
+
+
+def num_states(config: NTKAttentionConfig, geometry: Geometry) -> int:
+    return geometry.num_heads if config.state_heads == "query" else geometry.num_kv_heads
+
+
+def ranks_of(config: NTKAttentionConfig, geometry: Geometry) -> tuple[int | None, int | None]:
+    """Of Z and of the prefix of the feed-forward block; None for a full Z, and for no such prefix."""
+    numbers = num_states(config, geometry) * geometry.head_dim * geometry.value_dim
+    return config.rank_for(geometry.head_dim), config.feed_forward_rank_for(numbers, geometry.feed_forward)
+
+
+def settle_ranks(config: NTKAttentionConfig, geometries: Iterable[Geometry]) -> None:
+    """Put numbers in place of "auto" where one fits all layers: a file must not depend on what it means later."""
+    ranks, feed_forward_ranks = (set(x) for x in zip(*(ranks_of(config, g) for g in geometries), strict=True))
+    if len(ranks) == 1:
+        config.rank = ranks.pop()
+    feed_forward_ranks.discard(None)
+    if len(feed_forward_ranks) < 2:
+        config.feed_forward_rank = feed_forward_ranks.pop() if feed_forward_ranks else None
 
 
 class PrefixAdapter(Coordinated):

@@ -22,7 +22,7 @@ from .adapter_folder import CONFIG, AdapterError, check_state_dict, check_weight
 from .config import NTKAttentionConfig
 from .coordinates import Coordinated
 from .feed_forward import FeedForward, FeedForwardRows, feed_forwards
-from .layer import NTKAttentionLayer, parameter_shapes
+from .layer import NTKAttentionLayer, parameter_shapes, settle_ranks
 from .registration import NAME
 from .routing import (
     CHILD,
@@ -182,6 +182,7 @@ class NTKAttentionModel(BaseTuner):
                 f"the adapter was made for a model with {describe(given)}, this one has {describe(geometry)}"
             )
         peft_config.geometry = geometry
+        settle_ranks(peft_config, [found for found, _ in sites.values()])
         self.sites = sites  # of the adapter that is being made
 
     def _sites(
