@@ -109,6 +109,8 @@ def sizes(results: Results, path: Path) -> bool:
         axes.set(xscale="log", ylabel=f"{task.metric}{', %' if task.higher_is_better else ', nats'}")
         axes.xaxis.set_minor_formatter("")
         axes.margins(x=0.15)
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, 0.3 * high), max(high, 3.3 * low))  # half a decade at least: equal sizes look equal
     figure.supxlabel("trainable parameters", fontsize=10)
     return save(figure, path)
 
