@@ -154,7 +154,7 @@ def ntk_without_normaliser(model: nn.Module, context: Context) -> nn.Module:
 
 
 def ntk_half_in_blocks(model: nn.Module, context: Context) -> nn.Module:
-    """Attention and feed-forward blocks share the size equally, where the default has one and three quarters."""
+    """Attention and feed-forward blocks share the size equally, where the default has a quarter and three quarters."""
     g, width = budgets.geometries(model)[0], model.config.hidden_size
     return ntk(model, context, rank=g.head_dim // 4, feed_forward_rank=round(g.num_heads * g.head_dim**2 / (4 * width)))
 
