@@ -119,6 +119,8 @@ class ClassificationTask(Task):
 class TextTask(ClassificationTask):
     """Rows {text, label}."""
 
+    is_text_encoder = True
+
     def check(self) -> None:
         self.source()
         assets.split_file(self.data, "train")

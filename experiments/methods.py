@@ -19,7 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.calibration import INPUT_UNIT, SHARE, STREAM_UNIT, with_random_inputs
+from ntk_attention.calibration import ENCODER_SHARE, INPUT_UNIT, SHARE, STREAM_UNIT, with_random_inputs
 from ntk_attention.feed_forward import FeedForward
 from ntk_attention.layer import LOG_OF_NOTHING, PrefixAdapter
 from ntk_attention.observation import adapted_layers, evaluating
@@ -75,7 +75,7 @@ def ntk(
     context: Context,
     *,
     source: str = "train",
-    share: float = SHARE,
+    share: float | None = None,
     others: Literal["own", "random", "none"] = "own",
     **options: Any,
 ) -> nn.Module:
@@ -153,10 +153,12 @@ def ntk_without_normaliser(model: nn.Module, context: Context) -> nn.Module:
     return model
 
 
-def ntk_half_in_blocks(model: nn.Module, context: Context) -> nn.Module:
-    """Attention and feed-forward blocks share the size equally, where the default has a quarter and three quarters."""
+def ntk_with_blocks(model: nn.Module, context: Context, part: float) -> nn.Module:
+    """Attention has the rank `part` of d, and the feed-forward blocks the rest of a full Z's size."""
     g, width = budgets.geometries(model)[0], model.config.hidden_size
-    return ntk(model, context, rank=g.head_dim // 4, feed_forward_rank=round(g.num_heads * g.head_dim**2 / (4 * width)))
+    rest = (1 - 2 * part) * g.num_heads * g.head_dim**2
+    options = {"rank": int(part * g.head_dim), "feed_forward_rank": round(rest / (2 * width))}
+    return ntk(model, context, share=SHARE, **options)
 
 
 @torch.no_grad()
@@ -324,8 +326,18 @@ METHODS: dict[str, Method] = {
         )
         for s in RANKS
     },
-    "attention-alone": ablation("attention alone, full Z", "feed-forward blocks", **ATTENTION_ALONE),
-    "half-in-blocks": ablation("rank d / 4, half of the size in blocks", "feed-forward blocks", ntk_half_in_blocks),
+    "attention-alone": ablation("attention alone, full Z", "feed-forward blocks", share=SHARE, **ATTENTION_ALONE),
+    "attention-15": ablation(
+        "attention alone, 15 % at the start", "feed-forward blocks", share=ENCODER_SHARE, **ATTENTION_ALONE,
+        only=lambda task: not task.is_text_encoder,  # their default
+    ),
+    "with-blocks": ablation(
+        "blocks too, half of the attention at the start", "feed-forward blocks", ntk_with_blocks, part=1 / 8,
+        only=lambda task: task.is_text_encoder,  # elsewhere the default
+    ),
+    "half-in-blocks": ablation(
+        "rank d / 4, half of the size in blocks", "feed-forward blocks", ntk_with_blocks, part=1 / 4
+    ),
     "output-unit": ablation("blocks in units of their output", "feed-forward blocks", ntk_output_unit),
     "stream-unit": ablation("blocks in units of the stream alone", "feed-forward blocks", ntk_stream_unit),
     "start-neutral": ablation("neutral start, not calibrated", "start", ntk_neutral),
@@ -353,5 +365,7 @@ METHODS: dict[str, Method] = {
         only=lambda task: not task.has_head,  # elsewhere they are the default
     ),
     "share-5": ablation("prefix holds 5 % at the start", "share", share=0.05),
-    "share-15": ablation("prefix holds 15 % at the start", "share", share=0.15),
+    "share-15": ablation(
+        "prefix holds 15 % at the start", "share", share=0.15, only=lambda task: not task.is_text_encoder
+    ),
 }  # fmt: skip

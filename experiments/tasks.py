@@ -55,6 +55,7 @@ class Task(ABC):
     metric = "accuracy"
     higher_is_better = True
     has_head = False  # a new classifier on top, trained by every method
+    is_text_encoder = False  # for which the library has another default
 
     @property
     def selection_seeds(self) -> tuple[int, ...]:

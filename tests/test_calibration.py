@@ -14,7 +14,7 @@ from ntk_attention.calibration import OWN_LENGTH, OWN_ROWS, other_inputs, whiten
 from ntk_attention.layer import NTKAttentionLayer
 from ntk_attention.observation import adapted_layers, prefix_shares
 
-from .families import ATTENTION, FAMILIES, LLAMA, attention_function, naive_attention
+from .families import ATTENTION, FAMILIES, LLAMA, TEXT_ENCODERS, attention_function, naive_attention
 from .reference import relative_error
 from .tiny import INPUTS, adapted, adapters, logits, loss_of, losses_of_training, tiny, trainable
 
@@ -76,7 +76,7 @@ def test_start_is_near_the_frozen_model(trained, options):
     assert abs(held_out_loss(model) - frozen) < min(0.15, uncalibrated - frozen)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3])
+@pytest.mark.parametrize("share", [0.02, 0.3, None])
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_share_of_the_attention_against_naive(name, share):
@@ -85,6 +85,7 @@ def test_share_of_the_attention_against_naive(name, share):
     inputs = family.inputs()
     model = get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION)).eval()
     calibrate(model, [inputs], share=share)
+    share = share or (0.15 if name in TEXT_ENCODERS else 0.5)
     shares = {}
     with attention_function(naive_attention(family, inputs, shares=shares, with_prefix=False)):
         model(**inputs)

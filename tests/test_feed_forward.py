@@ -29,7 +29,7 @@ def attention_of(model):
 def float64(name, **options):
     family = FAMILIES[name]
     torch.manual_seed(2)
-    config = NTKAttentionConfig(**{"init_weights": False, **options})
+    config = NTKAttentionConfig(**{"init_weights": False, "feed_forward_rank": 3, **options})
     return family, get_peft_model(family.build(), config, autocast_adapter_dtype=False).double().eval()
 
 
@@ -155,7 +155,7 @@ def test_start_has_no_effect_and_white_inputs():
 def test_unit_of_every_family(name):
     """Of the residual stream, and at most so much of the block's output: by hooks on both."""
     family = FAMILIES[name]
-    model = get_peft_model(family.build(), NTKAttentionConfig(), autocast_adapter_dtype=False).eval()
+    model = get_peft_model(family.build(), NTKAttentionConfig(feed_forward_rank=3), autocast_adapter_dtype=False).eval()
     layers = [layer for layer in layers_of(model) if layer["default"].feed_forward is not None]
     assert len(layers) == BLOCKS.get(name, 2)
     inputs = family.inputs(padded=False)

@@ -31,7 +31,7 @@ from ntk_attention.layer import ranks_of, settle_ranks
 from ntk_attention.observation import adapted_layers
 from ntk_attention.routing import Geometry
 
-from .families import ATTENTION, BERT, FAMILIES, LLAMA
+from .families import ATTENTION, BERT, FAMILIES, LLAMA, TEXT_ENCODERS
 from .reference import relative_error
 from .tiny import INPUTS, TINY, adapted, adapters, logits, loss_of, tiny, trainable
 
@@ -220,6 +220,20 @@ def test_files_hold_ranks_as_numbers(tmp_path):
     adapter = adapters(model)[0]
     assert (stored["rank"], stored["feed_forward_rank"]) == (adapter.Z_A.shape[2], adapter.feed_forward.rank)
     assert config.rank == "auto"  # may be used for another model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ranks_by_default(tmp_path, name):
+    """Low beside feed-forward blocks with a prefix; encoders of text have none there unless it is asked for."""
+    family = FAMILIES[name]
+    model = get_peft_model(family.build(), NTKAttentionConfig(init_weights=False))
+    config = model.peft_config["default"]
+    assert (config.rank, config.feed_forward_rank) == ((None, None) if name in TEXT_ENCODERS else (1, 3))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(family.build(), tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    asked = get_peft_model(family.build(), NTKAttentionConfig(feed_forward_rank=3)).peft_config["default"]
+    assert (asked.rank, asked.feed_forward_rank) == (1, 3)
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 64)])

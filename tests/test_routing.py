@@ -146,7 +146,7 @@ def test_life_cycle(name, tmp_path):
     with torch.no_grad():
         frozen = family.run(base, inputs)
     torch.manual_seed(2)
-    model = get_peft_model(base, NTKAttentionConfig(rank=None))
+    model = get_peft_model(base, NTKAttentionConfig(rank=None, feed_forward_rank=3))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n.rsplit(".", 1)[1] for n in trainable} == {"Z", "log_k", "Z_A", "Z_B"}

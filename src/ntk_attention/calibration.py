@@ -35,10 +35,11 @@ from .feed_forward import FeedForwardPrefix
 from .layer import NTKAttentionLayer, PrefixAdapter
 from .observation import adapted_layers, observe
 from .operation import Block
+from .routing import is_text_encoder
 
-# Of every head's attention that the prefix holds at the start. A smaller one starts closer to the frozen model, and
-# learned less where it was tried on language models (sums in words, Perl).
-SHARE = 0.5
+# Of every head's attention that the prefix holds at the start. A smaller one starts closer to the frozen model:
+# language models learned less then (sums in words, Perl), encoders of text more (package sections).
+SHARE, ENCODER_SHARE = 0.5, 0.15
 EIGENVALUE_FLOOR = 1e-3  # of the whitening, relative to the largest: below it features are noise
 # A step of log k moves the output by `share` times as much as a step of Z does, so its unit is made larger by
 # 1 / share, with this factor: both move the output alike, whatever the share.
@@ -58,7 +59,7 @@ def calibrate(
     batches: Iterable[Mapping[str, Any]],
     *,
     adapter_name: str = "default",
-    share: float = SHARE,
+    share: float | None = None,
     others: bool | Iterable[Mapping[str, Any]] = True,
 ) -> None:
     """Start an adapter near the frozen model, in coordinates that train well.
@@ -71,7 +72,7 @@ def calibrate(
             `attention_mask` is 0 do not count.
         adapter_name: which adapter.
         share: of every head's attention that the prefix holds at the start; the smaller, the closer to the frozen
-            model.
+            model. By default a half, and 15 % in encoders of text.
         others: batches of other inputs, which the coordinates see too. The data of a task may hold queries of few
             kinds; what these rarely do would weigh much in their coordinates, and training would spoil the model for
             all else. By default text that the model writes itself where it writes text, else random tokens, or noise
@@ -81,9 +82,11 @@ def calibrate(
         ValueError: without such an adapter, without its constant feature, with an empty `batches`, with batches that
             never reach an adapted layer, or with a share outside (0, 1).
     """
+    layers = adapted_layers(model, adapter_name)
+    if share is None:
+        share = ENCODER_SHARE if all(is_text_encoder(x.get_base_layer()) for x in layers.values()) else SHARE
     if not 0.0 < share < 1.0:
         raise ValueError(f"share must be between 0 and 1, got {share}")
-    layers = adapted_layers(model, adapter_name)
     if not all(layer[adapter_name].feature_map.constant for layer in layers.values()):
         raise ValueError("calibrate needs the constant feature: make the config with constant_feature=True")
     check_size(layers, adapter_name)

@@ -37,10 +37,12 @@ class NTKAttentionConfig(PeftConfig):
         feature_map: name of the feature map, see `ntk_attention.FEATURE_MAPS`.
         feature_map_options: its options, e.g. ``{"degree": 4}`` or ``{"num_features": 256, "seed": 0}``.
         constant_feature: append the feature 1 to the map; needed by `calibrate`.
-        rank: of Z = Z_A Z_B; "auto", the default, is an eighth of head_dim, None a full Z.
+        rank: of Z = Z_A Z_B, or None for a full Z. "auto", the default, is an eighth of head_dim, and None where no
+            feed-forward block has a prefix.
         feed_forward_rank: of the prefix of the feed-forward block in the same layer. "auto", the default, gives it as
             many numbers as the low rank of Z saves: with both defaults an adapter is about as large as with a full Z
-            in attention alone. None leaves the blocks alone, and those that are not found stay so.
+            in attention alone. None leaves the blocks alone, and those that are not found stay so; "auto" leaves
+            those of encoders of text alone too (BERT and its like), which learned more from few examples then.
         state_heads: one state per "query" head, or per "kv" head (shared by the query heads of its group).
         init_weights: True starts as one neutral token with value zero; False starts at random, with visible output
             (for tests); "published" as the published demo does: Z and k at zero, so that k does not train.
@@ -128,7 +130,7 @@ class NTKAttentionConfig(PeftConfig):
         return replace(self, **ranks)
 
     def rank_for(self, head_dim: int) -> int | None:
-        """The rank of Z in heads of this size; None for a full Z."""
+        """The rank of Z in heads of this size, beside feed-forward blocks with a prefix; None for a full Z."""
         return max(1, head_dim // 8) if self.rank == "auto" else self.rank
 
     def feed_forward_rank_for(self, numbers: int, width: int) -> int | None:

@@ -70,6 +70,9 @@ def ranks_of(config: NTKAttentionConfig, geometry: Geometry) -> tuple[int | None
 
 def settle_ranks(config: NTKAttentionConfig, geometries: Iterable[Geometry]) -> None:
     """Put numbers in place of "auto" where one fits all layers: a file must not depend on what it means later."""
+    geometries = list(geometries)
+    if config.rank == "auto" and not any(geometry.feed_forward for geometry in geometries):
+        config.rank = None
     ranks, feed_forward_ranks = (set(x) for x in zip(*(ranks_of(config, g) for g in geometries), strict=True))
     if len(ranks) == 1:
         config.rank = ranks.pop()

@@ -44,6 +44,13 @@ def routes(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in names and getattr(module, "config", None) is not None
 
 
+def is_text_encoder(module: nn.Module) -> bool:
+    """Whether an attention module is of a model that reads text in both directions and writes none, as BERT does."""
+    config: Any = module.config
+    reads_text = hasattr(config, "vocab_size") and not config.is_encoder_decoder
+    return reads_text and getattr(module, "is_causal", None) is False
+
+
 def unrouted_attention(model: nn.Module) -> list[str]:
     """Modules that are attention by name but do not route: for error messages."""
     return [

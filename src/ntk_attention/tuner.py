@@ -32,6 +32,7 @@ from .routing import (
     check_routes,
     detach,
     geometry_of,
+    is_text_encoder,
     routes,
     unrouted_attention,
 )
@@ -167,6 +168,7 @@ class NTKAttentionModel(BaseTuner):
             check_routes(module, name)
             check_implementation(module, name)
         sites = self._sites(names, peft_config)
+        settle_ranks(peft_config, [found for found, _ in sites.values()])
         for name, (found, _) in sites.items():
             parameter_shapes(peft_config, found)  # refuses states without end
             self._check_mesh(name, found)
@@ -182,17 +184,19 @@ class NTKAttentionModel(BaseTuner):
                 f"the adapter was made for a model with {describe(given)}, this one has {describe(geometry)}"
             )
         peft_config.geometry = geometry
-        settle_ranks(peft_config, [found for found, _ in sites.values()])
         self.sites = sites  # of the adapter that is being made
 
     def _sites(
         self, names: Sequence[str], peft_config: NTKAttentionConfig
     ) -> dict[str, tuple[Geometry, FeedForward | None]]:
         """Where adapters go: attention modules by name, and the feed-forward block that each looks after as well."""
-        blocks = {} if peft_config.feed_forward_rank is None else feed_forwards(self.model, names)
+        modules = [self.model.get_submodule(name) for name in names]
+        wanted = peft_config.feed_forward_rank
+        has_blocks = not all(map(is_text_encoder, modules)) if wanted == "auto" else wanted is not None
+        blocks = feed_forwards(self.model, names) if has_blocks else {}
         sites = {}
-        for name in names:
-            found, block = geometry_of(self.model.get_submodule(name), name), blocks.get(name)
+        for name, module in zip(names, modules, strict=True):
+            found, block = geometry_of(module, name), blocks.get(name)
             sites[name] = (replace(found, feed_forward=0 if block is None else block.width), block)
         return sites
 
