@@ -72,7 +72,7 @@ p { max-width: 46em } a { color: var(--accent) }
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: .93rem }
 .wide { overflow-x: auto; margin: 12px 0 20px; border: 1px solid var(--line); border-radius: 6px }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums }
-th, td { padding: 6px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th, td { padding: 6px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back) }
 tr:last-child td { border-bottom: 0 }

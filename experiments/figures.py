@@ -103,16 +103,36 @@ def sizes(results: Results, path: Path) -> bool:
             axes.errorbar(trained, y, yerr=error, color=COLOURS[family], marker=MARKERS[family], capsize=2, linewidth=1,
                           markersize=8 if result.method == OURS else 5)  # fmt: skip
             texts.append((trained, y, result.method))
-        for trained, y, method in texts:
-            axes.annotate(method, (trained, y), xytext=(5, 3), textcoords="offset points", fontsize=6.5, alpha=0.85)
         task = next(iter(results[name].values())).task
         axes.set(xscale="log", ylabel=f"{task.metric}{', %' if task.higher_is_better else ', nats'}")
         axes.xaxis.set_minor_formatter("")
         axes.margins(x=0.15)
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, 0.3 * high), max(high, 3.3 * low))  # half a decade at least: equal sizes look equal
+        texts.sort(key=lambda text: text[1])
+        low, high = axes.get_ylim()
+        places = apart([y for _, y, _ in texts], 0.045 * (high - low))
+        for (trained, y, method), place in zip(texts, places, strict=True):
+            line = {"arrowstyle": "-", "linewidth": 0.4, "color": "#999999", "shrinkA": 0, "shrinkB": 2}
+            axes.annotate(method, (trained, y), xytext=(14, place), textcoords=("offset points", "data"),
+                          va="center", fontsize=6.5, arrowprops=line)  # fmt: skip
     figure.supxlabel("trainable parameters", fontsize=10)
     return save(figure, path)
+
+
+def apart(values: list[float], gap: float) -> list[float]:
+    """Rising values, moved as little as neighbours at least a gap apart need, each group about its middle."""
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and middle(groups[-1], gap)[0] - middle(groups[-2], gap)[-1] < gap:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [place for group in groups for place in middle(group, gap)]
+
+
+def middle(group: list[float], gap: float) -> list[float]:
+    """Places a gap apart, about the mean of the group."""
+    return [sum(group) / len(group) + gap * (i - (len(group) - 1) / 2) for i in range(len(group))]
 
 
 def rates(results: Results, path: Path) -> bool:
