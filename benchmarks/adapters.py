@@ -2,9 +2,10 @@
 
 The 32 rows take their adapters in turn, of 1 or of all 100 that are on the model, by PEFT's `adapter_names`; "active"
 is the ordinary call, with one adapter active and no names. Ours copies the states of the adapters that are named into
-one stack per layer, once in a call; then the kernels of one adapter run, which look up the state of each row. LoRA
-(r = 16 on query and value) is PEFT's own, which loops over the adapters of the batch in every layer. All adapters are
-in bfloat16, as the model is.
+one stack per layer, once in a call; then the kernels of one adapter run, which look up the state of each row. "ours" is
+in attention alone with a full Z, "ours, blocks too" as `get_peft_model` makes it by default. LoRA (r = 16 on query and
+value) is PEFT's own, which loops over the adapters of the batch in every layer. All adapters are in bfloat16, as the
+model is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ BATCH, ADAPTERS, PROMPT, NEW = 32, 100, 512, 32
 class Models(NamedTuple):
     plain: Any
     ours: Any
+    blocks_too: Any
     lora: Any
 
 
@@ -34,12 +36,13 @@ def cases(device: str, tiny: bool) -> list[Case]:
 
     def models() -> Models:
         ours = NTKAttentionConfig(init_weights=False, **ATTENTION_ALONE)
+        blocks_too = NTKAttentionConfig(init_weights=False, task_type="CAUSAL_LM")
         lora = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        return Models(llama(device, tiny).eval(), *(with_adapters(device, tiny, c, adapters) for c in (ours, lora)))
+        configs = (ours, blocks_too, lora)
+        return Models(llama(device, tiny).eval(), *(with_adapters(device, tiny, c, adapters) for c in configs))
 
     methods = {"no adapter": lambda models: prepare(models.plain, None, B, prompt, new, device)}
-    for name in ("ours", "lora"):
-        shown = {"ours": "ours", "lora": "LoRA"}[name]
+    for name, shown in (("ours", "ours"), ("blocks_too", "ours, blocks too"), ("lora", "LoRA")):
         for kind, used in (("active", None), ("1 by name", 1), (f"{adapters} by name", adapters)):
             methods[f"{shown}, {kind}"] = lambda models, name=name, used=used: prepare(  # type: ignore[misc]
                 getattr(models, name), used, B, prompt, new, device

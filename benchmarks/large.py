@@ -4,6 +4,8 @@ The model, batch and optimizer of the benchmark `training`; the adapter is not c
 fresh model. Memory is all that is allocated: weights and optimizer state, and the step at its peak.
 
 - checkpointing: transformers' activation checkpointing, not reentrant.
+- offloaded: accelerate keeps all weights of the model on the CPU, and brings those of a layer when it runs.
+- FlexAttention: the base model's attention, whose mask ours reads; on a GPU.
 - torch.compile: the whole model in one graph, by the inductor (at tiny sizes without it).
 - 8 and 4 bits: weights quantised by bitsandbytes or torchao, where these are installed; what is computed is bfloat16.
 """
@@ -17,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -40,7 +43,10 @@ def cases(device: str, tiny: bool) -> list[Case]:
         "bf16, checkpointing": partial(prepare, plain, checkpointing=True),
         "bf16, torch.compile": partial(prepare, plain, backend=backend),
         "bf16, checkpointing, torch.compile": partial(prepare, plain, checkpointing=True, backend=backend),
+        "bf16, offloaded, checkpointing": partial(prepare, partial(offloaded, device, tiny), checkpointing=True),
     }
+    if device == "cuda":
+        methods["bf16, FlexAttention"] = partial(prepare, partial(plain, attention="flex_attention"))
     for name, config in quantisations().items():
         make = partial(quantised, device, tiny, config)
         methods[name] = partial(prepare, make)
@@ -67,6 +73,10 @@ def quantisations() -> dict[str, Any]:
 
         found["8 bit, torchao"] = TorchAoConfig(Int8WeightOnlyConfig())
     return found
+
+
+def offloaded(device: str, tiny: bool) -> Any:
+    return cpu_offload(llama("cpu", tiny), torch.device(device))
 
 
 def quantised(device: str, tiny: bool, config: Any) -> Any:

@@ -123,7 +123,7 @@ def bars(axes: Axes, names: Sequence[str], values: Sequence[float | None], notes
         axes.annotate(note, (width, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set(yticks=range(len(names)), yticklabels=names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.55 * (max(widths) or 1.0))
+    axes.set_xlim(0, 1.65 * (max(widths) or 1.0))
     axes.tick_params(axis="y", length=0)
 
 
