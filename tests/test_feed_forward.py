@@ -12,7 +12,7 @@ from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.adapter_folder import CONFIG, WEIGHTS
 from ntk_attention.calibration import INPUT_UNIT, OUTPUT_UNIT, STREAM_UNIT
 from ntk_attention.coordinates import solve_by_qr
-from ntk_attention.feed_forward import feed_forwards
+from ntk_attention.feed_forward import FeedForwardPrefix, feed_forwards
 from ntk_attention.routing import routes
 
 from .families import ATTENTION, FAMILIES
@@ -175,6 +175,19 @@ def test_unit_of_every_family(name):
         stream, output = (torch.cat(sizes[i, kind]).median().item() for kind in ("stream", "output"))
         expected = min(STREAM_UNIT * stream, OUTPUT_UNIT * output)
         assert layer["default"].feed_forward.unit == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes(dtype, out_dtype):
+    """The sum keeps the dtype of the block's output, which autocast may make another than that of its input."""
+    prefix = FeedForwardPrefix(16, 3)
+    prefix.reset_parameters(visible=True)
+    x, out = torch.randn(2, 5, 16, dtype=dtype), torch.randn(2, 5, 16, dtype=out_dtype)
+    expected = out.double() + x.double() @ prefix.Z_A.double() @ prefix.Z_B.double()
+    actual = prefix(x, out)
+    assert actual.dtype == out_dtype
+    assert relative_error(actual, expected) < (1e-6 if dtype == out_dtype == torch.float32 else 1e-2)
 
 
 def test_training_moves_it_and_files_hold_it(tmp_path):

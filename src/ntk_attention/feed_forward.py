@@ -98,9 +98,13 @@ class FeedForwardPrefix(Coordinated):
         Z_A.copy_(torch.randn(Z_A.shape, generator=generator, device="cpu") * len(Z_A) ** -0.5)
         Z_B.normal_(0.0, 1.0) if visible else Z_B.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x^T Z for every x: [..., D], in the dtype of x."""
-        return x @ self.plain_leading().to(x.dtype) @ self.plain_scaled().to(x.dtype)
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """out + x^T Z for every x: [..., D], in the dtype of out."""
+        hidden = x @ self.plain_leading().to(x.dtype)
+        Z_B = self.plain_scaled().to(hidden.dtype)
+        if hidden.dtype != out.dtype:
+            return out + (hidden @ Z_B).to(out.dtype)
+        return torch.addmm(out.flatten(0, -2), hidden.flatten(0, -2), Z_B).view(out.shape)  # the sum in one kernel
 
     @torch.no_grad()
     def become_sum(self, parts: Sequence[tuple[FeedForwardPrefix, float]]) -> None:
@@ -137,8 +141,8 @@ class FeedForwardRows:
         self.Z_A[place, :, : part.rank].copy_(part.plain_leading())
         self.Z_B[place, : part.rank].copy_(part.plain_scaled())
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """For x [B, L, D], or [B L, D] as some families have it."""
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """out + x^T Z of each row, for x [B, L, D], or [B L, D] as some families have it."""
         Z_A, Z_B = (Z.index_select(0, self.index.clamp_min(0)).to(x.dtype) for Z in (self.Z_A, self.Z_B))
         Z_B = Z_B * (self.index >= 0)[:, None, None]
-        return (x.reshape(len(self.index), -1, x.shape[-1]) @ Z_A @ Z_B).reshape(x.shape)
+        return out + (x.reshape(len(self.index), -1, x.shape[-1]) @ Z_A @ Z_B).reshape(x.shape).to(out.dtype)

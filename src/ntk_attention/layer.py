@@ -290,10 +290,10 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         """The output of the block, with what its prefixes add; experts may return more than a tensor."""
         out = output[0] if isinstance(output, tuple) else output
         for prefix in self.feed_forward_prefixes():
-            out = out + prefix(x.to(out.device)).to(out.dtype)
+            out = prefix(x.to(out.device), out)
         return (out, *output[1:]) if isinstance(output, tuple) else out
 
-    def feed_forward_prefixes(self) -> list[Callable[[Tensor], Tensor]]:
+    def feed_forward_prefixes(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
         if self.disable_adapters:
             return []
         if self.rows is not None:
