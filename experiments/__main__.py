@@ -22,8 +22,9 @@ from recording import Row, append, commit, hardware, read, versions
 from . import assets, recipes
 from .methods import METHODS
 from .plan import belongs, next_cells, pairs, timing_cells
+from .registry import registry
 from .runner import Job, run_inline, run_jobs
-from .tasks import Task, registry
+from .tasks import Task
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)

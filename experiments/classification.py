@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
@@ -21,6 +23,7 @@ from .tasks import Base, Batch, Score, Task
 TEXT_LENGTH = 128  # tokens
 EVALUATION_BATCH = 256
 UNRELATED_ITEMS = 512
+TURNS, HEAD = 4, "head.safetensors"  # of what the ViT was pretrained for, see pretraining.py
 TEMPERATURE = 0.05  # of the contrastive loss that MiniLM was trained with (scale 20)
 
 
@@ -181,8 +184,6 @@ class PictureTask(ClassificationTask):
         assets.split_file("fashion-source", "test", "npz")
 
     def load(self, device: str) -> Base:
-        from .pretraining import load_head
-
         num_classes = 1 + int(assets.pictures(self.data, "train")[1].max())
         model = Classifier(self.load_encoder(), num_classes, "first")
         return Base(model.to(device).requires_grad_(False), source_head=load_head(self.source()).to(device))
@@ -206,8 +207,6 @@ class PictureTask(ClassificationTask):
     @torch.no_grad()
     def unrelated_loss(self, base: Base, model: nn.Module) -> float:
         """The task that the ViT was pretrained for, with the head it had then."""
-        from .pretraining import rotated
-
         assert base.source_head is not None
         device, pool = next(model.parameters()).device, classifier_of(model).pooled
         pictures, labels = assets.pictures("fashion-source", "test")
@@ -220,3 +219,20 @@ class PictureTask(ClassificationTask):
 def normalised(pictures: Tensor) -> Tensor:
     """uint8 to float32 of about zero mean and unit variance."""
     return (pictures.float() / 255 - 0.29) / 0.35
+
+
+def rotated(pictures: Tensor, labels: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Pictures turned by quarters, and their class among TURNS times as many; by default turned 0, 1, 2, 3, 0, ..."""
+    turns = torch.arange(len(pictures)) % TURNS if turns is None else turns
+    turns = turns.to(pictures.device)
+    out = pictures.clone()
+    for turn in range(1, TURNS):
+        out[turns == turn] = torch.rot90(pictures[turns == turn], turn, (-2, -1))
+    return out, labels * TURNS + turns
+
+
+def load_head(folder: str) -> nn.Linear:
+    weights = load_file(Path(folder) / HEAD)
+    head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
+    head.load_state_dict(weights)
+    return head.requires_grad_(False)

@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 from recording import commit, hardware, versions
 
 from . import assets
-from .classification import Classifier, normalised
+from .classification import HEAD, TURNS, Classifier, normalised, rotated
 from .steps import training_on
 
 NAME = "vit-fashion"
@@ -32,18 +31,7 @@ CONFIG = {
     "patch_size": 4,
     "num_channels": 1,
 }
-TURNS = 4
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, SEED = 4000, 256, 1e-3, 0.05, 0
-
-
-def rotated(pictures: Tensor, labels: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Pictures turned by quarters, and their class among TURNS times as many; by default turned 0, 1, 2, 3, 0, ..."""
-    turns = torch.arange(len(pictures)) % TURNS if turns is None else turns
-    turns = turns.to(pictures.device)
-    out = pictures.clone()
-    for turn in range(1, TURNS):
-        out[turns == turn] = torch.rot90(pictures[turns == turn], turn, (-2, -1))
-    return out, labels * TURNS + turns
 
 
 def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -107,12 +95,5 @@ def accuracy(model: Classifier, device: str) -> float:
 def save(model: Classifier, record: dict) -> None:
     target = assets.new_model(NAME)
     model.encoder.save_pretrained(target)  # type: ignore[operator]
-    save_file({name: x.contiguous() for name, x in model.head.state_dict().items()}, target / "head.safetensors")
+    save_file({name: x.contiguous() for name, x in model.head.state_dict().items()}, target / HEAD)
     (target / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def load_head(folder: str) -> nn.Linear:
-    weights = load_file(Path(folder) / "head.safetensors")
-    head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
-    head.load_state_dict(weights)
-    return head.requires_grad_(False)

@@ -8,8 +8,8 @@ from recording import Row, read
 
 from . import figures, tables
 from .document import Block, Figure, Heading, Text, markdown, page
+from .registry import registry
 from .statistics import Result, collect
-from .tasks import registry
 
 ABOUT = (
     "Made by `python -m experiments report` from `rows.jsonl` beside this file; `python -m experiments run TASK "

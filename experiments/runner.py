@@ -18,7 +18,8 @@ import torch
 
 from recording import Row
 
-from .tasks import Base, Task, registry
+from .registry import registry
+from .tasks import Base, Task
 from .train import Cell, run_cell
 
 Job = tuple[Cell, Task]

@@ -17,8 +17,8 @@ from experiments.__main__ import app
 from experiments.classification import classifier_of
 from experiments.methods import METHODS, Context
 from experiments.plan import best_rate, neighbour, next_cells, pairs
+from experiments.registry import registry
 from experiments.runner import Worker
-from experiments.tasks import registry
 from experiments.train import Cell, packed, thinned, trainable, training_order, unpacked
 from ntk_attention import NTKAttentionConfig
 from ntk_attention.layer import parameter_shapes

@@ -6,9 +6,8 @@ from peft import PeftModel, get_peft_model
 
 from ntk_attention import LayerPrefix, NTKAttentionConfig, adapter_from_prefix, anchor, by_layer, distill, fit
 from ntk_attention.distillation import set_coordinates
-from ntk_attention.exact import exact_prefix
 from ntk_attention.fitting import AdapterFit, Sums, nonnegative, of_rank, own_variance, ridge_regression
-from ntk_attention.layer import PrefixAdapter
+from ntk_attention.layer import PrefixAdapter, exact_prefix
 from ntk_attention.observation import adapted_layers
 from ntk_attention.operation import Block, attend, prefix_block
 from ntk_attention.routing import Geometry

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import LOG_K_STEP, whitening
-from .exact import LayerPrefix, exact_prefix, together
-from .layer import PrefixAdapter
+from .exact import LayerPrefix, together
+from .layer import PrefixAdapter, exact_prefix
 from .observation import adapted_layers, evaluating, observe
 from .operation import Block, merge_blocks
 

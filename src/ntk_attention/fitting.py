@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from .coordinates import solve_by_qr
-from .exact import LayerPrefix, exact_prefix, together
+from .exact import LayerPrefix, together
 from .features import FeatureMap
-from .layer import NTKAttentionLayer, PrefixAdapter
+from .layer import NTKAttentionLayer, PrefixAdapter, exact_prefix
 from .observation import adapted_layers, observe
 from .operation import Block, exact_block, merge_blocks
 from .routing import query_scale

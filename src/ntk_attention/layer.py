@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -389,6 +389,38 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
                         "set_peft_model_state_dict on a base model that is partly on a disk, not from_pretrained"
                     ) from error
                 self._move_adapter_to_device_of_base_layer(name)
+
+
+@contextmanager
+def exact_prefix(
+    layers: Mapping[str, NTKAttentionLayer], prefix: Mapping[str, LayerPrefix], *, resting: Iterable[str] = ()
+) -> Iterator[None]:
+    """Let layers attend to real prefix tokens, beside the states of their adapters.
+
+    Queries see the whole prefix, whatever their position: positions of the text count from 0, those of the prefix lie
+    before it.
+
+    Args:
+        layers: of an adapted model, by name.
+        prefix: for some or all of them.
+        resting: names of layers whose adapters rest meanwhile.
+
+    Raises:
+        ValueError: if the model is tensor-parallel.
+    """
+    if any(layer.mesh is not None for layer in layers.values()):
+        raise ValueError("prefixes are converted on a model with all heads in one process: load it with tp_size=1")
+    before = {name: bool(layer.disable_adapters) for name, layer in layers.items()}
+    try:
+        for name, tokens in prefix.items():
+            layers[name].exact = tokens
+        for name in resting:
+            layers[name]._disable_adapters = True
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.exact = None
+            layer._disable_adapters = before[name]
 
 
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .evaluation import samples
-from .exact import LayerPrefix, exact_prefix
+from .exact import LayerPrefix
+from .layer import exact_prefix
 from .observation import adapted_layers
 
 if TYPE_CHECKING:
