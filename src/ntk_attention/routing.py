@@ -47,7 +47,7 @@ def routes(module: nn.Module) -> bool:
 def is_text_encoder(module: nn.Module) -> bool:
     """Whether an attention module is of a model that reads text in both directions and writes none, as BERT does."""
     config: Any = module.config
-    reads_text = hasattr(config, "vocab_size") and not config.is_encoder_decoder
+    reads_text = hasattr(config, "vocab_size") and not getattr(config, "is_encoder_decoder", False)
     return reads_text and getattr(module, "is_causal", None) is False
 
 
