@@ -28,7 +28,7 @@ test: setup lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 # The tests again with the oldest transformers and peft laid over the newest ones. With the oldest torch too:
-# make test-oldest VENV=.venv-oldest TORCH="torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu"
+# make test-oldest VENV=.venv-oldest TORCH="torch==2.11.0 numpy==2.3.5 --index-url https://download.pytorch.org/whl/cpu"
 OLDEST := $(VENV)/oldest
 
 $(OLDEST)/.ready: .ci/oldest.txt $(VENV)/.ready

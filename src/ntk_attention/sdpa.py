@@ -20,9 +20,15 @@ MATH, FLASH, EFFICIENT, CUDNN = 0, 1, 2, 3
 HIDDEN = -1e30  # added to a logit that must not count; still finite after the kernels' change to base 2
 
 
+# Before: torch 2.11 compiles `_MergedAttention` so that all its gradients are zero.
+COMPILES_TO_ZEROS = torch.__version__ < "2.13"  # a TorchVersion, which compares numbers
+
+
 def supports_sdpa(query: Tensor, attn_mask: Tensor | None, dropout_p: float) -> bool:
     """What no kernel here covers: a gradient to the mask, dropout on a CPU, and devices other than CPU and CUDA."""
     if dropout_p and torch.compiler.is_compiling():  # the kernels' random states differ in shape
+        return False
+    if COMPILES_TO_ZEROS and torch.compiler.is_compiling() and torch.is_grad_enabled():
         return False
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return False
