@@ -21,13 +21,12 @@ def geometries(model: nn.Module) -> list[Geometry]:
     return [geometry_of(module, name) for name, module in model.named_modules() if name and routes(module)]
 
 
-def ours(model: nn.Module, *, heads: str = "query", rank: int | None = None) -> int:
-    """Trainable parameters of NTK-Attention with elu features and the constant one."""
+def ours(model: nn.Module, *, heads: str = "query", size: float = 1.0) -> int:
+    """Trainable parameters of NTK-Attention with elu features and the constant one, with `size` times a full Z."""
     phi, total = feature_map("elu", constant=True), 0
     for g in geometries(model):
         r = phi.num_features(g.head_dim)
-        per_head = r * g.value_dim + r if rank is None else rank * (r + g.value_dim) + r
-        total += per_head * (g.num_heads if heads == "query" else g.num_kv_heads)
+        total += round(size * r * g.value_dim + r) * (g.num_heads if heads == "query" else g.num_kv_heads)
     return total
 
 

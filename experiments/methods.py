@@ -153,12 +153,20 @@ def ntk_without_normaliser(model: nn.Module, context: Context) -> nn.Module:
     return model
 
 
-def ntk_with_blocks(model: nn.Module, context: Context, part: float) -> nn.Module:
-    """Attention has the rank `part` of d, and the feed-forward blocks the rest of a full Z's size."""
+def ntk_divided(
+    model: nn.Module, context: Context, *, size: float = 1.0, part: float | None = None, share: float | None = None
+) -> nn.Module:
+    """`size` times the numbers of a full Z, `part` of them in attention, at most a full Z, the rest in the blocks.
+
+    By default divided as the library does.
+    """
+    if part is None:
+        part = 1.0 if context.task.is_text_encoder and size <= 1 else 1 / 4
     g, width = budgets.geometries(model)[0], model.config.hidden_size
-    rest = (1 - 2 * part) * g.num_heads * g.head_dim**2
-    options = {"rank": int(part * g.head_dim), "feed_forward_rank": round(rest / (2 * width))}
-    return ntk(model, context, share=SHARE, **options)
+    in_attention = min(1.0, part * size)
+    rank = None if in_attention == 1 else max(1, round(in_attention * g.head_dim / 2))
+    in_blocks = round((size - in_attention) * g.num_heads * g.head_dim**2 / (2 * width)) or None
+    return ntk(model, context, share=share, rank=rank, feed_forward_rank=in_blocks)
 
 
 @torch.no_grad()
@@ -269,8 +277,9 @@ ATTENTION_ALONE: dict[str, None] = {"rank": None, "feed_forward_rank": None}  # 
 NTK_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 PREFIX_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-RANKS, LENGTHS = (2, 8, 32), (1, 10, 100)
+RANKS, LENGTHS = (2, 8), (1, 10, 100)
 at_ours, at_kv = budgets.ours, partial(budgets.ours, heads="kv")
+at_quarter, at_4x = partial(budgets.ours, size=1 / 4), partial(budgets.ours, size=4.0)
 qv, attention = budgets.QUERY_VALUE, budgets.ATTENTION
 
 
@@ -313,31 +322,32 @@ METHODS: dict[str, Method] = {
         partial(ntk, others="none", **ATTENTION_ALONE), NTK_RATES,
     ),
     **{f"prefix-{m}": Method(f"prefix, m = {m}", "prefix", 3, partial(prefix, m=m), PREFIX_RATES) for m in LENGTHS},
-    **{
-        f"ntk-rank-{s}": Method(
-            f"NTK-Attention, rank {s}", "ntk", 3, partial(ntk, rank=s, feed_forward_rank=None), NTK_RATES
-        )
-        for s in RANKS
-    },
-    **{
-        f"lora-attention-{s}": Method(
-            f"LoRA, attention, size of rank {s}", "lora", 3,
-            partial(lora, budget=partial(budgets.ours, rank=s), pattern=attention), LORA_RATES,
-        )
-        for s in RANKS
-    },
+    "ntk-quarter": Method(
+        "NTK-Attention, a quarter of the size", "ntk", 3, partial(ntk_divided, size=1 / 4), NTK_RATES
+    ),
+    "lora-attention-quarter": Method(
+        "LoRA, attention, a quarter of the size", "lora", 3, partial(lora, budget=at_quarter, pattern=attention),
+        LORA_RATES,
+    ),
+    "ntk-4x": Method("NTK-Attention, four times the size", "ntk", 3, partial(ntk_divided, size=4.0), NTK_RATES),
+    "lora-all-4x": Method(
+        "LoRA, all linear, four times the size", "lora", 3, partial(lora, budget=at_4x), LORA_RATES
+    ),
     "attention-alone": ablation("attention alone, full Z", "feed-forward blocks", share=SHARE, **ATTENTION_ALONE),
     "attention-15": ablation(
         "attention alone, 15 % at the start", "feed-forward blocks", share=ENCODER_SHARE, **ATTENTION_ALONE,
         only=lambda task: not task.is_text_encoder,  # their default
     ),
     "with-blocks": ablation(
-        "blocks too, half of the attention at the start", "feed-forward blocks", ntk_with_blocks, part=1 / 8,
-        only=lambda task: task.is_text_encoder,  # elsewhere the default
+        "blocks too, half of the attention at the start", "feed-forward blocks", ntk_divided, part=1 / 4,
+        share=SHARE, only=lambda task: task.is_text_encoder,  # elsewhere the default
     ),
     "half-in-blocks": ablation(
-        "rank d / 4, half of the size in blocks", "feed-forward blocks", ntk_with_blocks, part=1 / 4
+        "rank d / 4, half of the size in blocks", "feed-forward blocks", ntk_divided, part=1 / 2, share=SHARE
     ),
+    **{
+        f"rank-{s}": ablation(f"attention alone, rank {s}", "rank of Z", rank=s, feed_forward_rank=None) for s in RANKS
+    },
     "output-unit": ablation("blocks in units of their output", "feed-forward blocks", ntk_output_unit),
     "stream-unit": ablation("blocks in units of the stream alone", "feed-forward blocks", ntk_stream_unit),
     "start-neutral": ablation("neutral start, not calibrated", "start", ntk_neutral),

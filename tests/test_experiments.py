@@ -115,9 +115,7 @@ def test_sizes_are_equal(rows, tasks, worker):
             if method in sizes and method not in ("ntk-published", "prefix-memory"):
                 assert abs(sizes[method] / full_z - 1) <= budgets.TOLERANCE
         assert sizes["attention-alone"] == full_z
-        for rank in (2, 8, 32):
-            if f"lora-attention-{rank}" in sizes:
-                assert abs(sizes[f"lora-attention-{rank}"] / sizes[f"ntk-rank-{rank}"] - 1) <= budgets.TOLERANCE
+        assert sizes["ntk-quarter"] < sizes["ntk"] < sizes["ntk-4x"]
         assert sizes["full"] > sizes["ntk"]
     assert rows["sections-16", "head"]["trainable_parameters"] == 0
     assert rows["sections-16", "head"]["head_parameters"] == 32 * 2 + 2
