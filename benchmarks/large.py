@@ -76,7 +76,7 @@ def quantisations() -> dict[str, Any]:
 
 
 def offloaded(device: str, tiny: bool) -> Any:
-    return cpu_offload(llama("cpu", tiny), torch.device(device))
+    return cpu_offload(llama(device, tiny).cpu(), torch.device(device))
 
 
 def quantised(device: str, tiny: bool, config: Any) -> Any:

@@ -21,7 +21,22 @@ from .tables import OURS, Results, in_order, label
 
 COLOURS = {"ntk": "#c0392b", "lora": "#1f4e79", "prefix": "#5d9bd1", "other": "#b0a58f"}
 MARKERS = {"ntk": "o", "lora": "s", "prefix": "^", "other": "D"}
+SHAPES = "os^Dv"
 COLUMNS = 3
+# Lines of the figure of sizes; the first method of each gives its colour.
+SIZES = {
+    "NTK-Attention": ("ntk-quarter", "ntk", "ntk-4x"),
+    "as published": ("ntk-published",),
+    "LoRA, all linear": ("lora-all", "lora-all-4x"),
+    "LoRA, attention": ("lora-attention", "lora-attention-quarter"),
+    "LoRA, q and v": ("lora-qv",),
+    "DoRA, attention": ("dora",),
+    "prefix": ("prefix", "prefix-1", "prefix-10", "prefix-100"),
+    "prefix, from text": ("prefix-text",),
+    "softmax + phi(q) M": ("prefix-memory",),
+    "full fine-tuning": ("full",),
+    "IA3": ("ia3",),
+}
 Drawing = Callable[[Results, Path], bool]
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -86,53 +101,37 @@ def differences(results: Results, path: Path) -> bool:
 
 
 def sizes(results: Results, path: Path) -> bool:
-    """Test metric against trainable parameters, a panel for each task."""
-    names = [name for name, own in results.items() if sum(r.mean is not None for r in own.values()) > 1]
+    """Test metric against trainable parameters, a line for each method; tasks where one has run at several sizes."""
+    lines: dict[str, dict[str, list[Result]]] = {}
+    for name, own in results.items():
+        for text, methods in SIZES.items():
+            points = [own[method] for method in methods if method in own and own[method].mean is not None]
+            if points:
+                size = lambda result: result.any_row["trainable_parameters"]  # noqa: E731
+                lines.setdefault(name, {})[text] = sorted(points, key=size)
+    names = [name for name, own in lines.items() if any(len(points) > 1 for points in own.values())]
     if not names:
         return False
-    figure, found = panels(names)
+    figure, found = panels(names, height=4.2)
+    shown_once: dict[str, Any] = {}
     for name, axes in found:
-        texts = []
-        for result in in_order(results[name].values()):
-            trained = result.any_row.get("trainable_parameters", 0)
-            if result.mean is None or METHODS[result.method].ablation or not trained:
-                continue
-            family = METHODS[result.method].family
-            y = shown(result, result.mean)
-            error = shown(result, result.deviation or 0.0)
-            axes.errorbar(trained, y, yerr=error, color=COLOURS[family], marker=MARKERS[family], capsize=2, linewidth=1,
-                          markersize=8 if result.method == OURS else 5)  # fmt: skip
-            texts.append((trained, y, result.method))
+        for text, points in lines[name].items():
+            method = SIZES[text][0]
+            x = [result.any_row["trainable_parameters"] for result in points]
+            y = [shown(result, result.mean) for result in points if result.mean is not None]
+            error = [shown(result, result.deviation or 0.0) for result in points]
+            i = [t for t, m in SIZES.items() if METHODS[m[0]].family == METHODS[method].family].index(text)
+            shown_once[text] = axes.errorbar(
+                x, y, yerr=error, color=colour(method), marker=SHAPES[i], markersize=8 if OURS in SIZES[text] else 5,
+                linewidth=1.8 if OURS in SIZES[text] else 1, elinewidth=0.8, capsize=2,
+                markerfacecolor=colour(method) if i == 0 else "white",
+            )  # fmt: skip
         task = next(iter(results[name].values())).task
         axes.set(xscale="log", ylabel=f"{task.metric}{', %' if task.higher_is_better else ', nats'}")
-        axes.xaxis.set_minor_formatter("")
-        axes.margins(x=0.15)
-        low, high = axes.get_xlim()
-        axes.set_xlim(min(low, 0.3 * high), max(high, 3.3 * low))  # half a decade at least: equal sizes look equal
-        texts.sort(key=lambda text: text[1])
-        low, high = axes.get_ylim()
-        places = apart([y for _, y, _ in texts], 0.045 * (high - low))
-        for (trained, y, method), place in zip(texts, places, strict=True):
-            line = {"arrowstyle": "-", "linewidth": 0.4, "color": "#999999", "shrinkA": 0, "shrinkB": 2}
-            axes.annotate(method, (trained, y), xytext=(14, place), textcoords=("offset points", "data"),
-                          va="center", fontsize=6.5, arrowprops=line)  # fmt: skip
+        axes.margins(x=0.1)
+    figure.legend(shown_once.values(), shown_once, loc="outside lower center", ncols=5, fontsize=8.5, frameon=False)
     figure.supxlabel("trainable parameters", fontsize=10)
     return save(figure, path)
-
-
-def apart(values: list[float], gap: float) -> list[float]:
-    """Rising values, moved as little as neighbours at least a gap apart need, each group about its middle."""
-    groups: list[list[float]] = []
-    for value in values:
-        groups.append([value])
-        while len(groups) > 1 and middle(groups[-1], gap)[0] - middle(groups[-2], gap)[-1] < gap:
-            groups[-2:] = [groups[-2] + groups[-1]]
-    return [place for group in groups for place in middle(group, gap)]
-
-
-def middle(group: list[float], gap: float) -> list[float]:
-    """Places a gap apart, about the mean of the group."""
-    return [sum(group) / len(group) + gap * (i - (len(group) - 1) / 2) for i in range(len(group))]
 
 
 def rates(results: Results, path: Path) -> bool:
@@ -142,7 +141,7 @@ def rates(results: Results, path: Path) -> bool:
         return False
     figure, found = panels(names)
     for name, axes in found:
-        low = []
+        bests = []
         for result in in_order(results[name].values()):
             if METHODS[result.method].tier > 1:
                 continue
@@ -152,17 +151,22 @@ def rates(results: Results, path: Path) -> bool:
                 if score
             ]
             if points:
-                low.append(points[0][1])
+                bests.append(max(y for _, y in points) if result.task.has_head else min(y for _, y in points))
                 width = 2.2 if result.method == OURS else 1.0
                 axes.plot(*zip(*points, strict=True), color=colour(result.method), linewidth=width, markersize=4,
                           marker=MARKERS[METHODS[result.method].family])  # fmt: skip
-                axes.annotate(result.method, points[-1], xytext=(4, 0), textcoords="offset points", fontsize=6.5)
+                axes.annotate(result.method, points[-1], xytext=(4, 0), textcoords="offset points", fontsize=6.5,
+                              annotation_clip=True)  # fmt: skip
         task = next(iter(results[name].values())).task
         axes.set(xscale="log", ylabel="accuracy, %" if task.has_head else "loss, nats")
         if not task.has_head:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:.2g}")
             axes.yaxis.set_minor_formatter("{x:.2g}")
+            axes.set_ylim(top=2 * max(bests))
+        else:  # what fails is below
+            spread = max(1.0, max(bests) - min(bests))
+            axes.set_ylim(min(bests) - 2 * spread, max(bests) + 0.3 * spread)
         axes.margins(x=0.2)
     figure.supxlabel("learning rate", fontsize=10)
     return save(figure, path)

@@ -317,10 +317,6 @@ METHODS: dict[str, Method] = {
         "LoRA, attention, size of per KV head", "lora", 2, partial(lora, budget=at_kv, pattern=attention), LORA_RATES,
         only=has_groups,
     ),
-    "data-alone": Method(
-        "NTK-Attention, calibrated on training data alone", "ntk", 3,
-        partial(ntk, others="none", **ATTENTION_ALONE), NTK_RATES,
-    ),
     **{f"prefix-{m}": Method(f"prefix, m = {m}", "prefix", 3, partial(prefix, m=m), PREFIX_RATES) for m in LENGTHS},
     "ntk-quarter": Method(
         "NTK-Attention, a quarter of the size", "ntk", 3, partial(ntk_divided, size=1 / 4), NTK_RATES
@@ -370,6 +366,9 @@ METHODS: dict[str, Method] = {
     "layers-lower": ablation("the lower half of the layers", "layers", layers=lambda i, count: i < count // 2),
     "data-unrelated": ablation("calibrated on unrelated data", "calibration data", source="unrelated"),
     "data-noise": ablation("calibrated on random inputs", "calibration data", source="noise"),
+    "data-alone": ablation(
+        "calibrated on training data alone", "calibration data", others="none", **ATTENTION_ALONE
+    ),
     "others-random": ablation(
         "coordinates see random tokens beside the task", "calibration data", others="random", **ATTENTION_ALONE,
         only=lambda task: not task.has_head,  # elsewhere they are the default

@@ -120,7 +120,15 @@ class PrefixAdapter(Coordinated):
         self.feed_forward: FeedForwardPrefix | None = None
         if "feed_forward.Z_A" in shapes:
             self.feed_forward = FeedForwardPrefix(*shapes["feed_forward.Z_A"])
+        self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.reset_parameters(config.init_weights)
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where log_k and k_signed stand in k; kept on each device, since a recorded graph cannot copy from the CPU."""
+        if device not in self._places:
+            assert self.normaliser_features is not None
+            self._places[device] = self.normaliser_features.to(device), self.signed_features.to(device)
+        return self._places[device]
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Keep a part of the heads."""
@@ -171,8 +179,9 @@ class PrefixAdapter(Coordinated):
         k = torch.exp(self.plain_scaled())
         if self.normaliser_features is not None and self.k_signed is not None:
             r = getattr(self, self.leading).shape[1]
-            k = k.new_zeros(len(k), r).index_copy(1, self.normaliser_features.to(k.device), k)
-            k = k.index_copy(1, self.signed_features.to(k.device), self.part("k_signed").to(k.dtype))
+            positive, signed = self.places(k.device)
+            k = k.new_zeros(len(k), r).index_copy(1, positive, k)
+            k = k.index_copy(1, signed, self.part("k_signed").to(k.dtype))
         return PrefixState.trusted(self.plain_Z(), k, self.part("log_scale"), self.feature_map)
 
     @torch.no_grad()
