@@ -106,8 +106,9 @@ class Elu(FeatureMap):
 
     def _scaled(self, x: Tensor) -> ScaledFeatures:
         log_scale = x.detach().amax(dim=-1).clamp_max(0.0)  # below zero only where every feature is exp(x_i)
-        # elu(x) + 1 would cancel to 0 below -17 in float32; exp(x) does not.
-        features = torch.exp(x.clamp_max(0.0) - log_scale[..., None]) + torch.relu(x)
+        # elu(x) + 1 would cancel to 0 below -17 in float32; exp(x) does not. The slope at zero is one, which clamp_max
+        # has given up in torch 2.14.
+        features = torch.exp(torch.where(x > 0, 0.0, x) - log_scale[..., None]) + torch.relu(x)
         return ScaledFeatures(features, log_scale)
 
 
