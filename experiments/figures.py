@@ -70,14 +70,19 @@ def shown(result: Result, x: float) -> float:
     return 100 * x if result.task.higher_is_better else x
 
 
+def trained(result: Result) -> int:
+    return int(result.any_row["trainable_parameters"])
+
+
 def differences(results: Results, path: Path) -> bool:
     """A panel for each task, a line for each method of equal size, with intervals."""
     lines: dict[str, list[tuple[str, float, float]]] = {}
     for name, own in results.items():
-        size = own[OURS].any_row.get("trainable_parameters") if OURS in own and own[OURS].mean is not None else None
+        size = trained(own[OURS]) if OURS in own and own[OURS].mean is not None else None
         for result in in_order(own.values()) if size else ():
-            trained = result.any_row.get("trainable_parameters", 0)
-            if result.method == OURS or METHODS[result.method].ablation or abs(trained / size - 1) > TOLERANCE:
+            if result.method == OURS or METHODS[result.method].ablation or result.mean is None:
+                continue
+            if abs(trained(result) / size - 1) > TOLERANCE:
                 continue
             if (gain := difference(own[OURS], result)) and result.mean:
                 width = 100 * gain.by_seeds / abs(result.mean) if gain.by_seeds is not None else 0.0
@@ -107,8 +112,7 @@ def sizes(results: Results, path: Path) -> bool:
         for text, methods in SIZES.items():
             points = [own[method] for method in methods if method in own and own[method].mean is not None]
             if points:
-                size = lambda result: result.any_row["trainable_parameters"]  # noqa: E731
-                lines.setdefault(name, {})[text] = sorted(points, key=size)
+                lines.setdefault(name, {})[text] = sorted(points, key=trained)
     names = [name for name, own in lines.items() if any(len(points) > 1 for points in own.values())]
     if not names:
         return False
@@ -117,7 +121,7 @@ def sizes(results: Results, path: Path) -> bool:
     for name, axes in found:
         for text, points in lines[name].items():
             method = SIZES[text][0]
-            x = [result.any_row["trainable_parameters"] for result in points]
+            x = [trained(result) for result in points]
             y = [shown(result, result.mean) for result in points if result.mean is not None]
             error = [shown(result, result.deviation or 0.0) for result in points]
             i = [t for t, m in SIZES.items() if METHODS[m[0]].family == METHODS[method].family].index(text)
