@@ -30,6 +30,18 @@ def ours(model: nn.Module, *, heads: str = "query", size: float = 1.0) -> int:
     return total
 
 
+def divided(geometry: Geometry, size: float, part: float) -> tuple[int | None, int | None]:
+    """Ranks of Z and of a feed-forward block that share `size` times the numbers of a full Z; None: full, and none.
+
+    Args:
+        part: of the numbers, in attention; what does not fit into a full Z goes to the block.
+    """
+    in_attention = min(1.0, part * size)
+    rank = None if in_attention == 1 else max(1, round(in_attention * geometry.head_dim / 2))
+    in_block = (size - in_attention) * geometry.num_heads * geometry.head_dim**2
+    return rank, round(in_block / (2 * geometry.feed_forward)) or None if in_block else None
+
+
 def prefix_length(model: nn.Module, budget: int) -> int:
     """m, with 2 m d numbers per KV head."""
     per_token = sum(g.num_kv_heads * (g.head_dim + g.value_dim) for g in geometries(model))

@@ -162,10 +162,8 @@ def ntk_divided(
     """
     if part is None:
         part = 1.0 if context.task.is_text_encoder and size <= 1 else 1 / 4
-    g, width = budgets.geometries(model)[0], model.config.hidden_size
-    in_attention = min(1.0, part * size)
-    rank = None if in_attention == 1 else max(1, round(in_attention * g.head_dim / 2))
-    in_blocks = round((size - in_attention) * g.num_heads * g.head_dim**2 / (2 * width)) or None
+    geometry = replace(budgets.geometries(model)[0], feed_forward=model.config.hidden_size)
+    rank, in_blocks = budgets.divided(geometry, size, part)
     return ntk(model, context, share=share, rank=rank, feed_forward_rank=in_blocks)
 
 

@@ -136,7 +136,13 @@ def test_the_default_is_as_large_as_a_full_z(geometry):
         shapes = parameter_shapes(NTKAttentionConfig(**options), geometry)
         return sum(math.prod(shape) for name, shape in shapes.items() if name != "log_scale")
 
-    assert abs(size() / size(rank=None, feed_forward_rank=None) - 1) <= budgets.TOLERANCE
+    full_z = size(rank=None, feed_forward_rank=None)
+    assert abs(size() / full_z - 1) <= budgets.TOLERANCE
+    for times, part in ((1 / 4, 1.0), (1 / 4, 1 / 4), (1.0, 1 / 2), (4.0, 1 / 4)):  # the sizes that are compared
+        rank, in_block = budgets.divided(geometry, times, part)
+        k = geometry.num_heads * (geometry.head_dim + 1)
+        wanted = times * (full_z - k) + k
+        assert abs(size(rank=rank, feed_forward_rank=in_block) / wanted - 1) <= budgets.TOLERANCE
 
 
 @pytest.mark.parametrize("magnitudes", [False, True], ids=["LoRA", "DoRA"])
