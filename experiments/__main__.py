@@ -92,7 +92,7 @@ def run(
     max_tier: MaxTier = 4,
     jobs: Annotated[int, typer.Option(help="Processes side by side, on all GPUs together.")] = 1,
     minutes: Minutes = 10**6,
-    seeds: Annotated[int | None, typer.Option(help="Final runs at most; 3, or 8 of few-shot tasks.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Final runs at most; 3, or 8 of classifiers.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Run what has a row of another commit only.")] = False,
     steps: Steps = None,
     out: Out = RESULTS,

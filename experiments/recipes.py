@@ -123,6 +123,8 @@ class Splits:
 class FromHub:
     """What both kinds of recipes do differently: any model of the hub, any data set."""
 
+    selection_seeds, final_seeds = Task.selection_seeds, Task.final_seeds  # runs are long, validation sets large
+
     def check(self) -> None:
         task: Any = self
         if not task.has_head:

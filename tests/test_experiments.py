@@ -228,7 +228,9 @@ def test_plan(tasks):
     """All rates first, then more at an end of the grid, then seeds at the best; rows of other steps do not count."""
     task, rates = tasks["sections-16"], METHODS["ntk"].rates
     seeds = task.selection_seeds
-    assert (len(seeds), len(registry()["sections"].selection_seeds)) == (8, 1)
+    numbers = {name: (len(task.selection_seeds), len(task.final_seeds)) for name, task in registry().items()}
+    names = ("sections-16", "sections", "vit-cifar100", "perl")
+    assert [numbers[name] for name in names] == [(8, 8), (3, 8), (1, 3), (1, 3)]
 
     def row(rate, share, stage="select", seed=0, steps=4):
         return {"task": task.name, "method": "ntk", "learning_rate": rate, "seed": seed, "stage": stage, "steps": steps,
