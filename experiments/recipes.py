@@ -254,6 +254,8 @@ def boxed(solution: str) -> str:
 class PictureRecipe(FromHub, ClassificationTask):
     """Pictures of a data set, resized and scaled to [-1, 1], as the processor of the ViT checkpoints does it."""
 
+    sees_pictures = True
+
     config: str | None = None
     splits: Splits = Splits(validation=None)
     image: str = "image"

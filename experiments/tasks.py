@@ -55,7 +55,7 @@ class Task(ABC):
     metric = "accuracy"
     higher_is_better = True
     has_head = False  # a new classifier on top, trained by every method
-    is_text_encoder = False  # for which the library has another default
+    sees_pictures = False
 
     @property
     def selection_seeds(self) -> tuple[int, ...]:

@@ -35,11 +35,12 @@ from .feed_forward import FeedForwardPrefix
 from .layer import NTKAttentionLayer, PrefixAdapter
 from .observation import adapted_layers, observe
 from .operation import Block
-from .routing import is_text_encoder
+from .routing import is_encoder
 
 # Of every head's attention that the prefix holds at the start. A smaller one starts closer to the frozen model:
 # language models learned less then (sums in words, Perl), encoders of text more (package sections).
 SHARE, ENCODER_SHARE = 0.5, 0.15
+LAST_STEP = 0.1
 EIGENVALUE_FLOOR = 1e-3  # of the whitening, relative to the largest: below it features are noise
 # A step of log k moves the output by `share` times as much as a step of Z does, so its unit is made larger by
 # 1 / share, with this factor: both move the output alike, whatever the share.
@@ -83,8 +84,9 @@ def calibrate(
             never reach an adapted layer, or with a share outside (0, 1).
     """
     layers = adapted_layers(model, adapter_name)
+    encodes = all(is_encoder(layer.get_base_layer()) for layer in layers.values())
     if share is None:
-        share = ENCODER_SHARE if all(is_text_encoder(x.get_base_layer()) for x in layers.values()) else SHARE
+        share = ENCODER_SHARE if encodes else SHARE
     if not 0.0 < share < 1.0:
         raise ValueError(f"share must be between 0 and 1, got {share}")
     if not all(layer[adapter_name].feature_map.constant for layer in layers.values()):
@@ -116,8 +118,9 @@ def calibrate(
                 for block in blocks.values():
                     block.end_of_kind()
     generator = torch.Generator().manual_seed(0)  # every process, and every call, makes the same start
-    for heads in statistics.values():
-        heads.set_coordinates_and_start(LOG_K_STEP / share, generator)
+    for name, heads in statistics.items():
+        step = picture_step(model, name) if encodes else 1.0
+        heads.set_coordinates_and_start(step, LOG_K_STEP / share, generator)
     for block in blocks.values():
         block.set_coordinates_and_start(generator)
 
@@ -193,6 +196,22 @@ def check_size(layers: Mapping[str, NTKAttentionLayer], adapter_name: str = "def
         )
 
 
+def depth(model: nn.Module, name: str) -> float:
+    """Where a module stands in the list of layers that it is in, from 0, the first, to 1; 0 without one."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        siblings = model.get_submodule(".".join(parts[:i])) if part.isdigit() else None
+        if isinstance(siblings, nn.ModuleList):
+            return int(part) / max(1, len(siblings) - 1)
+    return 0.0
+
+
+def picture_step(model: nn.Module, name: str) -> float:
+    """From 1 in the first layer of an encoder of pictures or sound to LAST_STEP in the last; 1 in one of text."""
+    config: Any = model.get_submodule(name).get_base_layer().config
+    return 1.0 if hasattr(config, "vocab_size") else 1 - (1 - LAST_STEP) * depth(model, name)
+
+
 class HeadStatistics:
     """What calibration measures of one layer, per head of the state."""
 
@@ -265,10 +284,11 @@ class HeadStatistics:
         self.gram, self.gram_rows = torch.zeros_like(self.gram), 0
 
     @torch.no_grad()
-    def set_coordinates_and_start(self, unit: float, generator: torch.Generator) -> None:
+    def set_coordinates_and_start(self, step: float, unit: float, generator: torch.Generator) -> None:
+        """A step of one in Z moves outputs by `step` of their size; log k trains in this unit."""
         adapter, value = self.adapter, self.value
         moments = mean_of(self.moments)
-        adapter.set_coordinates(whitening(moments) * self.output_rms, unit)
+        adapter.set_coordinates(whitening(moments) * self.output_rms * step, unit)
         Z = torch.zeros_like(moments[..., :1]).expand(-1, -1, value.shape[-1]).clone()
         Z[:, -1] = value
         if adapter.leading == "Z_A":  # the first direction holds the start, the others are free to train

@@ -44,11 +44,10 @@ def routes(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in names and getattr(module, "config", None) is not None
 
 
-def is_text_encoder(module: nn.Module) -> bool:
-    """Whether an attention module is of a model that reads text in both directions and writes none, as BERT does."""
-    config: Any = module.config
-    reads_text = hasattr(config, "vocab_size") and not getattr(config, "is_encoder_decoder", False)
-    return reads_text and getattr(module, "is_causal", None) is False
+def is_encoder(module: nn.Module) -> bool:
+    """Whether an attention module is of a model that looks in both directions and writes nothing, as BERT and ViT."""
+    pair = getattr(module.config, "is_encoder_decoder", False)
+    return not pair and getattr(module, "is_causal", None) is False
 
 
 def unrouted_attention(model: nn.Module) -> list[str]:

@@ -32,7 +32,7 @@ from .routing import (
     check_routes,
     detach,
     geometry_of,
-    is_text_encoder,
+    is_encoder,
     routes,
     unrouted_attention,
 )
@@ -192,7 +192,7 @@ class NTKAttentionModel(BaseTuner):
         """Where adapters go: attention modules by name, and the feed-forward block that each looks after as well."""
         modules = [self.model.get_submodule(name) for name in names]
         wanted = peft_config.feed_forward_rank
-        has_blocks = not all(map(is_text_encoder, modules)) if wanted == "auto" else wanted is not None
+        has_blocks = not all(map(is_encoder, modules)) if wanted == "auto" else wanted is not None
         blocks = feed_forwards(self.model, names) if has_blocks else {}
         sites = {}
         for name, module in zip(names, modules, strict=True):
