@@ -28,13 +28,14 @@ demo: setup
 test: setup lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-# The oldest versions that pyproject.toml allows; triton 3.6, which belongs to torch 2.11, interprets with numpy before 2.4.
+# The same with the libraries of examples/, on the oldest versions that pyproject.toml allows and on the newest that pip
+# finds. Triton 3.6, which belongs to torch 2.11, interprets with numpy before 2.4 only.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest FIRST="torch==2.11.0 numpy==2.3.5 transformers==5.17.0 peft==0.21.0"
+	$(MAKE) test VENV=.venv-oldest EXTRAS=demo,test,examples \
+		FIRST="torch==2.11.0 numpy==2.3.5 transformers==5.17.0 peft==0.21.0"
 
-# The newest versions that pip finds, and the libraries of examples/.
 test-newest:
-	$(MAKE) test VENV=.venv-newest FIRST=torch EXTRAS=demo,test,examples
+	$(MAKE) test VENV=.venv-newest EXTRAS=demo,test,examples FIRST=torch
 
 lint: setup
 	$(VENV)/bin/ruff check .

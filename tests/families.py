@@ -25,7 +25,7 @@ from .reference import elu_phi
 # Sequences of different parts of a model differ in length, so that a length tells which part an attention belongs to.
 TEXT, SOURCE, TARGET = 11, 13, 9
 # The library has other defaults for these.
-TEXT_ENCODERS = {"bert", "roberta", "distilbert", "albert", "modernbert"}
+ENCODERS = {"bert", "roberta", "distilbert", "albert", "modernbert", "vit", "deit", "dinov2", "clip", "siglip"}
 # Options of an adapter of attention alone, with a full Z.
 ATTENTION = {"rank": None, "feed_forward_rank": None}
 VOCABULARY, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 32, 4, 2, 8

@@ -14,7 +14,7 @@ from ntk_attention.calibration import OWN_LENGTH, OWN_ROWS, other_inputs, whiten
 from ntk_attention.layer import NTKAttentionLayer
 from ntk_attention.observation import adapted_layers, prefix_shares
 
-from .families import ATTENTION, FAMILIES, LLAMA, TEXT_ENCODERS, attention_function, naive_attention
+from .families import ATTENTION, ENCODERS, FAMILIES, LLAMA, attention_function, naive_attention
 from .reference import relative_error
 from .tiny import INPUTS, adapted, adapters, logits, loss_of, losses_of_training, tiny, trainable
 
@@ -85,7 +85,7 @@ def test_share_of_the_attention_against_naive(name, share):
     inputs = family.inputs()
     model = get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION)).eval()
     calibrate(model, [inputs], share=share)
-    share = share or (0.15 if name in TEXT_ENCODERS else 0.5)
+    share = share or (0.15 if name in ENCODERS else 0.5)
     shares = {}
     with attention_function(naive_attention(family, inputs, shares=shares, with_prefix=False)):
         model(**inputs)
@@ -153,6 +153,33 @@ def test_whitening_against_the_identity():
     C = whitening(gram)
     torch.testing.assert_close(C.mT @ gram @ C, torch.eye(6, dtype=torch.float64).expand(2, 6, 6))
     assert C[:, :-1, -1].abs().max() == 0  # the constant feature stays itself
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "steps"),
+    [
+        ("vit", {}, [1.0, 0.1]),
+        ("dinov2", {"layers_to_transform": [1]}, [0.1]),
+        ("clip", {}, [1.0, 1.0, 1.0, 0.1]),  # the tower of text first
+        ("bert", {}, [1.0, 1.0]),
+        ("llama", {}, [1.0, 1.0]),
+    ],
+)
+def test_steps_of_pictures_shrink_with_depth(monkeypatch, name, options, steps):
+    """Only the coordinates are smaller: the start is the same."""
+    family = FAMILIES[name]
+
+    def calibrated():
+        model = get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION, **options)).eval()
+        calibrate(model, [family.inputs()])
+        return model
+
+    model = calibrated()
+    monkeypatch.setattr("ntk_attention.calibration.LAST_STEP", 1.0)
+    even = calibrated()
+    for adapter, other, step in zip(adapters(model), adapters(even), steps, strict=True):
+        torch.testing.assert_close(adapter.coordinates, step * other.coordinates)
+        torch.testing.assert_close(adapter.state_dict(), other.state_dict())
 
 
 @every_option

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 
 from ntk_attention import NTKAttentionConfig
 
-from .tiny import save_letters
+from .tiny import save_letters, skip_unless_transformers_takes_this_peft
 
 
 @pytest.fixture
@@ -66,6 +66,7 @@ def test_lm_eval(model_folder, adapter, tmp_path):
 
 def test_sentence_transformers(model_folder, tmp_path):
     pytest.importorskip("sentence_transformers")
+    skip_unless_transformers_takes_this_peft()
     from sentence_transformers import SentenceTransformer
 
     from examples.sentence_embeddings import main

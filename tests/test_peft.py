@@ -7,10 +7,8 @@ import pickle
 import subprocess
 import sys
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -23,7 +21,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from ntk_attention import NTKAttentionConfig
 from ntk_attention.adapter_folder import AdapterError
@@ -31,9 +28,19 @@ from ntk_attention.layer import ranks_of, settle_ranks
 from ntk_attention.observation import adapted_layers
 from ntk_attention.routing import Geometry
 
-from .families import ATTENTION, BERT, FAMILIES, LLAMA, TEXT_ENCODERS
+from .families import ATTENTION, BERT, ENCODERS, FAMILIES, LLAMA
 from .reference import relative_error
-from .tiny import INPUTS, TINY, adapted, adapters, logits, loss_of, tiny, trainable
+from .tiny import (
+    INPUTS,
+    TINY,
+    adapted,
+    adapters,
+    logits,
+    loss_of,
+    skip_unless_transformers_takes_this_peft,
+    tiny,
+    trainable,
+)
 
 FILE = "adapter_model.safetensors"
 
@@ -224,11 +231,11 @@ def test_files_hold_ranks_as_numbers(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ranks_by_default(tmp_path, name):
-    """Low beside feed-forward blocks with a prefix; encoders of text have none there unless it is asked for."""
+    """Low beside feed-forward blocks with a prefix; encoders have none there unless it is asked for."""
     family = FAMILIES[name]
     model = get_peft_model(family.build(), NTKAttentionConfig(init_weights=False))
     config = model.peft_config["default"]
-    assert (config.rank, config.feed_forward_rank) == ((None, None) if name in TEXT_ENCODERS else (1, 3))
+    assert (config.rank, config.feed_forward_rank) == ((None, None) if name in ENCODERS else (1, 3))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(family.build(), tmp_path)
     assert loaded.state_dict().keys() == model.state_dict().keys()
@@ -414,8 +421,7 @@ def test_transformers_own_adapter_methods(tmp_path):
     model = tiny()
     model.load_adapter(tmp_path)
     assert torch.equal(logits(model), expected)
-    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):  # 5.24 asks for one that was not out yet
-        pytest.skip(f"transformers asks for PEFT {MIN_PEFT_VERSION}")
+    skip_unless_transformers_takes_this_peft()
     model.disable_adapters()
     assert torch.equal(logits(model), frozen)
     model.enable_adapters()

@@ -12,7 +12,7 @@ others. Passes of a few batches through the frozen model measure, per head,
    - the prefix's value at the start: the head's mean output, of all fixed values the one that changes outputs least.
 
 The feed-forward block beside gets coordinates in which its inputs are white and steps are parts of what the layer gives
-on, its residual stream.
+on, its residual stream. In encoders of pictures the units shrink with depth.
 
 All of it is a change of coordinates and a start: saved files hold plain Z, k and b.
 """
@@ -38,8 +38,11 @@ from .operation import Block
 from .routing import is_encoder
 
 # Of every head's attention that the prefix holds at the start. A smaller one starts closer to the frozen model:
-# language models learned less then (sums in words, Perl), encoders of text more (package sections).
+# language models learned less then (sums in words, Perl), encoders more (package sections, clothes).
 SHARE, ENCODER_SHARE = 0.5, 0.15
+# Of a ViT, in its last layer relative to the first. There a prefix can only change what is read at the end, below also
+# what later layers attend to: with even steps it learned less from the same examples (clothes). Encoders of text did
+# as well with even steps, language models were not tried.
 LAST_STEP = 0.1
 EIGENVALUE_FLOOR = 1e-3  # of the whitening, relative to the largest: below it features are noise
 # A step of log k moves the output by `share` times as much as a step of Z does, so its unit is made larger by
@@ -73,7 +76,7 @@ def calibrate(
             `attention_mask` is 0 do not count.
         adapter_name: which adapter.
         share: of every head's attention that the prefix holds at the start; the smaller, the closer to the frozen
-            model. By default a half, and 15 % in encoders of text.
+            model. By default a half, and 15 % in encoders.
         others: batches of other inputs, which the coordinates see too. The data of a task may hold queries of few
             kinds; what these rarely do would weigh much in their coordinates, and training would spoil the model for
             all else. By default text that the model writes itself where it writes text, else random tokens, or noise
@@ -207,9 +210,9 @@ def depth(model: nn.Module, name: str) -> float:
 
 
 def picture_step(model: nn.Module, name: str) -> float:
-    """From 1 in the first layer of an encoder of pictures or sound to LAST_STEP in the last; 1 in one of text."""
-    config: Any = model.get_submodule(name).get_base_layer().config
-    return 1.0 if hasattr(config, "vocab_size") else 1 - (1 - LAST_STEP) * depth(model, name)
+    """Falls from 1 in an encoder's first layer to LAST_STEP in the last; 1 in all with a vocabulary, of text."""
+    layer: Any = model.get_submodule(name)
+    return 1.0 if hasattr(layer.get_base_layer().config, "vocab_size") else 1 - (1 - LAST_STEP) * depth(model, name)
 
 
 class HeadStatistics:
