@@ -50,7 +50,8 @@ def panels(names: Sequence[str], height: float = 3.4) -> tuple[Any, list[tuple[s
     columns = min(COLUMNS, len(names))
     rows = math.ceil(len(names) / columns)
     size = (4.4 * columns, height * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    figure.set_layout_engine("constrained", h_pad=0.1)  # inches: titles stand clear of the panels above
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
     found = list(zip(names, grid.flat, strict=False))

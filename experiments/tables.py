@@ -56,8 +56,8 @@ def summary(results: Results) -> Table:
     for name, own in results.items():
         ours = own.get(OURS)
         rivals = [best_of(own, LORA), best_of(own, PREFIXES), own.get("ntk-published"), own.get("full")]
-        found = [result.mean if result else None for result in (ours, *rivals)]
-        if not any(mean is not None for mean in found):
+        found = [mean_so_far(result) for result in (ours, *rivals)]
+        if not any(found):
             continue
         task = next(iter(own.values())).task
         gains = [difference(ours, rival) if ours and rival else None for rival in rivals[:2]]
@@ -67,11 +67,19 @@ def summary(results: Results) -> Table:
                 name,
                 f"{task.metric} {arrow}",
                 str(len(ours.finals)) if ours else "",
-                *("not yet" if mean is None else value(task, mean) for mean in found),
+                *(text or "not yet" for text in found),
                 *(percent(gain.relative) if gain else "" for gain in gains),
             ]
         )
     return Table(head, body)
+
+
+def mean_so_far(result: Result | None) -> str:
+    """With the number of seeds where some are missing; empty without any."""
+    if result is None or result.mean is None:
+        return ""
+    text, seeds = value(result.task, result.mean), len(result.finals)
+    return text if result.complete else f"{text} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
 def verdict(results: Results) -> str:
