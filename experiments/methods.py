@@ -357,7 +357,9 @@ METHODS: dict[str, Method] = {
     "lora-all-4x": Method(
         "LoRA, all linear, four times the size", "lora", 3, partial(lora, budget=at_4x), LORA_RATES
     ),
-    "attention-alone": ablation("attention alone, full Z", "feed-forward blocks", share=SHARE, **ATTENTION_ALONE),
+    "attention-alone": ablation(
+        "attention alone, half of it at the start", "feed-forward blocks", share=SHARE, **ATTENTION_ALONE
+    ),
     "attention-15": ablation(
         "attention alone, 15 % at the start", "feed-forward blocks", share=ENCODER_SHARE, **ATTENTION_ALONE,
         only=writes_text,  # the default of encoders

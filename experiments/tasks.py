@@ -55,7 +55,7 @@ class Task(ABC):
     metric = "accuracy"
     higher_is_better = True
     has_head = False  # a new classifier on top, trained by every method
-    sees_pictures = False
+    sees_pictures = False  # where the library's steps fall with depth
 
     @property
     def selection_seeds(self) -> tuple[int, ...]:

@@ -38,11 +38,11 @@ from .operation import Block
 from .routing import is_encoder
 
 # Of every head's attention that the prefix holds at the start. A smaller one starts closer to the frozen model:
-# language models learned less then (sums in words, Perl), encoders more (package sections, clothes).
+# language models learned less then (sums in words, Perl), encoders of text more (package sections), a ViT as much.
 SHARE, ENCODER_SHARE = 0.5, 0.15
-# Of a ViT, in its last layer relative to the first. There a prefix can only change what is read at the end, below also
-# what later layers attend to: with even steps it learned less from the same examples (clothes). Encoders of text did
-# as well with even steps, language models were not tried.
+# Of pictures' encoders, in the last layer relative to the first: with even steps a ViT learned less (clothes). Perhaps
+# since a prefix there only changes what is read at the end, and below it also what later layers attend to. Encoders of
+# text learned as much with even steps; language models were not tried.
 LAST_STEP = 0.1
 EIGENVALUE_FLOOR = 1e-3  # of the whitening, relative to the largest: below it features are noise
 # A step of log k moves the output by `share` times as much as a step of Z does, so its unit is made larger by

@@ -42,7 +42,8 @@ class NTKAttentionConfig(PeftConfig):
         feed_forward_rank: of the prefix of the feed-forward block in the same layer. "auto", the default, gives it as
             many numbers as the low rank of Z saves: with both defaults an adapter is about as large as with a full Z
             in attention alone. None leaves the blocks alone, and those that are not found stay so; "auto" leaves
-            those of encoders alone too (BERT, ViT and their like), which learned more from few examples then.
+            those of encoders alone too (BERT, ViT and their like): from few examples texts were learned better then,
+            pictures no worse.
         state_heads: one state per "query" head, or per "kv" head (shared by the query heads of its group).
         init_weights: True starts as one neutral token with value zero; False starts at random, with visible output
             (for tests); "published" as the published demo does: Z and k at zero, so that k does not train.
