@@ -1,6 +1,8 @@
 """Training a sentence-transformers model with an adapter: pip install sentence-transformers.
 
 python -m examples.sentence_embeddings MODEL PAIRS.jsonl OUT      # lines with an anchor and a positive
+
+`add_adapter` is transformers' own, which asks for a PEFT of its time: 5.17 for 0.19.1, 5.24 for 0.22.
 """
 
 import sys

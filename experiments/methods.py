@@ -27,7 +27,6 @@ from ntk_attention.calibration import (
     picture_step,
     with_random_inputs,
 )
-from ntk_attention.feed_forward import FeedForward
 from ntk_attention.layer import LOG_OF_NOTHING, PrefixAdapter
 from ntk_attention.observation import adapted_layers, evaluating
 
@@ -190,27 +189,16 @@ def ntk_even_steps(model: nn.Module, context: Context, *, part: float | None = N
 @torch.no_grad()
 def ntk_output_unit(model: nn.Module, context: Context) -> nn.Module:
     """A feed-forward block trains in units of its own output, and Z_A in coordinates where inputs are white."""
-    model = measured_elsewhere(model, context, lambda block: replace(block, layer=block.last))
+    model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task)))
+    for layer in adapted_layers(model).values():
+        if layer.block is not None:  # its output is measured in place of the stream
+            layer.block = replace(layer.block, layer=layer.block.last)
+    calibrate(model, batches_from(context, "train"))
     for adapter in adapters(model):
         block = adapter.feed_forward
         if block is not None:
             block.set_coordinates(block.coordinates / INPUT_UNIT, block.unit / STREAM_UNIT)
             block.Z_A.mul_(INPUT_UNIT)
-    return model
-
-
-def ntk_stream_unit(model: nn.Module, context: Context) -> nn.Module:
-    """Steps of a feed-forward block are parts of the residual stream, however small its own output is."""
-    return measured_elsewhere(model, context, lambda block: replace(block, last=block.layer))
-
-
-def measured_elsewhere(model: nn.Module, context: Context, place: Callable[[FeedForward], FeedForward]) -> nn.Module:
-    """Like `ntk`, with sizes of feed-forward blocks taken at other places."""
-    model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task)))
-    for layer in adapted_layers(model).values():
-        if layer.block is not None:
-            layer.block = place(layer.block)
-    calibrate(model, batches_from(context, "train"))
     return model
 
 
@@ -378,9 +366,6 @@ METHODS: dict[str, Method] = {
     },
     "output-unit": ablation(
         "blocks in units of their output", "feed-forward blocks", ntk_output_unit, only=writes_text
-    ),
-    "stream-unit": ablation(
-        "blocks in units of the stream alone", "feed-forward blocks", ntk_stream_unit, only=writes_text
     ),
     "start-neutral": ablation("neutral start, not calibrated", "start", ntk_neutral),
     "start-scale": ablation("scale only", "start", ntk_scale_only),
