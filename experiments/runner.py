@@ -42,6 +42,9 @@ class Worker:
             traceback.print_exc()
             text = next(iter(str(error).splitlines()), "")
             return {**asdict(cell), "steps": task.steps, "error": f"{type(error).__name__}: {text}"}
+        finally:
+            if self.device == "cuda":
+                torch.cuda.empty_cache()  # the next cell may need less, and other processes are on the same GPU
 
     def base(self, task: Task) -> Base:
         key = (type(task), task.model, task.data if task.has_head else None)
