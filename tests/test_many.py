@@ -7,6 +7,7 @@ from peft.utils import get_peft_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntk_attention import NTKAttentionConfig
+from ntk_attention.layer import NTKAttentionLayer
 
 from .families import FAMILIES
 from .reference import relative_error
@@ -169,6 +170,21 @@ def test_attention_does_as_many_operations_for_many_adapters_as_for_one():
             tuner.model(**batch())
         counts.append(operators.count)
     assert len(set(counts)) == 1
+
+
+def test_adapters_that_rest_are_not_looked_at(monkeypatch):
+    """With a hundred of them on a model, looking at each in every layer takes longer than the attention."""
+    model = several(torch.float32)
+    seen = set()
+    look_up = NTKAttentionLayer.__getitem__
+    monkeypatch.setattr(NTKAttentionLayer, "__getitem__", lambda layer, name: seen.add(name) or look_up(layer, name))
+    with torch.no_grad():
+        model(**batch())
+        assert seen == {"first"}
+        with model.base_model.mixed_batch(["second"] * 5):
+            seen.clear()
+            model.base_model.model(**batch())
+    assert not seen
 
 
 @pytest.mark.parametrize(

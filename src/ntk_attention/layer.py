@@ -307,8 +307,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             return []
         if self.rows is not None:
             return [] if self.feed_forward_rows is None else [self.feed_forward_rows]
-        self.keep_in_memory()
-        prefixes = [self[name].feed_forward for name in self.active_names()]
+        prefixes = [adapter.feed_forward for adapter in self.in_memory(self.active_names())]
         return [prefix for prefix in prefixes if prefix is not None]
 
     def remove_hooks(self) -> None:
@@ -347,9 +346,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def states(self, batch_size: int) -> Sequence[PrefixState | RowStates]:
         """The prefixes of all active adapters, one after another; or, in a mixed batch, the prefix of every row."""
-        self.keep_in_memory()
         if self.rows is None:
-            return [self[name].state() for name in self.active_names()]
+            return [adapter.state() for adapter in self.in_memory(self.active_names())]
         if len(self.rows.index) != batch_size:
             raise ValueError(
                 f"adapter_names has {len(self.rows.index)} names for a batch of {batch_size}: expected as many"
@@ -358,8 +356,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def stack(self, names: Sequence[str]) -> list[PrefixState]:
         """The states of these adapters, without weight for those that this layer lacks; none if it lacks all."""
-        self.keep_in_memory()
-        own = {name: self[name].state() for name in names if name in self}
+        here = [name for name in names if name in self]
+        own = {name: adapter.state() for name, adapter in zip(here, self.in_memory(here), strict=True)}
         if not own:
             return []
         first = next(iter(own.values()))
@@ -382,22 +380,24 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
                 return torch.device(device)
         return next((p.device for p in self.get_base_layer().parameters() if not p.is_meta), None)
 
-    def keep_in_memory(self) -> None:
-        """Take the adapters back from accelerate's offloading, which brings weights only for a module's own forward.
+    def in_memory(self, names: Sequence[str]) -> list[PrefixAdapter]:
+        """These adapters, taken back from accelerate's offloading: it brings weights only for a module's own forward.
 
         Raises:
             ValueError: if their values are gone: PEFT, when it loads an adapter, keeps on a disk those of LoRA only.
         """
-        for name in self.keys():
-            if hasattr(self[name], "_hf_hook"):
+        adapters = [self[name] for name in names]
+        for name, adapter in zip(names, adapters, strict=True):
+            if hasattr(adapter, "_hf_hook"):
                 try:
-                    remove_hook_from_module(self[name], recurse=True)
+                    remove_hook_from_module(adapter, recurse=True)
                 except ValueError as error:
                     raise ValueError(
                         f"the adapter {name!r} was offloaded to a disk without its values: expected get_peft_model and "
                         "set_peft_model_state_dict on a base model that is partly on a disk, not from_pretrained"
                     ) from error
                 self._move_adapter_to_device_of_base_layer(name)
+        return adapters
 
 
 @contextmanager

@@ -284,7 +284,7 @@ class NTKAttentionModel(BaseTuner):
         """The last step of making and of loading an adapter, after which PEFT may have offloaded it."""
         for module in self.model.modules():
             if isinstance(module, NTKAttentionLayer):
-                module.keep_in_memory()
+                module.in_memory(list(module.keys()))
         super()._cast_adapter_dtype(*args, **kwargs)
 
     @contextmanager
