@@ -21,7 +21,7 @@ from recording import Row, append, commit, hardware, read, versions
 
 from . import assets, recipes
 from .methods import METHODS
-from .plan import belongs, next_cells, pairs, timing_cells
+from .plan import belongs, is_result, next_cells, pairs, timing_cells
 from .registry import registry
 from .runner import Job, run_inline, run_jobs
 from .tasks import Task
@@ -105,7 +105,7 @@ def run(
     tasks, methods = chosen(names, method, max_tier, steps)
     todo = pairs(tasks, methods)
     own_commit, path = commit("src", "experiments"), out / ROWS
-    rows = [row for row in read(path) if counts(row) and (not again or row["commit"] == own_commit)]
+    rows = [row for row in read(path) if is_result(row) and (not again or row["commit"] == own_commit)]
 
     def planner() -> list[Job]:
         return [(cell, task) for task, name in todo for cell in next_cells(rows, task, name, seeds)]
@@ -119,11 +119,6 @@ def run(
 def expected(task: Task, method: str, seeds: int | None) -> int:
     """Cells of a task and method, if the grid of rates need not grow."""
     return len(METHODS[method].rates) * len(task.selection_seeds) + len(task.final_seeds[:seeds])
-
-
-def counts(row: Row) -> bool:
-    """A cell whose loss was not finite, or that cannot have its size, has its result; other errors are tried again."""
-    return "error" not in row or row["error"].startswith(("the loss is not finite", "ValueError: no ranks give"))
 
 
 @app.command(name="time")

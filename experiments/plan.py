@@ -36,6 +36,8 @@ def next_cells(rows: Iterable[Row], task: Task, method: str, seeds: int | None =
     missing = untried(task, method, rates + more, tried)
     if missing:
         return missing
+    if not all(is_result(row) for row in selected):  # the choice would rest on what is left
+        return []
     best = best_rate(task, selected)
     if best is None:  # nothing works: no final runs
         return []
@@ -53,6 +55,11 @@ def untried(task: Task, method: str, rates: Iterable[float], tried: Collection[t
 def timing_cells(rows: Iterable[Row], task: Task, method: str) -> list[Cell]:
     done = any(belongs(row, task, method) and row["stage"] == "time" for row in rows)
     return [] if done else [Cell(task.name, method, METHODS[method].rates[0], task.selection_seeds[0], "time")]
+
+
+def is_result(row: Row) -> bool:
+    """Whether its cell is done: also if the loss was not finite, or it cannot have its size; other errors may pass."""
+    return "error" not in row or row["error"].startswith(("the loss is not finite", "ValueError: no ranks give"))
 
 
 def belongs(row: Row, task: Task, method: str) -> bool:

