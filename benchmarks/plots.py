@@ -128,24 +128,36 @@ def bars(axes: Axes, names: Sequence[str], values: Sequence[float | None], notes
 
 
 def decode(rows: list[Row], path: Path) -> None:
-    """Milliseconds per step by method, a row of panels for each way to launch, a column for each batch."""
+    kinds = {"graph": "CUDA graph", "eager": "eager"}
+    by_batch(rows, path, "launch", kinds, "no prefix", "ms per step (over no prefix)", "Decoding")
+
+
+def generate(rows: list[Row], path: Path) -> None:
+    kinds = {"dynamic": "dynamic cache", "static": "static cache"}
+    by_batch(rows, path, "cache", kinds, "no adapter", "ms per call (over no adapter)", "generate")
+
+
+def by_batch(
+    rows: list[Row], path: Path, size: str, kinds: dict[str, str], reference: str, unit: str, title: str
+) -> None:
+    """Milliseconds by method, a row of panels for each kind by this size, a column for each batch."""
     groups = by_sizes(rows)
-    launches = list(dict.fromkeys(g.sizes["launch"] for g in groups))
+    shown = [kind for kind in kinds if any(g.sizes[size] == kind for g in groups)]
     batches = list(dict.fromkeys(g.sizes["B"] for g in groups))
-    size = 5.6 * len(batches), 0.6 + 2.4 * len(launches)
-    figure, panels = plt.subplots(len(launches), len(batches), figsize=size, squeeze=False, layout="constrained")
+    inches = 5.6 * len(batches), 0.6 + 2.4 * len(shown)
+    figure, panels = plt.subplots(len(shown), len(batches), figsize=inches, squeeze=False, layout="constrained")
     for sizes, methods in groups:
-        axes = panels[launches.index(sizes["launch"])][batches.index(sizes["B"])]
-        reference = median(methods.get("no prefix"))
+        axes = panels[shown.index(sizes[size])][batches.index(sizes["B"])]
+        least = median(methods.get(reference))
         notes = [
-            f"{time:.3g}  ({time / reference:.2f})" if (time := median(row)) and reference else row.get("error", "")
+            f"{time:.3g}  ({time / least:.2f})" if (time := median(row)) and least else row.get("error", "")
             for row in methods.values()
         ]
         bars(axes, list(methods), [median(row) for row in methods.values()], notes)
-        axes.set_title(f"batch {sizes['B']}, {'CUDA graph' if sizes['launch'] == 'graph' else 'eager'}", fontsize=10)
+        axes.set_title(f"batch {sizes['B']}, {kinds[sizes[size]]}", fontsize=10)
     for axes in panels[-1]:
-        axes.set_xlabel("ms per step (over no prefix)")
-    figure.suptitle(f"Decoding, Llama 1B shape, {rows[0]['hardware']}", fontsize=11)
+        axes.set_xlabel(unit)
+    figure.suptitle(f"{title}, Llama 1B shape, {rows[0]['hardware']}", fontsize=11)
     save(figure, path)
 
 
@@ -254,6 +266,7 @@ PLOTS: dict[str, Callable[[list[Row], Path], None]] = {
     "attention": attention,
     "figure3": figure3,
     "decode": decode,
+    "generate": generate,
     "training": training,
     "large": training,
     "processes": processes,

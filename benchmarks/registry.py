@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import adapters, attention, building, cpu, decode, figure3, large, processes, training
+from . import adapters, attention, building, cpu, decode, figure3, generate, large, processes, training
 from .runner import Case
 
 
@@ -29,6 +29,7 @@ BENCHMARKS = {
     "attention": Benchmark(attention),
     "figure3": Benchmark(figure3),
     "decode": Benchmark(decode),
+    "generate": Benchmark(generate),
     "training": Benchmark(training),
     "large": Benchmark(large),
     "processes": Benchmark(processes),

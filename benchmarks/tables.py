@@ -272,10 +272,28 @@ def adapters(rows: list[Row]) -> list[str]:
     return out
 
 
+def generate(rows: list[Row]) -> list[str]:
+    out = []
+    for sizes, methods in by_sizes(rows, without=["cache"]):
+        body = []
+        for name in dict.fromkeys(row["method"] for row in methods.values()):
+            line = [name]
+            for cache in ("dynamic", "static"):
+                row = methods.get(f"{name} {cache}")
+                time = median(row)
+                line += [milliseconds(row, median(methods.get(f"no adapter {cache}")))]
+                line += [number(1e3 * row["figures"]["tokens"] / time) if row and time else ""]
+            body.append(line)
+        head = ["method", "dynamic, ms (over no adapter)", "tokens/s", "static, ms (over no adapter)", "tokens/s"]
+        out += [f"**Batch {sizes['B']}, {sizes['prompt']} + {sizes['new']} tokens.**\n", table(head, body)]
+    return out
+
+
 TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "attention": attention,
     "figure3": figure3,
     "decode": decode,
+    "generate": generate,
     "training": training,
     "large": large,
     "processes": processes,

@@ -57,6 +57,7 @@ def test_methods(folder):
     methods = {name: {row["method"] for row in read(folder / f"{name}.jsonl")} for name in BENCHMARKS}
     assert methods["attention"] >= {"plain flash", "ours auto", "prefix-cat m=4", "prefix-merge m=4", "naive fp32"}
     assert methods["decode"] >= {"no prefix", "ours", "prefix m=32"}
+    assert methods["generate"] == {"no adapter", "ours", "ours, blocks too", "LoRA q,v", "LoRA all linear"}
     assert methods["training"] >= {"frozen", "full", "LoRA q,v", "LoRA all linear", "ours", "ours calibrated"}
     assert methods["large"] >= {"bf16", "bf16, checkpointing", "bf16, torch.compile", "bf16, offloaded, checkpointing"}
     assert methods["adapters"] >= {

@@ -9,7 +9,14 @@ from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    CompileConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+)
 
 from ntk_attention import calibrate
 
@@ -94,6 +101,20 @@ def test_compiled_training_against_eager(checkpointing):
         models.append(torch.compile(model, fullgraph=True, backend="aot_eager") if changed else model)
     losses, expected = (losses_of_training(model, 3, 0.05) for model in reversed(models))
     assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_generation_with_a_compiled_step_against_eager():
+    """With a static cache transformers compiles the step of each new token; on a CPU it must be told so."""
+    model = adapted()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    compiled = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiled._compile_all_devices = True
+    expected = model.generate(**INPUTS, **options)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    actual = model.generate(**INPUTS, **options, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(actual, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 BITSANDBYTES = {
