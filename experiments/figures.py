@@ -47,7 +47,7 @@ def colour(method: str) -> str:
 
 def panels(names: Sequence[str], height: float = 3.4) -> tuple[Any, list[tuple[str, Axes]]]:
     """The figure, and one panel for each task."""
-    columns = min(COLUMNS, len(names))
+    columns = 2 if len(names) == 4 else min(COLUMNS, len(names))
     rows = math.ceil(len(names) / columns)
     size = (4.4 * columns, height * rows)
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
@@ -132,10 +132,10 @@ def sizes(results: Results, path: Path) -> bool:
                 markerfacecolor=colour(method) if i == 0 else "white",
             )  # fmt: skip
         task = next(iter(results[name].values())).task
-        axes.set(xscale="log", ylabel=f"{task.metric}{', %' if task.higher_is_better else ', nats'}")
+        unit = ", %" if task.higher_is_better else ", nats"
+        axes.set(xscale="log", xlabel="trainable parameters", ylabel=task.metric + unit)
         axes.margins(x=0.1)
-    figure.legend(shown_once.values(), shown_once, loc="outside lower center", ncols=5, fontsize=8.5, frameon=False)
-    figure.supxlabel("trainable parameters", fontsize=10)
+    figure.legend(shown_once.values(), shown_once, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
     return save(figure, path)
 
 
