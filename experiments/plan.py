@@ -74,12 +74,16 @@ def best_rate(task: Task, selected: Iterable[Row]) -> float | None:
 
 
 def validation(task: Task, selected: Iterable[Row]) -> dict[float, dict[str, float] | None]:
-    """Scores on validation data by learning rate, averaged over the seeds of the selection; None if one has failed."""
-    by_rate: dict[float, list[dict[str, float] | None]] = {}
+    """Scores on validation data by learning rate, averaged over the seeds of the selection; None if one has failed.
+
+    Rates that not all of these seeds have tried are left out.
+    """
+    by_rate: dict[float, dict[int, dict[str, float] | None]] = {}
     for row in selected:
         if row["seed"] in task.selection_seeds:
-            by_rate.setdefault(row["learning_rate"], []).append(row.get("validation"))
-    return {rate: average(scores) for rate, scores in sorted(by_rate.items())}
+            by_rate.setdefault(row["learning_rate"], {})[row["seed"]] = row.get("validation")
+    whole = {rate: scores for rate, scores in sorted(by_rate.items()) if len(scores) == len(task.selection_seeds)}
+    return {rate: average(list(scores.values())) for rate, scores in whole.items()}
 
 
 def average(scores: Sequence[dict[str, float] | None]) -> dict[str, float] | None:

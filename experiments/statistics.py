@@ -12,7 +12,7 @@ from typing import Any
 from recording import Row
 
 from .methods import METHODS
-from .plan import best_rate, validation
+from .plan import best_rate, is_result, validation
 from .tasks import Task
 from .train import unpacked
 
@@ -37,15 +37,15 @@ class Result:
 
     @property
     def validation(self) -> dict[float, dict[str, float] | None]:
-        """By learning rate, averaged over seeds; None if one has failed."""
+        """By learning rate that all seeds have tried, averaged over them; None if one has failed."""
         return validation(self.task, self.selected)
 
     @property
     def complete(self) -> bool:
         """All seeds have run, of the selection and of the test."""
-        seeds = {(row["learning_rate"], row["seed"]) for row in self.selected}
-        tried = all((rate, seed) in seeds for rate in self.validation for seed in self.task.selection_seeds)
-        return bool(seeds) and tried and (self.rate is None or set(self.task.final_seeds) <= self.finals.keys())
+        rates = {row["learning_rate"] for row in self.selected}
+        tried = bool(rates) and rates <= self.validation.keys()
+        return tried and (self.rate is None or set(self.task.final_seeds) <= self.finals.keys())
 
     @property
     def any_row(self) -> Row:
@@ -76,9 +76,9 @@ def metric(score: dict[str, float]) -> float:
 
 
 def collect(rows: Iterable[Row], tasks: dict[str, Task]) -> dict[str, dict[str, Result]]:
-    """Results by task and method. Of rows with equal settings the last one counts; errors count as tried."""
+    """Results by task and method. Of rows with equal settings the last one that is a result counts."""
     latest: dict[str, Row] = {}
-    for row in rows:
+    for row in filter(is_result, rows):
         names = ("task", "method", "stage", "learning_rate", "seed", "steps")
         latest[json.dumps([row.get(name) for name in names])] = row
     found: dict[str, dict[str, Result]] = {}

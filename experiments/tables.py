@@ -200,7 +200,7 @@ def paired(results: Results) -> list[Block]:
 def rates(results: Results) -> list[Block]:
     blocks: list[Block] = []
     for name, own in results.items():
-        selected = [result for result in in_order(own.values()) if result.selected]
+        selected = [result for result in in_order(own.values()) if result.validation]
         tried = sorted({rate for result in selected for rate in result.validation})
         body = []
         for result in selected:
