@@ -126,15 +126,9 @@ def first_slower(methods: dict[str, Row], name: str, reference: float | None) ->
 def decode(rows: list[Row]) -> list[str]:
     out = []
     for sizes, methods in by_sizes(rows, without=["launch"]):
-        names = dict.fromkeys(name.rsplit(" ", 1)[0] for name in methods)
         body = []
-        for name in names:
-            line = [name]
-            for launch in ("graph", "eager"):
-                row = methods.get(f"{name} {launch}")
-                reference = median(methods.get(f"no prefix {launch}"))
-                time = median(row)
-                line += [milliseconds(row, reference), number(1e3 * sizes["B"] / time) if time else ""]
+        for name in dict.fromkeys(name.rsplit(" ", 1)[0] for name in methods):
+            line = ways(methods, name, ("graph", "eager"), "no prefix", sizes["B"])
             row = next(row for key, row in methods.items() if key.startswith(name))
             cache = row["figures"].get("cache_bytes")
             body.append([*line, number(cache / MIB) if cache else ""])
@@ -142,6 +136,17 @@ def decode(rows: list[Row]) -> list[str]:
         title = f"Batch {sizes['B']}, {sizes['prompt']} cached tokens in a cache of {sizes['capacity']:,}"
         out += [f"**{title}**: per step, in brackets over no prefix.\n", table(head, body)]
     return out
+
+
+def ways(methods: dict[str, Row], name: str, kinds: Sequence[str], reference: str, tokens: int) -> list[str]:
+    """A method, and for each way to run it the time (over the reference) and tokens per second."""
+    line = [name]
+    for kind in kinds:
+        row = methods.get(f"{name} {kind}")
+        time = median(row)
+        line += [milliseconds(row, median(methods.get(f"{reference} {kind}")))]
+        line += [number(1e3 * tokens / time) if time else ""]
+    return line
 
 
 def training(rows: list[Row]) -> list[str]:
@@ -275,15 +280,9 @@ def adapters(rows: list[Row]) -> list[str]:
 def generate(rows: list[Row]) -> list[str]:
     out = []
     for sizes, methods in by_sizes(rows, without=["cache"]):
-        body = []
-        for name in dict.fromkeys(row["method"] for row in methods.values()):
-            line = [name]
-            for cache in ("dynamic", "static"):
-                row = methods.get(f"{name} {cache}")
-                time = median(row)
-                line += [milliseconds(row, median(methods.get(f"no adapter {cache}")))]
-                line += [number(1e3 * row["figures"]["tokens"] / time) if row and time else ""]
-            body.append(line)
+        names = dict.fromkeys(row["method"] for row in methods.values())
+        tokens = sizes["B"] * sizes["new"]
+        body = [ways(methods, name, ("dynamic", "static"), "no adapter", tokens) for name in names]
         head = ["method", "dynamic, ms (over no adapter)", "tokens/s", "static, ms (over no adapter)", "tokens/s"]
         out += [f"**Batch {sizes['B']}, {sizes['prompt']} + {sizes['new']} tokens.**\n", table(head, body)]
     return out

@@ -18,7 +18,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from ntk_attention import calibrate
+from ntk_attention import NTKAttentionConfig, calibrate
 
 from .reference import relative_error
 from .tiny import INPUTS, adapted, adapters, logits, loss_of, losses_of_training, trainable
@@ -70,6 +70,18 @@ def test_offloaded_against_in_memory(kind, model_folder, tmp_path):
         relative_error(logits(PeftModel.from_pretrained(load(model_folder), tmp_path / "adapter")), logits(plain))
         < 1e-5
     )
+
+
+def test_an_offloaded_adapter_that_rests_is_saved(model_folder, tmp_path):
+    model = adapted(load(model_folder))
+    model.add_adapter("second", NTKAttentionConfig(init_weights=False, task_type="CAUSAL_LM"))
+    model.set_adapter("second")
+    expected = logits(model)
+    model.set_adapter("default")
+    cpu_offload(model, DEVICE)
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    again = PeftModel.from_pretrained(load(model_folder), tmp_path / "second")
+    assert relative_error(logits(again), expected) < 1e-6
 
 
 def test_an_adapter_for_a_base_that_is_partly_on_a_disk(model_folder, tmp_path, monkeypatch):

@@ -399,6 +399,11 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
                 self._move_adapter_to_device_of_base_layer(name)
         return adapters
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Also of adapters that rest, and are offloaded."""
+        self.in_memory(list(self.keys()))
+        return super().state_dict(*args, **kwargs)
+
 
 @contextmanager
 def exact_prefix(
