@@ -278,7 +278,7 @@ def random_grad_query(
 
 @compiled
 def decode(
-    Q, K, V, W, Z, k_state, b_state, Index, Mask, Out, Partial_out, Partial_peak, Partial_mass, Counter,
+    Q, K, V, W, Z, k_state, b_state, Index, Mask, Out, Partial, Counter,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
     H_kv, heads_per_kv, heads_per_state, L, S, keys_per_split, scale, factor,
@@ -290,7 +290,8 @@ def decode(
     """A short query against a long cache: the query heads of one KV head are the rows, its keys are split.
 
     The prefix is one more split. The one that finishes last puts all parts together, so that it takes one launch; it
-    leaves the counter at zero for the next one.
+    leaves the counter at zero for the next one. Partial holds the outputs of all parts, then their peaks, then their
+    masses.
     """
     split = tl.program_id(0)
     bh = tl.program_id(1)
@@ -315,6 +316,9 @@ def decode(
     )  # fmt: skip
     is_last = True
     part = bh.to(tl.int64) * (SPLITS + 1) * ROWS + row
+    parts = tl.num_programs(1).to(tl.int64) * (SPLITS + 1) * ROWS
+    Partial_peak = Partial + parts * BDV
+    Partial_mass = Partial_peak + parts
     if SPLITS > 1:
         if split == SPLITS:
             acc, peak, mass = prefix_part(
@@ -323,7 +327,7 @@ def decode(
             )  # fmt: skip
         tl.store(Partial_peak + part + split * ROWS, peak)
         tl.store(Partial_mass + part + split * ROWS, mass)
-        tl.store(Partial_out + (part + split * ROWS)[:, None] * BDV + v[None, :], acc)
+        tl.store(Partial + (part + split * ROWS)[:, None] * BDV + v[None, :], acc)
         tl.debug_barrier()  # the stores of all threads come before the count
         is_last = tl.atomic_add(Counter + bh, 1, sem="acq_rel") == SPLITS
     if is_last:
@@ -334,9 +338,9 @@ def decode(
             peak = tl.zeros([ROWS], tl.float32) + NOTHING
             for other in tl.range(0, SPLITS, num_stages=3):
                 acc, peak, mass = merged(acc, peak, mass, *stored_part(
-                    Partial_out, Partial_peak, Partial_mass, part + other * ROWS, BDV,
+                    Partial, Partial_peak, Partial_mass, part + other * ROWS, BDV,
                 ))  # fmt: skip
-            phi_Z, log_scale, phi_k = stored_part(Partial_out, Partial_peak, Partial_mass, part + SPLITS * ROWS, BDV)
+            phi_Z, log_scale, phi_k = stored_part(Partial, Partial_peak, Partial_mass, part + SPLITS * ROWS, BDV)
         else:
             phi_Z, log_scale, phi_k = prefix_part(
                 q, Q, W, Z, k_state, b_state, in_rows, state_h, state_kv, heads_per_kv, heads_per_state, factor,

@@ -1,6 +1,7 @@
 """Launches of the Triton kernels: block sizes, descriptors, work space."""
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +91,11 @@ def backward_blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
     return Blocks(rows=64, columns=64, warps=8, stages=2)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. triton.cdiv serves kernels too, and is much slower for that."""
+    return -(-a // b)
+
+
 def padded(size: int) -> int:
     """A power of two that a matrix unit takes."""
     return max(16, 1 << (size - 1).bit_length())
@@ -112,7 +118,7 @@ def fused_forward(query, key, value, Z, k, log_scale, index, W, attn_mask, const
     if attn_mask is None and W is None and _suits_hopper(query, value):
         blocks = hopper_blocks(d, L)
         x, y = (1, 1, blocks.rows, d), (1, 1, blocks.columns, d)
-        hopper.fused_forward[triton.cdiv(L, blocks.rows), B * H](
+        hopper.fused_forward[ceil_div(L, blocks.rows), B * H](
             _gluon_descriptor(query, x), _gluon_descriptor(key, y), _gluon_descriptor(value, y),
             _gluon_descriptor(Z_product[None], y), Z, k, log_scale, places, _gluon_descriptor(out, x), lse,
             H, H // key.shape[1], H // H_state, L, key.shape[2], scale, factor,
@@ -124,7 +130,7 @@ def fused_forward(query, key, value, Z, k, log_scale, index, W, attn_mask, const
     blocks = random_blocks() if is_random else forward_blocks(max(d, d_v), L, attn_mask is not None)
     features = blocks.columns if is_random else padded(d)
     mask, mask_strides = _mask_arguments(attn_mask, query)
-    kernels.fused_forward[triton.cdiv(L, blocks.rows), B * H](
+    kernels.fused_forward[ceil_div(L, blocks.rows), B * H](
         _descriptor(query, blocks.rows), _descriptor(key, blocks.columns), _descriptor(value, blocks.columns),
         _descriptor(W, features) if is_random else Z, _descriptor(Z_product, features), Z, k, log_scale, places, mask,
         _descriptor(out, blocks.rows), lse, *mask_strides,
@@ -168,9 +174,9 @@ def prefix_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, W, c
     H_state, r = k.shape
     blocks = backward_blocks(max(d, d_v), query.dtype)
     features = min(blocks.columns, padded(d))
-    feature_blocks = triton.cdiv(d, features)
+    feature_blocks = ceil_div(d, features)
     programs = blocks.programs * _multiprocessors(query) // (H_state * feature_blocks)
-    splits = max(1, min(programs, triton.cdiv(L, blocks.rows) * B * H // H_state))
+    splits = max(1, min(programs, ceil_div(L, blocks.rows) * B * H // H_state))
     parts = query.new_empty(splits, H_state * r * (d_v + 1), dtype=torch.float32)
     part_Z, part_k = parts.split((H_state * r * d_v, H_state * r), dim=1)
     adds = grad_query is not None
@@ -193,9 +199,9 @@ def _random_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, W, 
     R = r - constant
     blocks = random_blocks()
     warps = 8 if max(d, d_v) > 64 else 4
-    feature_blocks = triton.cdiv(R, blocks.columns)
+    feature_blocks = ceil_div(R, blocks.columns)
     programs = 2 * _multiprocessors(query) // (H_state * feature_blocks)
-    splits = max(1, min(programs, triton.cdiv(L, blocks.rows) * B * H // H_state))
+    splits = max(1, min(programs, ceil_div(L, blocks.rows) * B * H // H_state))
     parts = query.new_empty(splits, H_state * r * (d_v + 1), dtype=torch.float32)
     part_Z, part_k = parts.split((H_state * r * d_v, H_state * r), dim=1)
     rows = tuple(_descriptor(x, blocks.rows) for x in (grad_out, query, out))
@@ -206,7 +212,7 @@ def _random_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, W, 
         DV=d_v, STAGES=1, num_warps=warps, **sizes,
     )  # fmt: skip
     if grad_query is not None:
-        kernels.random_grad_query[triton.cdiv(L, blocks.rows), B * H](
+        kernels.random_grad_query[ceil_div(L, blocks.rows), B * H](
             *rows, lse, _descriptor(grad_query, blocks.rows), directions, _descriptor(Z.contiguous(), blocks.columns),
             k.contiguous(), log_scale, H, H // H_state, L, factor, num_warps=warps, **sizes,
         )  # fmt: skip
@@ -223,20 +229,19 @@ def decode(query, key, value, Z, k, log_scale, index, W, attn_mask, constant, sc
     out = empty_output(query, value)
     rows, keys = padded(H // H_kv * L), 64 if max(d, d_v) <= 128 else 32
     features = min(64, padded(d)) if W is None else 32
-    splits = max(1, min(triton.cdiv(_multiprocessors(query), B * H_kv), triton.cdiv(S, 2 * keys), 64))
-    keys_per_split = triton.cdiv(triton.cdiv(S, splits), keys) * keys
-    splits = triton.cdiv(S, keys_per_split)
-    parts = (B * H_kv, splits + 1, rows) if splits > 1 else (0,)
-    partial_out = query.new_empty(*parts, padded(d_v), dtype=torch.float32)
-    partial_m, partial_l = (query.new_empty(parts, dtype=torch.float32) for _ in range(2))
-    counter = COUNTERS.take(query.device, B * H_kv) if splits > 1 else partial_m
+    splits = max(1, min(ceil_div(_multiprocessors(query), B * H_kv), ceil_div(S, 2 * keys), 64))
+    keys_per_split = ceil_div(ceil_div(S, splits), keys) * keys
+    splits = ceil_div(S, keys_per_split)
+    partial, counter = out, out  # not looked at
+    if splits > 1:
+        partial = query.new_empty(B * H_kv * (splits + 1) * rows * (padded(d_v) + 2), dtype=torch.float32)
+        counter = COUNTERS.take(query.device, B * H_kv)
     mask, mask_strides = _mask_arguments(attn_mask, query)
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     query = query if query.stride(-1) == 1 else query.contiguous()
     kernels.decode[splits + (splits > 1), B * H_kv](
-        query, key, value, Z if W is None else W.contiguous(), Z, k, log_scale, places, mask, out,
-        partial_out, partial_m, partial_l,
-        counter, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, *out.stride()[:3],
+        query, key, value, Z if W is None else W.contiguous(), Z, k, log_scale, places, mask, out, partial, counter,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, *out.stride()[:3],
         H_kv, H // H_kv, H // H_state, L, S, keys_per_split, scale, factor,
         RANDOM=W is not None, R=k.shape[-1] - constant, D=d, DV=d_v, CONSTANT=constant, MIXED=index is not None,
         MASKED=attn_mask is not None, SPLITS=splits, ROWS=rows, BN=keys, BD=padded(d), BDV=padded(d_v),
@@ -284,8 +289,13 @@ class Counters:
 COUNTERS = Counters()
 
 
+@cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
 def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    return _properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
 def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> "TensorDescriptor":
@@ -320,7 +330,7 @@ def _suits_hopper(query: Tensor, value: Tensor) -> bool:
     return (
         hopper is not None
         and query.is_cuda
-        and torch.cuda.get_device_properties(query.device).major == 9
+        and _properties(query.device).major == 9
         and query.dtype == torch.bfloat16
         and query.shape[-1] == value.shape[-1]
         and query.shape[-1] in (64, 128)

@@ -9,8 +9,9 @@ Every backend merges that block with the block of real tokens: `attend_eager` be
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def ntk_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     check_arguments(query, key, value, state, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
     query, key, value = autocast_inputs(query, key, value)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         factor = math.sqrt(scale)
         return attend(query, key, value, [state], factor, attn_mask, dropout_p, is_causal, scale, backend=backend)
 
@@ -88,6 +89,11 @@ def autocast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
         return inputs
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off; nothing where it is off already: torch's context takes time in every layer of every step."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def prefix_block(query: Tensor, state: PrefixState | RowStates, factor: float) -> Block:

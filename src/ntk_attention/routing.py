@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .masks import IMPLEMENTATIONS, visible_tokens
-from .operation import attend, autocast_inputs, check_state_fits, context_block, prefix_blocks
+from .operation import attend, autocast_inputs, check_state_fits, context_block, prefix_blocks, without_autocast
 
 CHILD = "ntk_states"  # name of the NTKAttentionLayer in its attention module
 ROUTE = "ntk_attention"  # name of our function in the attention interface
@@ -163,7 +162,8 @@ def ntk_attention_forward(
 ) -> tuple[Tensor, None]:
     """Our entry of the attention interface: query [B, H, L, d], KV heads not repeated; returns [B, L, H, d_v]."""
     layer = getattr(module, CHILD)
-    if layer.observer is None and layer.exact is None and not layer.has_active_state():
+    is_active = layer.has_active_state()
+    if layer.observer is None and layer.exact is None and not is_active:
         base = base_attention(module, layer.base_config._attn_implementation)
         return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
@@ -174,8 +174,8 @@ def ntk_attention_forward(
     if query.shape[0] != key.shape[0]:  # learned queries, the same for every item
         query = query.expand(key.shape[0], -1, -1, -1)
     options: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sink": kwargs.get("s_aux")}
-    with torch.autocast(query.device.type, enabled=False):
-        states = layer.states(query.shape[0]) if layer.has_active_state() else []
+    with without_autocast(query.device.type):
+        states = layer.states(query.shape[0]) if is_active else []
         for state in states:
             check_state_fits(
                 state,
