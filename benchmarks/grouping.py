@@ -1,4 +1,4 @@
-"""Rows brought together by sizes, for tables and plots."""
+"""Rows brought together by sizes, and numbers in short, for tables and plots."""
 
 from __future__ import annotations
 
@@ -41,3 +41,8 @@ def prefix_lengths(rows: dict[str, Row]) -> list[int]:
 
 def fastest_prefix(rows: dict[str, Row], m: int) -> Row | None:
     return fastest({name: row for name, row in rows.items() if name.endswith(f" m={m}")}, "prefix")
+
+
+def number(x: float) -> str:
+    """In short, for people."""
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"

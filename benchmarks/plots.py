@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from .grouping import by_sizes, fastest, fastest_prefix, median, prefix_lengths
+from .grouping import by_sizes, fastest, fastest_prefix, median, number, prefix_lengths
 from .rows import Row
 
 OURS, PLAIN = "#c0392b", "#333333"
@@ -150,7 +150,7 @@ def by_batch(
         axes = panels[shown.index(sizes[size])][batches.index(sizes["B"])]
         least = median(methods.get(reference))
         notes = [
-            f"{time:.3g}  ({time / least:.2f})" if (time := median(row)) and least else row.get("error", "")
+            f"{number(time)}  ({time / least:.2f})" if (time := median(row)) and least else row.get("error", "")
             for row in methods.values()
         ]
         bars(axes, list(methods), [median(row) for row in methods.values()], notes)

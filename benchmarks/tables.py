@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from recording import table
 
-from .grouping import by_sizes, fastest, fastest_prefix, median, prefix_lengths
+from .grouping import by_sizes, fastest, fastest_prefix, median, number, prefix_lengths
 from .rows import Row
 
 MIB = 2**20
@@ -20,10 +20,6 @@ def milliseconds(row: Row | None, reference: float | None = None) -> str:
         return row["error"].split(":")[0]
     ratio = f" ({row['milliseconds']['median'] / reference:.2f})" if reference else ""
     return f"{number(row['milliseconds']['median'])}{ratio}"
-
-
-def number(x: float) -> str:
-    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
 
 
 def mebibytes(row: Row | None, *names: str) -> str:
