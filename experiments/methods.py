@@ -358,8 +358,7 @@ METHODS: dict[str, Method] = {
     ),
     "even-steps": ablation("the same steps in all layers", "steps", ntk_even_steps, only=sees_pictures),
     "half-in-blocks": ablation(
-        "rank d / 4, half of the size in blocks", "feed-forward blocks", ntk_divided, part=1 / 2, share=SHARE,
-        only=writes_text,
+        "rank d / 4, half of the size in blocks", "feed-forward blocks", ntk_divided, part=1 / 2
     ),
     **{
         f"rank-{s}": ablation(f"attention alone, rank {s}", "rank of Z", rank=s, feed_forward_rank=None) for s in RANKS
