@@ -49,7 +49,7 @@ def cases(device: str, tiny: bool) -> list[Case]:
             name: partial(prepare, name=name, B=B, prompt=prompt, new=new, cache=cache, device=device)
             for name in ("no adapter", *CONFIGS)
         }
-        return Case(sizes, methods, models, "wall", 3 if tiny else 10, budget_ms=20_000)
+        return Case(sizes, methods, models, "wall", 3 if tiny else 10, budget_ms=10_000)
 
     return [case(B, cache) for B in batches for cache in ("dynamic", "static")]
 
