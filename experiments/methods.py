@@ -25,6 +25,7 @@ from ntk_attention.calibration import (
     SHARE,
     STREAM_UNIT,
     picture_step,
+    step_of_large_heads,
     with_random_inputs,
 )
 from ntk_attention.layer import LOG_OF_NOTHING, PrefixAdapter
@@ -187,6 +188,19 @@ def ntk_even_steps(model: nn.Module, context: Context, *, part: float | None = N
 
 
 @torch.no_grad()
+def ntk_as_small_heads(model: nn.Module, context: Context) -> nn.Module:
+    """Heads of any size start and train as those of SmolLM2 do."""
+    model = ntk(model, context, share=SHARE)
+    for layer in adapted_layers(model).values():
+        adapter, step = layer["default"], step_of_large_heads(layer)
+        leading, scaled = adapter.plain_leading(), adapter.plain_scaled()
+        leading[..., 1:] /= step  # all but the start, which no step of training has made
+        adapter.set_coordinates(adapter.coordinates / step, adapter.unit / step)
+        adapter.set_plain(leading, scaled)
+    return model
+
+
+@torch.no_grad()
 def ntk_output_unit(model: nn.Module, context: Context) -> nn.Module:
     """A feed-forward block trains in units of its own output, and Z_A in coordinates where inputs are white."""
     model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task)))
@@ -301,6 +315,10 @@ def writes_text(task: Task) -> bool:
     return not task.has_head
 
 
+def has_large_heads(task: Task) -> bool:
+    return task.model == "gemma3-270m"
+
+
 has_groups = writes_text  # fewer KV heads than query heads: only the language models here
 
 
@@ -355,6 +373,10 @@ METHODS: dict[str, Method] = {
     "with-blocks": ablation(
         "as language models: blocks too, half of the attention at the start, even steps", "feed-forward blocks",
         ntk_even_steps, part=1 / 4, share=SHARE, only=encodes,  # elsewhere the default
+    ),
+    "as-small-heads": ablation(
+        "half of the attention at the start and the steps of small heads", "large heads", ntk_as_small_heads,
+        only=has_large_heads,
     ),
     "even-steps": ablation("the same steps in all layers", "steps", ntk_even_steps, only=sees_pictures),
     "half-in-blocks": ablation(

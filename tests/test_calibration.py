@@ -9,7 +9,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ntk_attention import NTKAttentionConfig, calibrate
+from ntk_attention import NTKAttentionConfig, calibrate, calibration
 from ntk_attention.calibration import OWN_LENGTH, OWN_ROWS, other_inputs, whitening, with_random_inputs
 from ntk_attention.layer import NTKAttentionLayer
 from ntk_attention.observation import adapted_layers, prefix_shares
@@ -93,6 +93,24 @@ def test_share_of_the_attention_against_naive(name, share):
     for calls in shares.values():
         actual = of_real_tokens(calls, inputs).mean(dim=0)
         torch.testing.assert_close(actual, torch.full_like(actual, share), atol=0, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "share", "step"), [(32, 0.5, 1.0), (64, 0.5, 1.0), (128, 0.3536, 0.7071), (256, 0.25, 0.5)]
+)
+def test_large_heads_start_smaller_and_take_smaller_steps(head_dim, share, step, monkeypatch):
+    """By default the share falls with the root of the size; steps do so with any share, those of log k as well."""
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**LLAMA, "head_dim": head_dim})).eval()
+    model = get_peft_model(copy.deepcopy(base), NTKAttentionConfig(**ATTENTION)).eval()
+    calibrate(model, [INPUTS], others=False)
+    torch.testing.assert_close(prefix_shares(model, [INPUTS])[0].mean().item(), share, atol=1e-3, rtol=0)
+    calibrate(model, [INPUTS], share=SHARE, others=False)
+    monkeypatch.setattr(calibration, "HEAD_DIM", 10**6)  # no head is large
+    even = get_peft_model(base, NTKAttentionConfig(**ATTENTION)).eval()
+    calibrate(even, [INPUTS], share=SHARE, others=False)
+    for own, other in zip(adapters(model), adapters(even), strict=True):
+        torch.testing.assert_close(own.coordinates, step * other.coordinates, rtol=1e-3, atol=1e-6)
+        assert own.unit == pytest.approx(step * other.unit, rel=1e-3)
 
 
 def of_real_tokens(calls, inputs):

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from experiments import assets, budgets, pretraining
 from experiments.__main__ import app
 from experiments.classification import classifier_of
-from experiments.methods import METHODS, Context
+from experiments.methods import METHODS, Context, adapters
 from experiments.plan import best_rate, neighbour, next_cells, pairs
 from experiments.registry import registry
 from experiments.runner import Worker
 from experiments.train import Cell, packed, thinned, trainable, training_order, unpacked
-from ntk_attention import NTKAttentionConfig
+from ntk_attention import NTKAttentionConfig, calibration
 from ntk_attention.layer import parameter_shapes
 from ntk_attention.routing import Geometry
 from recording import read
@@ -101,7 +101,25 @@ def test_every_method_runs_on_every_task(rows):
         assert math.isfinite(row["test"]["loss"])
         assert sum(unpacked(row["test_correct"])) / 9 == row["test"]["share"]
     ran = {method for (_, method), row in rows.items() if "error" not in row}
-    assert ran == set(METHODS)
+    assert ran == set(METHODS) - {"as-small-heads"}  # none of these has large heads
+
+
+def test_large_heads_as_small_ones(tasks, worker, monkeypatch):
+    """The same start in the same coordinates as where no head counts as large."""
+    task, models = tasks["chain-sum"], []
+    base = worker.base(task)
+    batch = task.batch(base, task.examples(base, "train", 0)[:4])
+    assert METHODS["as-small-heads"].only(registry()["gemma-chain-sum"])
+    assert not METHODS["as-small-heads"].only(task)
+    for method, head_dim in (("as-small-heads", 1), ("ntk", 10**6), ("ntk", 1)):
+        monkeypatch.setattr(calibration, "HEAD_DIM", head_dim)
+        models.append(METHODS[method].build(task.fresh(base, 0), Context(task, base, [batch])))
+    for own, other, default in zip(*map(adapters, models), strict=True):
+        assert own.unit == pytest.approx(other.unit)
+        torch.testing.assert_close(own.coordinates, other.coordinates, rtol=1e-4, atol=1e-7)
+        for name, parameter in own.named_parameters():
+            torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(default.coordinates, other.coordinates, rtol=1e-2)
 
 
 def test_sizes_are_equal(rows, tasks, worker):

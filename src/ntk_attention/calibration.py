@@ -40,6 +40,10 @@ from .routing import is_encoder
 # Of every head's attention that the prefix holds at the start. A smaller one starts closer to the frozen model:
 # language models learned less then (sums in words, Perl), encoders of text more (package sections), a ViT as much.
 SHARE, ENCODER_SHARE = 0.5, 0.15
+# Heads of the size for which shares, steps and learning rates were chosen. In larger ones more features and directions
+# move an output, each as far in a step of Adam. With the share and the steps falling as the root of the size, Gemma 3
+# (256) learned more, worked problems and sums, and forgot less.
+HEAD_DIM = 64
 # Of pictures' encoders, in the last layer relative to the first: with even steps a ViT learned less (clothes). Perhaps
 # since a prefix there only changes what is read at the end, and below it also what later layers attend to. Encoders of
 # text and language models learned as much with even steps.
@@ -76,7 +80,7 @@ def calibrate(
             `attention_mask` is 0 do not count.
         adapter_name: which adapter.
         share: of every head's attention that the prefix holds at the start; the smaller, the closer to the frozen
-            model. By default a half, and 15 % in encoders.
+            model. By default a half, less with heads of more than 64, and 15 % in encoders.
         others: batches of other inputs, which the coordinates see too. The data of a task may hold queries of few
             kinds; what these rarely do would weigh much in their coordinates, and training would spoil the model for
             all else. By default text that the model writes itself where it writes text, else random tokens, or noise
@@ -88,10 +92,10 @@ def calibrate(
     """
     layers = adapted_layers(model, adapter_name)
     encodes = all(is_encoder(layer.get_base_layer()) for layer in layers.values())
-    if share is None:
-        share = ENCODER_SHARE if encodes else SHARE
-    if not 0.0 < share < 1.0:
+    if share is not None and not 0.0 < share < 1.0:
         raise ValueError(f"share must be between 0 and 1, got {share}")
+    large = {name: step_of_large_heads(layer) for name, layer in layers.items()}
+    shares = {name: share or (ENCODER_SHARE if encodes else SHARE * large[name]) for name in layers}
     if not all(layer[adapter_name].feature_map.constant for layer in layers.values()):
         raise ValueError("calibrate needs the constant feature: make the config with constant_feature=True")
     check_size(layers, adapter_name)
@@ -111,7 +115,7 @@ def calibrate(
         unlike = other_inputs(model, batches) if others is True else list(others or ())
         observe(model, layers, batches, {name: s.observe_scale for name, s in statistics.items()})
         for name, s in statistics.items():
-            s.set_scale(share, name)
+            s.set_scale(shares[name], name)
         moments = {name: s.observe_moments for name, s in statistics.items()}
         for kind in (batches, unlike):
             if kind:
@@ -122,8 +126,8 @@ def calibrate(
                     block.end_of_kind()
     generator = torch.Generator().manual_seed(0)  # every process, and every call, makes the same start
     for name, heads in statistics.items():
-        step = picture_step(model, name) if encodes else 1.0
-        heads.set_coordinates_and_start(step, LOG_K_STEP / share, generator)
+        step = large[name] * (picture_step(model, name) if encodes else 1.0)
+        heads.set_coordinates_and_start(step, large[name] * LOG_K_STEP / shares[name], generator)
     for block in blocks.values():
         block.set_coordinates_and_start(generator)
 
@@ -207,6 +211,11 @@ def depth(model: nn.Module, name: str) -> float:
         if isinstance(siblings, nn.ModuleList):
             return int(part) / max(1, len(siblings) - 1)
     return 0.0
+
+
+def step_of_large_heads(layer: NTKAttentionLayer) -> float:
+    """1 for heads of up to HEAD_DIM, and less for larger ones."""
+    return min(1.0, math.sqrt(HEAD_DIM / layer.geometry.head_dim))
 
 
 def picture_step(model: nn.Module, name: str) -> float:
