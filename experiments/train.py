@@ -90,6 +90,9 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
             break
     curve = torch.stack(losses).float().tolist()  # waits for the device
     row["training_seconds"] = round(time.perf_counter() - trained_from, 2)
+    del training  # recorded steps hold much memory, which other processes on the GPU can use during the scoring
+    if device == "cuda":
+        torch.cuda.empty_cache()
     if cell.stage == "time":
         row["step_milliseconds"] = round(1e3 * sorted(times[steps // 4 :])[len(times[steps // 4 :]) // 2], 3)
     row["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - held_before if device == "cuda" else None
