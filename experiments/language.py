@@ -20,7 +20,7 @@ TEXT_LENGTH = 256  # tokens; longer texts are cut
 PAD_TO = 32  # few different shapes: kernels are tuned and planned for each
 UNRELATED_PASSAGES = 64
 VALIDATION_ITEMS, TEST_ITEMS = 300, 1000
-EVALUATION_BATCH, GENERATION_BATCH = 16, 256
+EVALUATION_BATCH, GENERATION_BATCH = 8, 256
 
 
 @dataclass(frozen=True)
