@@ -12,7 +12,7 @@ others. Passes of a few batches through the frozen model measure, per head,
    - the prefix's value at the start: the head's mean output, of all fixed values the one that changes outputs least.
 
 The feed-forward block beside gets coordinates in which its inputs are white and steps are parts of what the layer gives
-on, its residual stream. In encoders of pictures the units shrink with depth.
+on, its residual stream. In encoders of pictures the units shrink with depth, and in large heads with their size.
 
 All of it is a change of coordinates and a start: saved files hold plain Z, k and b.
 """
