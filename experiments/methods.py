@@ -194,7 +194,7 @@ def ntk_as_small_heads(model: nn.Module, context: Context) -> nn.Module:
     for layer in adapted_layers(model).values():
         adapter, step = layer["default"], step_of_large_heads(layer)
         leading, scaled = adapter.plain_leading(), adapter.plain_scaled()
-        leading[..., 1:] /= step  # all but the start, which no step of training has made
+        leading[..., 1:] /= step  # the first direction holds the start, which stays
         adapter.set_coordinates(adapter.coordinates / step, adapter.unit / step)
         adapter.set_plain(leading, scaled)
     return model
