@@ -37,8 +37,8 @@ from .observation import adapted_layers, observe
 from .operation import Block
 from .routing import is_encoder
 
-# Of every head's attention that the prefix holds at the start. A smaller one starts closer to the frozen model:
-# language models learned less then (sums in words, Perl), encoders of text more (package sections), a ViT as much.
+# Of every head's attention that the prefix holds at the start. A smaller one starts closer to the frozen model: a
+# language model learned sums in words less well then, encoders of text more (package sections), a ViT as much.
 SHARE, ENCODER_SHARE = 0.5, 0.15
 # Heads of the size for which shares, steps and learning rates were chosen. In larger ones more features and directions
 # move an output, each as far in a step of Adam. With the share and the steps falling as the root of the size, Gemma 3
