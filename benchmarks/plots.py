@@ -165,7 +165,7 @@ def training(rows: list[Row], path: Path) -> None:
     """Milliseconds per step by method, with memory and trainable parameters."""
     names = [f"{row['method']}{' (again)' if row['sizes'].get('run', 1) > 1 else ''}" for row in rows]
     order = sorted(range(len(rows)), key=lambda i: median(rows[i]) or float("inf"))
-    figure, axes = plt.subplots(figsize=(8.2, 0.9 + 0.38 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.5, 0.9 + 0.38 * len(rows)), layout="constrained")
     bars(axes, [names[i] for i in order], [median(rows[i]) for i in order], [training_note(rows[i]) for i in order])
     sizes = rows[0]["sizes"]
     axes.set_xlabel("ms per step")
@@ -179,9 +179,8 @@ def training_note(row: Row) -> str:
     memory = "" if row["peak_memory_bytes"] is None else (
         f", {(row['peak_memory_bytes'] + row['held_memory_bytes']) / 2**30:.1f} GiB"
     )  # fmt: skip
-    return (
-        f"{row['milliseconds']['median']:.3g} ms{memory}, {row['figures']['trainable_parameters'] / 1e6:,.1f} M trained"
-    )
+    trained = row["figures"]["trainable_parameters"] / 1e6
+    return f"{number(row['milliseconds']['median'])} ms{memory}, {trained:,.1f} M trained"
 
 
 def processes(rows: list[Row], path: Path) -> None:
