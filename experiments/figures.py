@@ -98,8 +98,11 @@ def differences(results: Results, path: Path) -> bool:
             axes.errorbar(mean, i, xerr=width, color=colour(method), marker=MARKERS[METHODS[method].family],
                           markersize=5, capsize=2, linewidth=1.2)  # fmt: skip
         axes.set_yticks(range(len(lines[name])), [label(method) for method, _, _ in lines[name]], fontsize=8.5)
-        axes.set_xscale("symlog", linthresh=10)
-        axes.set_xticks([-10, -2, 0, 2, 5, 10, 100], ["-10", "-2", "0", "2", "5", "10", "100"], fontsize=8)
+        axes.set_xscale("symlog", linthresh=10, linscale=2)
+        largest = max(mean + width for _, mean, width in lines[name])
+        ticks = [-10, -5, -2, 0, 2, 5, 10, 100] + [1000] * (largest > 1000)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        axes.set_xlim(min(-10, *(1.2 * (mean - width) for _, mean, width in lines[name])), max(100, 1.6 * largest))
         axes.minorticks_off()
         axes.set_ylim(len(lines[name]) - 0.5, -0.5)
     figure.supxlabel("ours over the method, % (logarithmic beyond 10)", fontsize=10)
