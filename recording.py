@@ -20,9 +20,16 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
+    """No rows without a file. Raises ValueError where a line is no JSON: a killed run may leave half of one."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: expected a row of JSON, got {line[:40]!r}; remove it") from error
+    return rows
 
 
 def append(path: Path, row: Row) -> None:

@@ -37,8 +37,9 @@ Methods = Annotated[list[str] | None, typer.Option("--method", "-m", help="Only 
 MaxTier = Annotated[int, typer.Option(help="Methods up to this tier; 3 leaves the ablations out.")]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu; a GPU where there is one.")]
 Out = Annotated[Path, typer.Option(help=f"Folder of {ROWS}, which is added to.")]
-Steps = Annotated[int | None, typer.Option(help="Of training, in place of the task's own: to try the code.")]
-Minutes = Annotated[float, typer.Option(help="Stop after that long; what has a row by then is kept.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Of training, in place of the task's own: to try the code.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Stop after that long; what has a row by then is kept.")]
+Again = Annotated[bool, typer.Option("--again", help="Run what has a row of another commit only.")]
 
 
 @app.command(name="list")
@@ -90,22 +91,22 @@ def run(
     names: Names = None,
     method: Methods = None,
     max_tier: MaxTier = 4,
-    jobs: Annotated[int, typer.Option(help="Processes side by side, on all GPUs together.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes side by side, on all GPUs together.")] = 1,
     minutes: Minutes = 10**6,
-    seeds: Annotated[int | None, typer.Option(help="Final runs at most; 3, or 8 of classifiers.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Run what has a row of another commit only.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Final runs at most; 3, or 8 of classifiers.")] = None,
+    again: Again = False,
     steps: Steps = None,
     out: Out = RESULTS,
     device: Device = None,
 ) -> None:
     """Run what is missing: learning rates on validation data, then seeds at the best one, the most informative first.
 
-    Rows are written as cells finish; a run that was stopped goes on where it was.
+    Rows are written as cells finish; a run that was stopped goes on where it was. The exit status is 1 if cells failed.
     """
-    tasks, methods = chosen(names, method, max_tier, steps)
-    todo = pairs(tasks, methods)
+    device = device_or_default(device)
+    tasks, todo = chosen_pairs(names, method, max_tier, steps)
     own_commit, path = commit("src", "experiments"), out / ROWS
-    rows = [row for row in read(path) if is_result(row) and (not again or row["commit"] == own_commit)]
+    rows = rows_so_far(path, own_commit if again else None)
 
     def planner() -> list[Job]:
         return [(cell, task) for task, name in todo for cell in next_cells(rows, task, name, seeds)]
@@ -113,7 +114,7 @@ def run(
     for task in tasks:
         task.warm_up()
     total = sum(max(0, expected(task, name, seeds) - sum(belongs(r, task, name) for r in rows)) for task, name in todo)
-    execute(planner, rows, path, own_commit, device_or_default(device), jobs, minutes, max(1, total))
+    execute(planner, rows, path, own_commit, device, jobs, minutes, max(1, total))
 
 
 def expected(task: Task, method: str, seeds: int | None) -> int:
@@ -127,18 +128,26 @@ def time_(
     method: Methods = None,
     max_tier: MaxTier = 2,
     minutes: Minutes = 10**6,
+    again: Again = False,
     out: Out = RESULTS,
     device: Device = None,
 ) -> None:
     """Measure the step time of every method on every task, with nothing beside it on the device."""
-    tasks, methods = chosen(names, method, max_tier, None)
-    path, todo = out / ROWS, pairs(tasks, methods)
-    rows = read(path)
+    device = device_or_default(device)
+    _, todo = chosen_pairs(names, method, max_tier, None)
+    own_commit, path = commit("src", "experiments"), out / ROWS
+    rows = rows_so_far(path, own_commit if again else None)
 
     def planner() -> list[Job]:
         return [(cell, task) for task, name in todo for cell in timing_cells(rows, task, name)]
 
-    execute(planner, rows, path, commit("src", "experiments"), device_or_default(device), 1, minutes, len(planner()))
+    execute(planner, rows, path, own_commit, device, 1, minutes, len(planner()))
+
+
+def rows_so_far(path: Path, only_of: str | None) -> list[Row]:
+    """The results there are, all or of one commit."""
+    with refusing():
+        return [row for row in read(path) if is_result(row) and only_of in (None, row["commit"])]
 
 
 def execute(
@@ -154,6 +163,7 @@ def execute(
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     made = {"hardware": hardware(device), "versions": versions(), "commit": own_commit, "jobs": jobs}
+    failed = []
     columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[last]}"), console=console) as progress:
         bar = progress.add_task("", total=total, last="")
@@ -161,6 +171,8 @@ def execute(
         def write(row: Row) -> None:
             rows.append({**row, **made})
             append(path, rows[-1])
+            if not is_result(row):
+                failed.append(in_short(row))
             progress.update(bar, advance=1, last=in_short(row))
             if not console.is_terminal:
                 console.print(in_short(row), soft_wrap=True)
@@ -170,6 +182,9 @@ def execute(
             run_inline(planner, device, write, deadline)
         else:
             run_jobs(planner, device, write, deadline, jobs)
+    if failed:
+        console.print(f"{len(failed)} failed, which the next run tries again; the last: {failed[-1]}", soft_wrap=True)
+        raise typer.Exit(1)
 
 
 def in_short(row: Row) -> str:
@@ -222,6 +237,19 @@ def chosen(
     return tasks, methods or [name for name, method in METHODS.items() if method.tier <= max_tier]
 
 
+def chosen_pairs(
+    names: list[str] | None, methods: list[str] | None, max_tier: int, steps: int | None
+) -> tuple[list[Task], list[tuple[Task, str]]]:
+    """With the pairs of them; it is refused if there are none."""
+    tasks, chosen_methods = chosen(names, methods, max_tier, steps)
+    if not (todo := pairs(tasks, chosen_methods)):
+        raise typer.BadParameter(
+            f"{', '.join(chosen_methods)} cannot run on {', '.join(task.name for task in tasks) or 'any task here'}: "
+            "`python -m experiments list` shows what there is"
+        )
+    return tasks, todo
+
+
 def refusal(task: Task) -> str | None:
     try:
         task.check()
@@ -244,6 +272,8 @@ class refusing:  # noqa: N801
 def device_or_default(device: str | None) -> str:
     if device not in (None, "cuda", "cpu"):
         raise typer.BadParameter(f"unknown device {device!r}: expected cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no GPU here: expected --device cpu, or none")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

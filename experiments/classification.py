@@ -93,10 +93,10 @@ class ClassificationTask(Task):
         return model
 
     def few(self, labels: Sequence[int], seed: int) -> list[int]:
-        """Places of the training examples: all, or `shots` of each class, drawn by the seed."""
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
+        """Places of the training examples: all in order, or `shots` of each class, drawn by the seed."""
         if self.shots is None:
-            return order
+            return list(range(len(labels)))
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
         taken: dict[int, int] = {}
         chosen = []
         for i in order:

@@ -12,7 +12,7 @@ from .methods import METHODS
 from .tasks import Task
 from .train import Cell
 
-MAX_EXTENSIONS = 2  # rates added where the best one is at an end of the grid
+MAX_EXTENSIONS = 4  # rates added at an end of the grid while the best one is there
 
 
 def pairs(tasks: Sequence[Task], methods: Sequence[str]) -> list[tuple[Task, str]]:
@@ -41,8 +41,11 @@ def next_cells(rows: Iterable[Row], task: Task, method: str, seeds: int | None =
     best = best_rate(task, selected)
     if best is None:  # nothing works: no final runs
         return []
-    if len(more) < MAX_EXTENSIONS and best in (min(rates + more), max(rates + more)):
-        return untried(task, method, [neighbour(best, up=best == max(rates + more))], tried)
+    if best in (min(rates + more), max(rates + more)):
+        up = best == max(rates + more)
+        beyond = [rate for rate in more if (rate > max(rates) if up else rate < min(rates))]
+        if len(beyond) < MAX_EXTENSIONS:
+            return untried(task, method, [neighbour(best, up)], tried)
     done = {row["seed"] for row in own if row["stage"] == "final" and row["learning_rate"] == best}
     return [Cell(task.name, method, best, seed, "final") for seed in task.final_seeds[:seeds] if seed not in done]
 

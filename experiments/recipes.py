@@ -102,19 +102,19 @@ def folder_name(data: str, config: str | None) -> str:
 
 @dataclass(frozen=True)
 class Splits:
-    """Which splits of a data set are used for what; no validation: the last tenth of the training data."""
+    """Which splits of a data set are used for what; no validation: a tenth of the training data.
+
+    All are shuffled, the same way everywhere: many come sorted by class.
+    """
 
     train: str = "train"
     validation: str | None = "validation"
     test: str = "test"
 
     def rows(self, data: str, config: str | None, split: str) -> Any:
-        if split == "test":
-            return load_split(data, config, self.test)
-        if split == "validation" and self.validation:
-            return load_split(data, config, self.validation)
-        rows = load_split(data, config, self.train)
-        if self.validation:
+        name = {"train": self.train, "validation": self.validation or self.train, "test": self.test}[split]
+        rows = load_split(data, config, name).shuffle(seed=0)
+        if split == "test" or self.validation:
             return rows
         border = len(rows) - max(1, len(rows) // 10)
         return rows.select(range(border) if split == "train" else range(border, len(rows)))
@@ -129,7 +129,8 @@ class FromHub:
         task: Any = self
         if not task.has_head:
             assets.split_file("python-docs", "validation")  # for the forgetting
-        load_split(task.data, task.config, task.splits.train)
+        for split in ("train", "validation", "test"):  # now, not after hours of training
+            task.splits.rows(task.data, task.config, split)
         if local("NTK_MODELS", task.model) is None:
             try:
                 AutoConfig.from_pretrained(task.model)
@@ -144,7 +145,7 @@ class FromHub:
 
 @dataclass(frozen=True)
 class LanguageRecipe(FromHub, LanguageTask):
-    """Examples of a data set as prompts and completions."""
+    """Examples of a data set as prompts and completions; 300 for validation and 1,000 for the test at most."""
 
     config: str | None = None
     splits: Splits = Splits()

@@ -15,14 +15,17 @@ ABOUT = (
     "Made by `python -m experiments report` from `rows.jsonl` beside this file; `python -m experiments run TASK "
     "--method METHOD` runs what is missing of a cell. Every method tries at least four learning rates on a log grid, "
     "and more where the best one is at an end of it; the rate is chosen on validation data with seeds of its own. "
-    "Then other seeds train at that rate, and only these see the test data, once. All methods of a task have the same "
-    "base model, batches, steps, warm-up and decay; a new classifier's head trains at a rate that is the same for all."
+    "Then other seeds train at that rate, and only these see the test data. All methods of a task have the same "
+    "base model, batch size, steps, warm-up and decay; a new classifier's head trains at a rate that is the same for "
+    "all."
 )
 LEGEND = (
     "Test: mean and standard deviation over the seeds. Trainable: without the head of a new classifier, which is the "
-    "same for all; = marks sizes within 5 % of ours. Forgetting: the loss that the base model was pretrained for, on "
-    "unrelated data, after minus before. Step: median of the time of one step, alone on the device. Memory: allocated "
-    "at the peak of training, weights included. File: the adapter as safetensors."
+    "same for all; = marks sizes within 5 % of ours. Seeds: with 2 rates, an earlier choice, by fewer seeds, "
+    "had been tested too; the last choice counts. Rate: ↑ or ↓ if it is the largest or the smallest that was tried. "
+    "Forgetting: the loss that the base model was pretrained for, on unrelated data, after minus before; ≠ marks what "
+    "was measured on other passages than ours. Step: median of the time of one step, alone on the device. Memory: "
+    "allocated at the peak of training, weights included. File: the adapter as safetensors."
 )
 
 

@@ -16,7 +16,7 @@ from .plan import best_rate, is_result, validation
 from .tasks import Task
 from .train import unpacked
 
-# Student's t, two-sided 95 %, by degrees of freedom; above 30 the normal's
+# Student's t, two-sided 95 %, by degrees of freedom; above 15 the normal's, which is at most 8 % smaller
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 Z95 = 1.960
 
@@ -29,6 +29,8 @@ class Result:
     method: str
     selected: list[Row] = field(default_factory=list)  # on validation data
     finals: dict[int, Row] = field(default_factory=dict)  # by seed, at the chosen rate
+    diverged: set[int] = field(default_factory=set)  # seeds of final runs at that rate whose loss was not finite
+    tested: set[float] = field(default_factory=set)  # rates at which test data were seen
     timed: Row | None = None
 
     @property
@@ -45,7 +47,13 @@ class Result:
         """All seeds have run, of the selection and of the test."""
         rates = {row["learning_rate"] for row in self.selected}
         tried = bool(rates) and rates <= self.validation.keys()
-        return tried and (self.rate is None or set(self.task.final_seeds) <= self.finals.keys())
+        return tried and (self.rate is None or set(self.task.final_seeds) <= self.finals.keys() | self.diverged)
+
+    @property
+    def at_end(self) -> str:
+        """An arrow if the chosen rate is the largest or the smallest of those tried."""
+        tried = self.validation.keys()
+        return "" if self.rate is None else "↑" if self.rate == max(tried) else "↓" if self.rate == min(tried) else ""
 
     @property
     def any_row(self) -> Row:
@@ -58,8 +66,9 @@ class Result:
 
     @property
     def mean(self) -> float | None:
+        """None also if a run has diverged: the mean of the others would flatter."""
         values = self.values()
-        return statistics.fmean(values.values()) if values else None
+        return statistics.fmean(values.values()) if values and not self.diverged else None
 
     @property
     def deviation(self) -> float | None:
@@ -93,8 +102,14 @@ def collect(rows: Iterable[Row], tasks: dict[str, Task]) -> dict[str, dict[str, 
             result.timed = row
     for row in latest.values():
         result_ = found.get(row["task"], {}).get(row["method"])
-        if row["stage"] == "final" and result_ and "test" in row and row["learning_rate"] == result_.rate:
+        if row["stage"] != "final" or result_ is None:
+            continue
+        if "test" in row:
+            result_.tested.add(row["learning_rate"])
+        if row["learning_rate"] == result_.rate and "test" in row:
             result_.finals[row["seed"]] = row
+        elif row["learning_rate"] == result_.rate:
+            result_.diverged.add(row["seed"])
     return {name: found[name] for name in tasks if name in found}
 
 
@@ -110,16 +125,22 @@ class Difference:
 
 
 def difference(ours: Result, other: Result) -> Difference | None:
-    """Over the seeds that both have."""
+    """Over the seeds that both have; None without, or if runs have diverged."""
     a, b = ours.values(), other.values()
     seeds = [seed for seed in a if seed in b]
-    if not seeds:
+    if not seeds or ours.diverged or other.diverged:
         return None
     sign = 1 if ours.task.higher_is_better else -1
     differences = [sign * (a[seed] - b[seed]) for seed in seeds]
     mean, reference = statistics.fmean(differences), statistics.fmean(b[seed] for seed in seeds)
     relative = mean / abs(reference) if reference else math.copysign(math.inf, mean) if mean else 0.0
     return Difference(mean, half_width(differences), over_items(ours, other, seeds), len(seeds), relative)
+
+
+def same_passages(ours: Result, other: Result) -> bool:
+    """Whether both forgot the same unrelated data: the base model has equal losses on them. True if one is unknown."""
+    before = [result.average("unrelated_loss_before") for result in (ours, other)]
+    return None in before or math.isclose(*before, rel_tol=1e-3)  # type: ignore[arg-type]
 
 
 def half_width(values: Sequence[float]) -> float | None:
@@ -132,7 +153,8 @@ def half_width(values: Sequence[float]) -> float | None:
 
 def over_items(ours: Result, other: Result, seeds: Sequence[int]) -> float | None:
     pairs = [(ours.finals[seed].get("test_correct"), other.finals[seed].get("test_correct")) for seed in seeds]
-    if not all(a and b for a, b in pairs):
+    data = {result.finals[seed].get("data_digest") for result in (ours, other) for seed in seeds} - {None}
+    if not all(a and b for a, b in pairs) or len(data) > 1:  # other data, other items
         return None
     columns = [[x - y for x, y in zip(unpacked(a), unpacked(b), strict=True)] for a, b in pairs]
     items = [statistics.fmean(item) for item in zip(*columns, strict=True)]

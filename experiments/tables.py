@@ -9,7 +9,7 @@ from recording import Row
 from .budgets import TOLERANCE
 from .document import Block, Heading, Table
 from .methods import METHODS
-from .statistics import Result, best_of, difference
+from .statistics import Result, best_of, difference, same_passages
 from .tasks import Task
 
 OURS = "ntk"
@@ -44,6 +44,13 @@ def spread(result: Result) -> str:
         return value(result.task, result.mean)
     deviation = f"{100 * result.deviation:.1f}" if result.task.higher_is_better else f"{result.deviation:.4f}"
     return f"{value(result.task, result.mean)} ± {deviation}"
+
+
+def problem(result: Result) -> str:
+    """Why there is no mean."""
+    if result.diverged:
+        return f"diverges with {len(result.diverged)} of {len(result.diverged) + len(result.finals)} seeds"
+    return next((row["error"] for row in result.selected if "error" in row), "not yet")
 
 
 def percent(x: float | None) -> str:
@@ -85,7 +92,7 @@ def mean_so_far(result: Result | None) -> str:
 def verdict(results: Results) -> str:
     """What the rows say about ours against others, by task group and by task, where all seeds of all have run."""
     groups: dict[str, list[float]] = {}
-    above = {"every prefix method": [0, 0], "the published start": [0, 0]}
+    above = {"every prefix method that has run": [0, 0], "the published start": [0, 0]}
     unfinished = []
     for name, own in results.items():
         ours = own.get(OURS)
@@ -102,7 +109,9 @@ def verdict(results: Results) -> str:
             if (rival := finished_best(own, names)) and (gain := difference(ours, rival)):
                 above[what][0] += gain.mean > 0
                 above[what][1] += 1
-    sentences = [f"Not counted yet, since some seeds are missing: {', '.join(unfinished)}."] if unfinished else []
+    sentences = (
+        [f"Not counted, since some seeds are missing or diverge: {', '.join(unfinished)}."] if unfinished else []
+    )
     sentences += [f"It is above {what} on {won} of {of} tasks." for what, (won, of) in above.items() if of]
     if not groups:
         return " ".join(["Ours and the LoRAs have not all run on any task yet.", *sentences])
@@ -153,15 +162,16 @@ def task(own: dict[str, Result]) -> Table:
         equal = " =" if size and trained and abs(trained / size - 1) <= TOLERANCE and result.method != OURS else ""
         memory = result.timed["peak_memory_bytes"] if result.timed else result.average("peak_memory_bytes")
         forgetting = result.average("forgetting")
+        elsewhere = "" if OURS not in own or same_passages(own[OURS], result) else " ≠"
         seconds = result.average("training_seconds")
         body.append(
             [
                 label(result.method),
                 "" if trained is None else f"{trained:,}{equal}",
-                spread(result) or next((r["error"] for r in result.selected if "error" in r), "not yet"),
-                str(len(result.finals)),
-                f"{result.rate:g}" if result.rate else "",
-                "" if forgetting is None else f"{forgetting:+.3f}",
+                spread(result) or problem(result),
+                f"{len(result.finals)}{f', {len(result.tested)} rates' if len(result.tested) > 1 else ''}",
+                f"{result.rate:g} {result.at_end}".strip() if result.rate else "",
+                "" if forgetting is None else f"{forgetting:+.3f}{elsewhere}",
                 f"{result.timed['step_milliseconds']:.1f}" if result.timed else "",
                 f"{memory / MIB:,.0f}" if memory else "",
                 f"{row['adapter_bytes'] / MIB:,.2f}" if "adapter_bytes" in row else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from recording import Row
 
+from . import assets
 from .methods import METHODS, Context
 from .steps import training_on
 from .tasks import Base, Score, Task
@@ -48,8 +50,9 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
     torch.set_float32_matmul_precision("high")
     if device == "cuda":
         torch.cuda.synchronize()
+        gc.collect()  # what the cell before has left would be counted as held, and be gone in the peak
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         held_before = torch.cuda.memory_allocated()
 
     examples = cached_examples(task, base, "train", cell.seed)
@@ -66,6 +69,7 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
         **asdict(cell),
         "steps": task.steps,
         "batch_size": task.batch_size,
+        "data_digest": assets.digest(task.data),
         "trainable_parameters": sum(p.numel() for p in adapter),
         "head_parameters": sum(p.numel() for p in head),
         "adapter_bytes": adapter_bytes(model, base),
@@ -76,6 +80,8 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
         groups[1]["lr"] = cell.learning_rate
     groups = [group for group in groups if group["params"]]
     steps = TIMED_STEPS if cell.stage == "time" else task.steps
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of training alone, without calibration and scoring
     training = training_on(device)(model, groups, steps, lambda: precision(task, device))
     losses: list[Tensor] = []
     times: list[float] = []

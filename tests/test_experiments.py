@@ -274,6 +274,11 @@ def test_plan(tasks):
     assert [cell.seed for cell in next_cells(rows, task, "ntk", seeds=3)] == [2]
     assert best_rate(task, [*rows, row(1.0, 0.99)]) == rates[-1]  # one seed is no choice
     assert best_rate(task, [{"learning_rate": 1e-3, "seed": seed, "error": "diverged"} for seed in seeds]) is None
+    rows = [row(rate, 0.5 + i / 10, seed=seed) for i, rate in enumerate(rates) for seed in seeds]
+    for i, rate in enumerate((0.1, 0.3, 1.0, 3.0)):
+        assert [cell.learning_rate for cell in next_cells(rows, task, "ntk")] == [rate] * len(seeds)
+        rows += [row(rate, 0.9 + i / 100, seed=seed) for seed in seeds]
+    assert {cell.stage for cell in next_cells(rows, task, "ntk")} == {"final"}  # far enough
     assert [neighbour(rate, True) for rate in (1e-5, 3e-4, 0.01, 0.3)] == [3e-5, 1e-3, 0.03, 1.0]
     assert [neighbour(rate, False) for rate in (1e-5, 3e-4, 1.0)] == [3e-6, 1e-4, 0.3]
 
@@ -291,6 +296,12 @@ def test_small_pieces():
     assert unpacked(packed([False, False])) == [False, False]
     assert thinned([1.0] * 7 + [3.0]) == [[i + 1, 3.0 if i == 7 else 1.0] for i in range(8)]
     assert thinned([2.0] * 120)[-1] == [120, 2.0]
+    labels = [0, 1, 1, 0]
+    few, all_of_them = registry()["sections-16"], registry()["sections"]
+    assert few.few(labels, 1) != few.few(labels, 2)
+    assert (
+        all_of_them.few(labels, 1) == all_of_them.few(labels, 2) == [0, 1, 2, 3]
+    )  # whichever seed a process meets first
     order = training_order(5, 12, seed=1)
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
     assert len(order) == 12
@@ -370,14 +381,15 @@ def test_report(tmp_path):
             correct = packed([i < 100 * share for i in range(100)])
             found = {"loss": 1.0, "share": share}
             rows.append({**same, "stage": "final", "seed": seed, "learning_rate": 3e-3, "validation": found,
-                         "test": found, "test_correct": correct, "forgetting": 0.25})  # fmt: skip
+                         "test": found, "test_correct": correct, "forgetting": 0.25,
+                         "unrelated_loss_before": 2.8 if method == "ntk" else 2.7})  # fmt: skip
         rows.append({**same, "stage": "final", "seed": 4, "learning_rate": 1e-3, "validation": found, "test": found})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert command("report", "--out", tmp_path).exit_code == 0
     text = (tmp_path / "README.md").read_text()
     assert "| sections | accuracy ↑ | 8 | 82.0 % | 80.0 % |" in text
-    assert "| **NTK-Attention** | 1,000 | 82.0 % ± 2.1 | 8 | 0.003 | +0.250 |" in text
-    assert "| LoRA, attention | 1,000 = | 80.0 % ± 1.1 |" in text
+    assert "| **NTK-Attention** | 1,000 | 82.0 % ± 2.1 | 8, 2 rates | 0.003 | +0.250 |" in text
+    assert "| LoRA, attention | 1,000 = | 80.0 % ± 1.1 | 8, 2 rates | 0.003 | +0.250 ≠ |" in text
     # differences of 1 and 3 points in turn: mean 2, half width 2.365 * 1.069 / sqrt(8)
     assert "| LoRA, attention | +2.0 | ± 0.9 |" in text
     assert "at least level with the best LoRA in 1 of 1 task groups" in text
@@ -388,13 +400,24 @@ def test_report(tmp_path):
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
     assert "http" not in html.replace("http-equiv", "")  # self-contained
     assert command("report", "--out", tmp_path / "empty").exit_code == 2
-    (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows if (row["method"], row["seed"]) != ("lora-attention", 2))
-    )
+    others = [row for row in rows if (row["method"], row["seed"]) != ("lora-attention", 2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
     assert command("report", "--out", tmp_path).exit_code == 0
     text = (tmp_path / "README.md").read_text()
-    assert "since some seeds are missing: sections." in text
+    assert "since some seeds are missing or diverge: sections." in text
     assert "| sections | accuracy ↑ | 8 | 82.0 % | 79.9 % (7 seeds) |" in text
+    broken = next(row for row in rows if row not in others and row["stage"] == "final")
+    del broken["test"]
+    broken["error"] = "the loss is not finite at step 9 of 10"
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(broken) + "\n")
+    assert command("report", "--out", tmp_path).exit_code == 0
+    assert "| diverges with 1 of 8 seeds |" in (tmp_path / "README.md").read_text()  # no mean of those that are left
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"task": "sec')
+    done = command("report", "--out", tmp_path)
+    assert done.exit_code == 2
+    assert f"line {len(others) + 2}: expected a row" in " ".join(done.output.replace("│", " ").split())
 
 
 def test_bad_input_is_refused(folder, tmp_path, monkeypatch):
@@ -404,6 +427,8 @@ def test_bad_input_is_refused(folder, tmp_path, monkeypatch):
         (("run", "perl"), "the data 'perl' is not at"),
         (("run", "gemma-chain-sum"), "the model 'gemma3-270m' is not at"),
         (("prepare", "mnist"), "unknown asset 'mnist'"),
+        (("run", "sections-16", "--jobs", 0), "--jobs"),
+        (("time", "sections-16", "--method", "as-small-heads"), "as-small-heads cannot run on sections-16"),
     ):
         options = () if arguments[0] == "prepare" else ("--out", tmp_path)
         done = command(*arguments, *options)

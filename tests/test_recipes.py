@@ -93,9 +93,12 @@ def test_picture_recipes_train_on_a_local_copy(copies, name):
     folder = copies / "data" / task.data.split("/")[-1]
     folder.mkdir(parents=True)
     for split in ("train", task.splits.test):
-        rows = {task.image: [Image.new("RGB", (20, 18), (i, 0, 0)) for i in range(20)], task.label: [0, 1] * 10}
+        pictures = [Image.new("RGB", (20, 18), (i, 0, 0)) for i in range(20)]
+        rows = {task.image: pictures, task.label: [0] * 10 + [1] * 10}  # sorted by class, as many are
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
     task.check()
+    splits = [task.splits.rows(task.data, task.config, split) for split in ("train", "validation")]
+    assert [set(rows[task.label]) for rows in splits] == [{0, 1}, {0, 1}]
     row = Worker("cpu")(Cell(name, "ntk", 1e-3, 1, "final"), task)
     assert "error" not in row, row
     assert len(unpacked(row["test_correct"])) == 20
