@@ -41,7 +41,7 @@ def main(
 
         try:
             written = write_report(out)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             raise typer.BadParameter(str(error)) from None
         console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
     else:
