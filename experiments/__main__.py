@@ -210,7 +210,7 @@ def dry_run(
     method: Methods = None,
     max_tier: MaxTier = 1,
 ) -> None:
-    """Check recipes without weights and data: sizes of every method on the real architecture, and one made-up item."""
+    """Check recipes without weights and data: sizes of ours, LoRAs and prefixes on the real model, an item."""
     tasks, methods = chosen(names, method, max_tier, None, check=False)
     for task in tasks:
         with refusing():

@@ -357,7 +357,7 @@ RECIPES: list[Task] = [
 
 
 def dry_run(task: Task, methods: Sequence[str]) -> Iterator[str]:
-    """What would be run: the sizes of the methods on the real architecture, and one made-up example.
+    """What would be run: ours, the LoRAs of `methods` and the prefix on the real architecture, one made-up example.
 
     Raises:
         ValueError: if a method cannot have the size it should.
