@@ -35,7 +35,7 @@ def main(output: str, model: str, data: str, stop_at: int = 0) -> None:
         assert (type(self.model_wrapped).__name__ == "DeepSpeedEngine") == self.is_deepspeed_enabled
         assert self.is_deepspeed_enabled == (os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
         if stop_at and self.state.global_step == stop_at:
-            sys.exit(3)
+            os._exit(3)  # as a kill: threads that still wait would abort an orderly end
         return step(self, *args, **kwargs)
 
     AdapterTrainer.training_step = stop
