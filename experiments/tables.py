@@ -92,7 +92,7 @@ def mean_so_far(result: Result | None) -> str:
 def verdict(results: Results) -> str:
     """What the rows say about ours against others, by task group and by task, where all seeds of all have run."""
     groups: dict[str, list[float]] = {}
-    above = {"every prefix method that has run": [0, 0], "the published start": [0, 0]}
+    above = {"every prefix method that has run": [0, 0, 0], "the published start": [0, 0, 0]}
     unfinished = []
     for name, own in results.items():
         ours = own.get(OURS)
@@ -109,10 +109,13 @@ def verdict(results: Results) -> str:
             if (rival := finished_best(own, names)) and (gain := difference(ours, rival)):
                 above[what][0] += gain.mean > 0
                 above[what][1] += 1
+                above[what][2] += bool(rival.at_end)
     sentences = (
         [f"Not counted, since some seeds are missing or diverge: {', '.join(unfinished)}."] if unfinished else []
     )
-    sentences += [f"It is above {what} on {won} of {of} tasks." for what, (won, of) in above.items() if of]
+    for what, (won, of, at_end) in above.items():
+        untuned = f"; on {at_end} of these the best rate of the other is at an end of those tried" if at_end else ""
+        sentences += [f"It is above {what} on {won} of {of} tasks{untuned}."] if of else []
     if not groups:
         return " ".join(["Ours and the LoRAs have not all run on any task yet.", *sentences])
     level = [group for group, gains in groups.items() if sum(gains) >= 0]

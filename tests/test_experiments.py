@@ -18,6 +18,7 @@ from experiments.methods import METHODS, Context, adapters
 from experiments.plan import best_rate, neighbour, next_cells, pairs
 from experiments.registry import registry
 from experiments.runner import Worker
+from experiments.statistics import Result
 from experiments.train import Cell, packed, thinned, trainable, training_order, unpacked
 from ntk_attention import NTKAttentionConfig, calibration
 from ntk_attention.layer import parameter_shapes
@@ -279,6 +280,8 @@ def test_plan(tasks):
         assert [cell.learning_rate for cell in next_cells(rows, task, "ntk")] == [rate] * len(seeds)
         rows += [row(rate, 0.9 + i / 100, seed=seed) for seed in seeds]
     assert {cell.stage for cell in next_cells(rows, task, "ntk")} == {"final"}  # far enough
+    assert Result(task, "ntk", rows).at_end == "↑"
+    assert Result(task, "ntk", [*rows, *(row(10.0, 0.5, seed=seed) for seed in seeds)]).at_end == ""
     assert [neighbour(rate, True) for rate in (1e-5, 3e-4, 0.01, 0.3)] == [3e-5, 1e-3, 0.03, 1.0]
     assert [neighbour(rate, False) for rate in (1e-5, 3e-4, 1.0)] == [3e-6, 1e-4, 0.3]
 
@@ -299,9 +302,8 @@ def test_small_pieces():
     labels = [0, 1, 1, 0]
     few, all_of_them = registry()["sections-16"], registry()["sections"]
     assert few.few(labels, 1) != few.few(labels, 2)
-    assert (
-        all_of_them.few(labels, 1) == all_of_them.few(labels, 2) == [0, 1, 2, 3]
-    )  # whichever seed a process meets first
+    # examples are kept by the process: their order must not come from the seed that it meets first
+    assert all_of_them.few(labels, 1) == all_of_them.few(labels, 2) == [0, 1, 2, 3]
     order = training_order(5, 12, seed=1)
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
     assert len(order) == 12
