@@ -24,8 +24,8 @@ LEGEND = (
     "same for all; = marks sizes within 5 % of ours. Seeds: with 2 rates, an earlier choice, by fewer seeds, "
     "had been tested too; the last choice counts. Rate: ↑ or ↓ if it is the largest or the smallest that was tried. "
     "Forgetting: the loss that the base model was pretrained for, on unrelated data, after minus before; ≠ marks what "
-    "was measured on other passages than ours. Step: median of the time of one step, alone on the device. Memory: "
-    "allocated at the peak of training, weights included. File: the adapter as safetensors."
+    "was measured, with some seeds or all, on other passages than ours. Step: median of the time of one step, alone "
+    "on the device. Memory: allocated at the peak of training, weights included. File: the adapter as safetensors."
 )
 
 

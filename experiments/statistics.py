@@ -138,9 +138,10 @@ def difference(ours: Result, other: Result) -> Difference | None:
 
 
 def same_passages(ours: Result, other: Result) -> bool:
-    """Whether both forgot the same unrelated data: the base model has equal losses on them. True if one is unknown."""
-    before = [result.average("unrelated_loss_before") for result in (ours, other)]
-    return None in before or math.isclose(*before, rel_tol=1e-3)  # type: ignore[arg-type]
+    """Whether all final runs forgot the same unrelated data: the base model has equal losses on them."""
+    finals = [*ours.finals.values(), *other.finals.values()]
+    before = [row["unrelated_loss_before"] for row in finals if row.get("unrelated_loss_before") is not None]
+    return not before or math.isclose(min(before), max(before), rel_tol=1e-3)
 
 
 def half_width(values: Sequence[float]) -> float | None:
