@@ -94,6 +94,7 @@ def verdict(results: Results) -> str:
     groups: dict[str, list[float]] = {}
     above = {"every prefix method that has run": [0, 0, 0], "the published start": [0, 0, 0]}
     unfinished = []
+    partly: dict[str, list[str]] = {what: [] for what in above}
     for name, own in results.items():
         ours = own.get(OURS)
         if ours is None or ours.mean is None or not ours.complete:
@@ -110,12 +111,15 @@ def verdict(results: Results) -> str:
                 above[what][0] += gain.mean > 0
                 above[what][1] += 1
                 above[what][2] += bool(rival.at_end)
+            elif any(own[method].finals for method in names if method in own):
+                partly[what].append(name)
     sentences = (
         [f"Not counted, since some seeds are missing or diverge: {', '.join(unfinished)}."] if unfinished else []
     )
     for what, (won, of, at_end) in above.items():
         untuned = f"; on {at_end} of these the best rate of the other is at an end of those tried" if at_end else ""
-        sentences += [f"It is above {what} on {won} of {of} tasks{untuned}."] if of else []
+        left_out = f" ({', '.join(partly[what])} not counted, where seeds are missing)" if partly[what] else ""
+        sentences += [f"It is above {what} on {won} of {of} tasks{left_out}{untuned}."] if of else []
     if not groups:
         return " ".join(["Ours and the LoRAs have not all run on any task yet.", *sentences])
     level = [group for group, gains in groups.items() if sum(gains) >= 0]

@@ -18,7 +18,8 @@ from experiments.methods import METHODS, Context, adapters
 from experiments.plan import best_rate, neighbour, next_cells, pairs
 from experiments.registry import registry
 from experiments.runner import Worker
-from experiments.statistics import Result
+from experiments.statistics import Result, collect
+from experiments.tables import verdict
 from experiments.train import Cell, packed, thinned, trainable, training_order, unpacked
 from ntk_attention import NTKAttentionConfig, calibration
 from ntk_attention.layer import parameter_shapes
@@ -408,6 +409,10 @@ def test_report(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "since some seeds are missing or diverge: sections." in text
     assert "| sections | accuracy ↑ | 8 | 82.0 % | 79.9 % (7 seeds) |" in text
+    published = [{**row, "method": "ntk-published"} for row in rows if row["method"] == "no-normaliser"]
+    elsewhere = [{**row, "task": "bbc", "steps": registry()["bbc"].steps} for row in rows + published]
+    rivals = collect(elsewhere + rows + [row for row in published if row["seed"] != 3], registry())
+    assert "the published start on 1 of 1 tasks (sections not counted, where seeds are missing)" in verdict(rivals)
     broken = next(row for row in rows if row not in others and row["stage"] == "final")
     del broken["test"]
     broken["error"] = "the loss is not finite at step 9 of 10"
