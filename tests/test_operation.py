@@ -189,9 +189,12 @@ def test_empty_and_single(backend, sizes):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
-def test_without_keys_it_is_plain_attention(backend):
-    """A row that sees no token: 0, as from F.scaled_dot_product_attention."""
-    assert not operation(backend)(*make_case(0, S=0, dtype=torch.float32)).any()
+@pytest.mark.parametrize("mask", [None, torch.ones(7, 0, dtype=torch.bool), torch.zeros(7, 0), torch.zeros(1)], ids=str)
+def test_without_keys_it_is_plain_attention(backend, mask):
+    """A row that sees no token: 0, as from F.scaled_dot_product_attention, and no gradient."""
+    inputs = make_case(0, S=0, dtype=torch.float32)
+    for result in outputs_and_gradients(operation(backend, attn_mask=mask), inputs, torch.ones(2, 4, 7, 8)):
+        assert not result.any()
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
@@ -220,6 +223,15 @@ def test_autocast_computes_in_the_lower_dtype(dtype):
     assert out.dtype == dtype
     lower = operation("sdpa")(*(x.to(dtype) for x in inputs[:3]), *inputs[3:])
     assert torch.equal(out, lower)
+
+
+def test_autocast_leaves_float64_alone():
+    inputs = make_case(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = operation("auto")(*inputs)
+        with pytest.raises(ValueError, match=r"must share a dtype, got torch.float64, torch.float32, torch.float64"):
+            operation("auto")(inputs[0], inputs[1].float(), *inputs[2:])
+    assert torch.equal(out, operation("auto")(*inputs))
 
 
 @pytest.mark.parametrize("phi", ["elu", "taylor", "positive_random"])
@@ -285,6 +297,22 @@ def bad(**changes):
         (bad(attn_mask=torch.zeros(7, 9), is_causal=True), "exclude each other"),
         (bad(dropout_p=1.0), r"dropout_p must be in \[0, 1\), got 1.0"),
         (bad(scale=-1.0), "scale must be positive and finite, got -1.0"),
+        (bad(scale=math.nan), "scale must be positive and finite, got nan"),
+        (bad(dropout_p=math.nan), r"dropout_p must be in \[0, 1\), got nan"),
+        (bad(query=torch.zeros(2, 4, 7, 8).long()), "query must be float64, .* or float16, got torch.int64"),
+        (bad(value=torch.zeros(2, 2, 9, 8, dtype=torch.complex64)), "value must be float64, .*, got torch.complex64"),
+        (
+            bad(query=torch.zeros(2, 4, 7, 8).to(torch.float8_e4m3fn)),
+            "query must be float64, .*, got torch.float8_e4m3fn",
+        ),
+        (bad(query=torch.zeros(())), r"query must be \[B, H, L, d\], got \[\]"),
+        (bad(query=torch.zeros(2, 0, 7, 8)), r"at least one head .*, got query \[2, 0, 7, 8\]"),
+        (bad(key=torch.zeros(2, 0, 9, 8), value=torch.zeros(2, 0, 9, 8)), r"got value \[2, 0, 9, 8\]"),
+        (bad(query=torch.zeros(2, 4, 7, 0), key=torch.zeros(2, 2, 9, 0)), r"got query \[2, 4, 7, 0\]"),
+        (bad(value=torch.zeros(2, 2, 9, 0)), r"a size of at least one, got value \[2, 2, 9, 0\]"),
+        (bad(key=torch.zeros(2, 2, 9, 8, device="meta")), "on one device, got query on cpu and key on meta"),
+        (bad(attn_mask=torch.zeros(7, 9, device="meta")), "got query on cpu and attn_mask on meta"),
+        (bad(state=PrefixState(torch.zeros(4, 8, 8, device="meta"), torch.ones(4, 8, device="meta"))), "state on meta"),
         (bad(backend="flash"), "unknown backend 'flash'"),
     ],
 )

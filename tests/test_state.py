@@ -5,9 +5,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ntk_attention import PrefixState, feature_map, ntk_attention
+from ntk_attention import PrefixState, RowStates, feature_map, ntk_attention
 from ntk_attention.launches import INTERPRETED, triton
 from ntk_attention.summing import SPLIT, elu_sums
+
+from .reference import relative_error
+from .test_strides import LAYOUTS, laid_out
 
 
 def test_defaults():
@@ -39,11 +42,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.mark.skipif(triton is None or (DEVICE == "cpu" and not INTERPRETED), reason="needs Triton")
 @pytest.mark.parametrize(("m", "d", "d_v"), [(1, 16, 16), (700, 24, 40), (SPLIT + 5, 16, 32)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_kernel_of_the_sums(m, d, d_v, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.float32, "heads outside"), (torch.bfloat16, "transposed")], ids=str
+)
+def test_the_kernel_of_the_sums(m, d, d_v, dtype, layout):
     """Against the features in float64, for rows that are not contiguous."""
     torch.manual_seed(0)
-    keys, values = (torch.randn(m, 3, size).to(DEVICE, dtype).transpose(0, 1) for size in (d, d_v))
+    shapes = (1, 3, m, d), (1, 3, m, d_v)
+    keys, values = (laid_out(torch.randn(shape).to(DEVICE, dtype), LAYOUTS[layout])[0] for shape in shapes)
     Z, k = elu_sums(keys, values, 0.7)
     phi = feature_map("elu")(0.7 * keys.double())
     for actual, expected in ((Z, phi.transpose(1, 2) @ values.double()), (k, phi.sum(1))):
@@ -166,7 +172,13 @@ def reduce_one_part(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     keys, values = prefix(m=100, size=4.0)
     part = slice(0, 30) if rank == 0 else slice(30, 100)
-    state = PrefixState.from_prefix(keys[:, part], values[:, part], "taylor").all_reduce()
+    state = PrefixState.from_prefix(keys[:, part], values[:, part], "taylor")
+    if rank == 1:  # as those of the other one, but not in memory
+        state = PrefixState(
+            *(x.movedim(0, -1).contiguous().movedim(-1, 0) for x in (state.Z, state.k, state.log_scale)),
+            state.feature_map,
+        )
+    state = state.all_reduce()
     torch.save((state.Z, state.k, state.log_scale), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -178,6 +190,24 @@ def test_two_processes_make_the_state_of_one(tmp_path):
     assert_same(PrefixState(*first, "taylor"), PrefixState.from_prefix(*prefix(m=100, size=4.0), "taylor"), 1e-12)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["elu", "taylor", "positive_random"])
+def test_states_of_strided_tokens(name, layout):
+    """Made of them, extended by them and added, from a state of any strides."""
+    torch.manual_seed(0)
+    keys, values = (laid_out(torch.randn(1, 2, 60, 6, dtype=torch.float64), LAYOUTS[layout])[0] for _ in range(2))
+    phi = feature_map(name).bind(6)
+    first, rest = (keys[:, :20], values[:, :20]), (keys[:, 20:], values[:, 20:])
+    expected = PrefixState.from_prefix(keys.contiguous(), values.contiguous(), phi)
+    state = PrefixState.from_prefix(*first, phi)
+    moved = [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in (state.Z, state.k, state.log_scale)]
+    state = PrefixState(*moved, state.feature_map)
+    for made in (PrefixState.from_prefix(keys, values, phi), state.update(*rest, chunk_size=7)):
+        share = torch.exp(made.log_scale - expected.log_scale)
+        assert relative_error(made.Z * share[:, None, None], expected.Z) < 1e-12
+        assert relative_error(made.k * share[:, None], expected.k) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -187,11 +217,31 @@ def test_two_processes_make_the_state_of_one(tmp_path):
         (lambda k, v: (k.masked_fill(k > 2, float("nan")), v), "keys hold NaN"),
         (lambda k, v: (k, v / 0), "values hold NaN or infinite"),
         (lambda k, v: (k.long(), v), "keys must be floating point"),
+        (lambda k, v: (k[:0], v[:0]), r"at least one head .*, got keys \[0, 50, 6\] and values \[0, 50, 5\]"),
+        (lambda k, v: (k, v[..., :0]), r"sizes of at least one, got keys \[2, 50, 6\] and values \[2, 50, 0\]"),
+        (lambda k, v: (k, v.to("meta")), "on one device, got cpu and meta"),
     ],
 )
 def test_a_bad_prefix_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         PrefixState.from_prefix(*change(*prefix()))
+
+
+def test_a_state_in_parts_that_do_not_fit_is_refused():
+    Z, k, b = torch.zeros(2, 8, 4), torch.ones(2, 8), torch.zeros(2)
+    with pytest.raises(ValueError, match="a state lies on one device, got Z on cpu and k on meta"):
+        PrefixState(Z, k.to("meta"))
+    stack, index = [Z[None], k[None], b[None]], torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"needs Z \[A, H, r, d_v\], .*, got \[2, 8, 4\], \[1, 2, 8\] and \[1, 2\]"):
+        RowStates(Z, *stack[1:], feature_map("elu"), index)
+    with pytest.raises(ValueError, match=r"got \[1, 2, 8, 4\], \[1, 2, 8\] and \[2\]"):
+        RowStates(*stack[:2], b, feature_map("elu"), index)
+    with pytest.raises(ValueError, match="a stack lies on one device, got Z on cpu and log_scale on meta"):
+        RowStates(*stack[:2], b[None].to("meta"), feature_map("elu"), index)
+    with pytest.raises(ValueError, match=r"index must be int32 \[B\] on cpu, got torch.int64 \[3\] on cpu"):
+        RowStates(*stack, feature_map("elu"), index.long())
+    with pytest.raises(ValueError, match="a stack needs at least one state, got none"):
+        RowStates.stack([], index)
 
 
 def test_states_that_do_not_add_are_refused():

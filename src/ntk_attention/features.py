@@ -194,8 +194,8 @@ class PositiveRandom(FeatureMap):
         self.size = num_features
         self.seed = seed
         self.options = {"num_features": num_features, "seed": seed}
-        self.projection: nn.Parameter | None
-        self.register_parameter("projection", None)  # [r, d], a parameter so that every loader finds it; never trained
+        self.projection: Tensor | None
+        self.register_buffer("projection", None)  # [r, d]
 
     def _num_features(self, head_dim: int) -> int:
         return self.size if self.size is not None else 4 * head_dim
@@ -206,7 +206,7 @@ class PositiveRandom(FeatureMap):
     def bind(self, head_dim: int) -> "PositiveRandom":
         if self.projection is None:
             projection = orthogonal_gaussian(self._num_features(head_dim), head_dim, self.seed)
-            self.projection = nn.Parameter(projection.to(torch.get_default_dtype()), requires_grad=False)
+            self.projection = projection.to(torch.get_default_dtype())
         elif self.projection.shape[-1] != head_dim:
             raise ValueError(
                 f"this positive_random map was drawn for head_dim {self.projection.shape[-1]}, got {head_dim}"

@@ -50,14 +50,18 @@ def attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, 
     B, H, L, d = query.shape
     phi = state.feature_map
     directions = phi.bind(d).projection if isinstance(phi, PositiveRandom) else None
-    W = None if directions is None else directions.float()
+    W = None if directions is None else directions.to(query.device, torch.float32)
     index = state.index if isinstance(state, RowStates) else None
-    tensors = (query, key, value, state.Z, state.k, state.log_scale, index, W)
+    compiling = torch.compiler.is_compiling()  # the operators serve torch.compile; without them a call is cheaper
+    inputs = (query, key, value, state.Z, state.k, state.log_scale)
+    if not compiling:  # what torch's dispatcher does before it calls an operator
+        query, key, value, Z, k, log_scale = (x.resolve_neg() if x.is_neg() else x for x in inputs)
+        inputs = (query, key, value, Z, k, log_scale)
+    tensors = (*inputs, index, W)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(B, H, L, key.shape[2])
     constant = phi.constant
     needs_grad = _needs_grad(query, key, value, state)
-    compiling = torch.compiler.is_compiling()  # the operators serve torch.compile; without them a call is cheaper
     if launches.covers(query, value):
         is_short = H // key.shape[1] * L <= launches.MAX_DECODE_ROWS
         if not needs_grad and is_short and (L == 1 or not is_causal):
@@ -123,6 +127,7 @@ def _backward(
 ):  # fmt: skip
     """Gradients to query, key, value (empty unless `inputs_need_grad`), Z and k."""
     grads: tuple[Tensor, ...] = tuple(query.new_empty(0) for _ in range(3))
+    grad_out = grad_out.resolve_neg()
     if inputs_need_grad:
         no_seed = torch.empty(0, dtype=torch.long, device=query.device)
         mask = None if attn_mask is None else additive_mask(attn_mask, query)
@@ -164,7 +169,7 @@ def backward_op(
 @backward_op.register_fake
 def _(grad_out, query, key, value, Z, k, log_scale, W, attn_mask, out, lse, constant, is_causal, scale, factor, needed):
     inputs = (torch.empty_like(x) if needed else query.new_empty(0) for x in (query, key, value))
-    return (*inputs, torch.empty_like(Z), torch.empty_like(k))
+    return (*inputs, Z.new_empty(Z.shape), k.new_empty(k.shape))
 
 
 def _setup_context(ctx, inputs, output):

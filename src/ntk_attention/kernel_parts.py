@@ -91,7 +91,7 @@ def hide(s, n, Mask, stride_ms, rows, S, IS_CAUSAL: tl.constexpr, MASKED: tl.con
     if IS_CAUSAL:
         visible = visible & (columns[None, :] <= rows[:, None])
     if MASKED:
-        visible = visible & (tl.load(Mask + columns[None, :] * stride_ms, mask=visible, other=0) != 0)
+        visible = visible & (tl.load(Mask + columns.to(tl.int64)[None, :] * stride_ms, mask=visible, other=0) != 0)
     return tl.where(visible, s, float("-inf"))
 
 
@@ -200,12 +200,13 @@ def attend_cache(
     peak = tl.zeros([ROWS], tl.float32) + NOTHING
     for n in tl.range(start, end, BN, num_stages=STAGES):
         keys = n + tl.arange(0, BN)
-        offset = keys.to(tl.int64)[:, None]
+        wide_keys = keys.to(tl.int64)
+        offset = wide_keys[:, None]
         in_keys = keys < end
         k = tl.load(K + offset * stride_ks + d[None, :], mask=in_keys[:, None] & (d < D)[None, :], other=0.0)
         visible = in_rows[:, None] & in_keys[None, :]
         if MASKED:
-            visible = visible & (tl.load(Mask + keys[None, :] * stride_ms, mask=visible, other=0) != 0)
+            visible = visible & (tl.load(Mask + wide_keys[None, :] * stride_ms, mask=visible, other=0) != 0)
         s = tl.where(visible, dot(q, k.T) * qk_scale, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
         p = tl.math.exp2(s - new_peak[:, None])

@@ -70,7 +70,8 @@ def fused_forward(
     if MASKED:
         # The context by itself first: a row that sees no key must not see the prefix either. An lse of +inf lets no
         # gradient through to it.
-        Mask += b.to(tl.int64) * stride_mb + h * stride_mh + tl.minimum(rows, L - 1)[:, None] * stride_ml
+        Mask += b.to(tl.int64) * stride_mb + h.to(tl.int64) * stride_mh
+        Mask += tl.minimum(rows, L - 1).to(tl.int64)[:, None] * stride_ml
         acc = tl.zeros([BM, BDV], tl.float32)
         mass = tl.zeros([BM], tl.float32)
         context_peak = tl.zeros([BM], tl.float32) + NOTHING
@@ -300,17 +301,18 @@ def decode(
     row = tl.arange(0, ROWS)
     head = row // L  # within the group of the KV head
     h = h_kv * heads_per_kv + head
+    wide_h, wide_h_kv = h.to(tl.int64)[:, None], h_kv.to(tl.int64)  # products with strides pass 2^31
     state_kv, has_state = stacked_head(Index, b, h_kv, H_kv, MIXED)
     state_h = state_kv * heads_per_kv + head
     in_rows = row < heads_per_kv * L
     d = tl.arange(0, BD)
     v = tl.arange(0, BDV)
-    Q += b * stride_qb + h[:, None] * stride_qh + (row % L)[:, None] * stride_ql
+    Q += b * stride_qb + wide_h * stride_qh + (row % L)[:, None] * stride_ql
     q = tl.load(Q + d[None, :], mask=in_rows[:, None] & (d < D)[None, :], other=0.0)
 
     acc, peak, mass = attend_cache(
-        q, K + b * stride_kb + h_kv * stride_kh, V + b * stride_vb + h_kv * stride_vh,
-        Mask + b * stride_mb + h[:, None] * stride_mh + (row % L)[:, None] * stride_ml, stride_ks, stride_vs, stride_ms,
+        q, K + b * stride_kb + wide_h_kv * stride_kh, V + b * stride_vb + wide_h_kv * stride_vh,
+        Mask + b * stride_mb + wide_h * stride_mh + (row % L)[:, None] * stride_ml, stride_ks, stride_vs, stride_ms,
         in_rows, split * keys_per_split, tl.minimum((split + 1) * keys_per_split, S), scale * LOG2E,
         D, DV, MASKED, ROWS, BN, BD, BDV, STAGES,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Launches of the Triton kernels: block sizes, descriptors, work space."""
 
+import threading
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -167,6 +168,13 @@ def merge_prefix(query, context, lse, Z, k, log_scale, index, constant, factor):
 
 def prefix_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, W, constant, factor):
     """See `portable.prefix_backward`."""
+    log_scale, lse = log_scale.contiguous(), lse.contiguous()
+    if grad_query is not None:
+        described = _described(grad_query)
+        if described is not grad_query:  # the kernels add to a copy
+            grads = prefix_backward(grad_out, query, out, lse, described, Z, k, log_scale, W, constant, factor)
+            grad_query.copy_(described)
+            return grads
     if W is not None:
         return _random_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, W, constant, factor)
     B, H, L, d = query.shape
@@ -260,6 +268,7 @@ class Counters:
     SIZE = 1 << 20
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()  # two threads must not cut the same region
         self.pools: dict[torch.device, Tensor] = {}
         self.used: dict[torch.device, int] = {}
         self.regions: dict[tuple[torch.device, int], Tensor] = {}
@@ -267,6 +276,10 @@ class Counters:
     def take(self, device: torch.device, size: int) -> Tensor:
         if device.type != "cuda":
             return torch.zeros(size, dtype=torch.int32)
+        with self.lock:
+            return self._take(device, size)
+
+    def _take(self, device: torch.device, size: int) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             if device in self.pools and self.used[device] + size <= self.SIZE:
                 return self._cut(device, size)
@@ -339,9 +352,10 @@ def _suits_hopper(query: Tensor, value: Tensor) -> bool:
 
 def _state_arguments(Z, k, log_scale, index):
     """The state as the kernels read it, the heads of a stack one after another, and what stands for Index."""
+    Z, k, log_scale = Z.contiguous(), k.contiguous(), log_scale.contiguous()
     if index is None:
-        return Z.contiguous(), k.contiguous(), log_scale, log_scale
-    return Z.contiguous().flatten(0, 1), k.contiguous().flatten(0, 1), log_scale.contiguous(), index.contiguous()
+        return Z, k, log_scale, log_scale
+    return Z.flatten(0, 1), k.flatten(0, 1), log_scale, index.contiguous()
 
 
 def _mask_arguments(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -23,6 +23,7 @@ from .sdpa import HiddenRows, additive_mask, attend_sdpa, context_forward, hidde
 from .state import PrefixState, RowStates
 
 BACKENDS = ("auto", "eager", "sdpa", "triton")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Block(NamedTuple):
@@ -47,12 +48,12 @@ def ntk_attention(
 ) -> Tensor:
     """Scaled dot product attention with a prefix of any length, held in `state`.
 
-    Conventions are those of `torch.nn.functional.scaled_dot_product_attention`. Every query sees the prefix, also
-    under `is_causal`; a row that no real token is visible to returns what plain attention returns there, and passes
-    no gradient.
+    Conventions are those of `torch.nn.functional.scaled_dot_product_attention`; tensors may have any strides. Every
+    query sees the prefix, also under `is_causal`; a row that no real token is visible to returns what plain attention
+    returns there, and passes no gradient.
 
     Args:
-        query: [B, H, L, d].
+        query: [B, H, L, d], in float64, float32, bfloat16 or float16.
         key: [B, H_kv, S, d].
         value: [B, H_kv, S, d_v].
         state: Z and k with H or H_kv heads, of any floating dtype; its arithmetic runs in float32 or, for float64
@@ -72,10 +73,11 @@ def ntk_attention(
         [B, H, L, d_v] in the dtype of query.
 
     Raises:
-        ValueError: if shapes, heads, r, d or options do not fit each other; the message gives both sides.
+        ValueError: if shapes, heads, r, d, dtypes, devices or options do not fit each other; the message gives both
+            sides.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     check_arguments(query, key, value, state, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = autocast_inputs(query, key, value)
     with without_autocast(query.device.type):
         factor = math.sqrt(scale)
@@ -190,7 +192,7 @@ def attend(
         states: one or more; none only with `exact`.
         factor: what the query is multiplied by before phi; sqrt(scale) unless the query is scaled already.
         softcap: logits become softcap * tanh(logits / softcap) before the mask (Gemma2).
-        sink: [H], the logit of one more key per head whose value is 0 (gpt-oss).
+        sink: the logit of one more key per head whose value is 0: [H] (gpt-oss), or [B, H, L].
         exact: a prefix whose tokens are all there.
     """
     plain = dropout_p == 0 and softcap is None and sink is None and exact is None
@@ -222,17 +224,8 @@ def attend_eager(
     dtype = prefix.out.dtype
     groups = query.shape[1] // key.shape[1]
     K, V = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
-    logits = scale * query.to(dtype) @ K.transpose(-1, -2)  # [B, H, L, S]
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if is_causal:
-        visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-        logits = logits.masked_fill(~visible, -math.inf)
-    hidden = None
-    if attn_mask is not None:
-        hidden = hidden_rows(attn_mask)
-        is_bool = attn_mask.dtype == torch.bool
-        logits = logits.masked_fill(~attn_mask, -math.inf) if is_bool else logits + attn_mask.to(dtype)
+    logits = masked_logits(query.to(dtype), K, attn_mask, is_causal, scale, softcap)
+    hidden = None if attn_mask is None else hidden_rows(attn_mask)
 
     peak = torch.cat([logits, prefix.lse[..., None]], dim=-1).detach().amax(dim=-1, keepdim=True)
     peak = peak.masked_fill(peak == -math.inf, 0.0)  # nothing visible at all
@@ -244,6 +237,54 @@ def attend_eager(
     if hidden is not None:
         out = torch.where(hidden.dead[..., None], out.detach(), out)
     return Block(out.to(query.dtype), (torch.log(D) + peak).squeeze(-1))
+
+
+def masked_logits(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, softcap: float | None
+) -> Tensor:
+    """Logits [B, H, L, S] of the real tokens, for as many key heads as query heads; -inf where a key is hidden."""
+    logits = scale * query @ key.transpose(-1, -2)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if is_causal:
+        visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        logits = logits.masked_fill(~visible, -math.inf)
+    if attn_mask is None:
+        return logits
+    if attn_mask.dtype == torch.bool:
+        return logits.masked_fill(~attn_mask, -math.inf)
+    return logits + attn_mask.to(logits.dtype)
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Sequence[PrefixState | RowStates],
+    factor: float,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    exact: LayerPrefix | None = None,
+) -> Tensor:
+    """The weights of the real tokens [B, H, L, S] in the dtype of query; what they lack to 1 is the prefix's.
+
+    Arguments as in `attend`.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    K = key.to(dtype).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = masked_logits(query.to(dtype), K, attn_mask, is_causal, scale, softcap)
+    others = [prefix_blocks(query, states, factor, exact, scale, softcap)] if states or exact is not None else []
+    hidden = None if attn_mask is None else hidden_rows(attn_mask)
+    others = [hide_prefix(block, hidden, key.shape[2]) for block in others]
+    if sink is not None:
+        others.append(sink_block(sink, query, value))
+    lse = torch.stack([logits.logsumexp(dim=-1), *(block.lse.to(dtype) for block in others)]).logsumexp(dim=0)
+    weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    return weights.to(query.dtype)
 
 
 def context_block(
@@ -273,17 +314,17 @@ def context_block(
 def hide_prefix(prefix: Block, hidden: HiddenRows | None, num_keys: int) -> Block:
     """Take the prefix away from rows that see no real token, which keep the output of the frozen model."""
     if num_keys == 0:
-        return Block(prefix.out, torch.full_like(prefix.lse, -math.inf))
+        return Block(prefix.out, prefix.lse.masked_fill(torch.ones_like(prefix.lse, dtype=torch.bool), -math.inf))
     if hidden is None:
         return prefix
     return Block(prefix.out, prefix.lse.masked_fill(hidden.dead, -math.inf))
 
 
 def sink_block(sink: Tensor, query: Tensor, value: Tensor) -> Block:
-    """One key per head with the logit `sink` [H] and the value 0."""
+    """One key per head with the logit `sink`, [H] or [B, H, L], and the value 0."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*query.shape[:-1], value.shape[-1], dtype=dtype)
-    return Block(out, sink.to(dtype)[:, None].expand(query.shape[:-1]))
+    return Block(out, (sink[:, None] if sink.dim() == 1 else sink).to(dtype).expand(query.shape[:-1]))
 
 
 def check_arguments(
@@ -294,44 +335,63 @@ def check_arguments(
     attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
-    scale: float,
+    scale: float | None,
     enable_gqa: bool,
     backend: str,
 ) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be [B, H, L, d], got {list(x.shape)}")
-    B, H, L, d = query.shape
-    H_kv, S = key.shape[1:3]
-    if key.shape[0] != B or value.shape[0] != B or key.shape[3] != d or value.shape[1:3] != key.shape[1:3]:
-        raise ValueError(
-            f"key must be [{B}, H_kv, S, {d}] and value [{B}, H_kv, S, d_v] for query {list(query.shape)}, "
-            f"got key {list(key.shape)} and value {list(value.shape)}"
-        )
-    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
-        raise ValueError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
-    if H_kv != H and (not enable_gqa or H_kv == 0 or H % H_kv):
+    check_inputs(query, key, value)
+    B, H, L, _ = query.shape
+    H_kv, S, d_v = value.shape[1:]
+    if H_kv != H and (not enable_gqa or H % H_kv):
         raise ValueError(
             f"query has {H} heads and key {H_kv}: equal numbers are expected, or enable_gqa=True and a multiple"
         )
-    check_state_fits(state, num_heads=H, num_kv_heads=H_kv, head_dim=d, value_dim=value.shape[-1])
+    check_state_fits(state, num_heads=H, num_kv_heads=H_kv, head_dim=query.shape[-1], value_dim=d_v)
     if isinstance(state, RowStates) and len(state.index) != B:
         raise ValueError(f"the state has an index of {len(state.index)} rows for a batch of {B}: expected as many")
     if attn_mask is not None:
         if is_causal:
             raise ValueError("attn_mask and is_causal=True exclude each other: put causality into the mask")
-        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-            raise ValueError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
-        target = (B, H, L, S)
-        sizes_fit = all(m == 1 or m == n for m, n in zip(reversed(attn_mask.shape), reversed(target), strict=False))
-        if attn_mask.dim() > 4 or not sizes_fit:
-            raise ValueError(f"attn_mask {list(attn_mask.shape)} does not broadcast to [B, H, L, S] = {list(target)}")
+        check_mask(attn_mask, (B, H, L, S))
+    for name, x in (("key", key), ("value", value), ("the state", state.Z), ("attn_mask", attn_mask)):
+        if x is not None and x.device != query.device:
+            raise ValueError(f"all tensors must be on one device, got query on {query.device} and {name} on {x.device}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if not (scale > 0 and math.isfinite(scale)):
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be positive and finite, got {scale}: phi acts on sqrt(scale) * query")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: expected one of {BACKENDS}")
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, L, d], got {list(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    B, d = query.shape[0], query.shape[3]
+    if key.shape[0] != B or value.shape[0] != B or key.shape[3] != d or value.shape[1:3] != key.shape[1:3]:
+        raise ValueError(
+            f"key must be [{B}, H_kv, S, {d}] and value [{B}, H_kv, S, d_v] for query {list(query.shape)}, "
+            f"got key {list(key.shape)} and value {list(value.shape)}"
+        )
+    same = query.dtype == key.dtype == value.dtype
+    if torch.is_autocast_enabled(query.device.type):  # which makes all but float64 the same
+        same = len({x.dtype == torch.float64 for x in (query, key, value)}) == 1
+    if not same:
+        raise ValueError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    for name, x in (("query", query), ("value", value)):
+        if x.shape[1] == 0 or x.shape[3] == 0:
+            raise ValueError(f"expected at least one head and a size of at least one, got {name} {list(x.shape)}")
+
+
+def check_mask(attn_mask: Tensor, target: tuple[int, ...]) -> None:
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
+    sizes_fit = all(m == 1 or m == n for m, n in zip(reversed(attn_mask.shape), reversed(target), strict=False))
+    if attn_mask.dim() > 4 or not sizes_fit:
+        raise ValueError(f"attn_mask {list(attn_mask.shape)} does not broadcast to [B, H, L, S] = {list(target)}")
 
 
 def check_state_fits(

@@ -67,7 +67,7 @@ def prefix_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, cons
 
 
 def _features(query: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """exp(x) below 0, 1 + x above: contiguous [B, H, L, d]."""
+    """exp(x) below 0, 1 + x above: [B, H, L, d]."""
     x = query.to(dtype, memory_format=torch.contiguous_format) * factor
     return x.clamp(max=0.0).exp_().add_(x.clamp_(min=0.0))
 

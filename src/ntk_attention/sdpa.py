@@ -47,7 +47,7 @@ def attend_sdpa(query, key, value, prefix, attn_mask, dropout_p, is_causal, scal
         if attn_mask is not None and attn_mask.dim() >= 3 and attn_mask.shape[-3] == H:
             attn_mask = attn_mask.unflatten(-3, (H_kv, -1)).squeeze(-2)
     merged = _MergedAttention.apply(query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale)
-    return merged.view(B, H, L, d_v) if packed else merged
+    return merged.reshape(B, H, L, d_v) if packed else merged
 
 
 class _MergedAttention(torch.autograd.Function):
@@ -102,6 +102,8 @@ def additive_mask(attn_mask: Tensor, query: Tensor) -> Tensor:
     is an even average over all keys, as it is for plain attention with the smallest number.
     """
     hidden = max(HIDDEN, torch.finfo(query.dtype).min)
+    # A dimension that only repeats what it holds stays one entry: the kernels repeat it without memory.
+    attn_mask = attn_mask[tuple(slice(1 if stride == 0 else None) for stride in attn_mask.stride())]
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, hidden)
     attn_mask = attn_mask.clamp_min(hidden).to(query.dtype)
@@ -119,6 +121,9 @@ def hidden_rows(attn_mask: Tensor) -> HiddenRows:
     if attn_mask.dtype == torch.bool:
         dead = ~attn_mask.any(dim=-1)
         return HiddenRows(dead, dead)
+    if attn_mask.numel() == 0:  # of which there is no largest
+        nothing = torch.ones(attn_mask.shape[:-1], dtype=torch.bool, device=attn_mask.device)
+        return HiddenRows(nothing, nothing)
     peak = attn_mask.detach().amax(dim=-1)
     return HiddenRows(peak <= torch.finfo(attn_mask.dtype).min / 2, peak == -math.inf)
 
@@ -132,10 +137,11 @@ def library_forward(query, key, value, attn_mask, dropout_p, is_causal, scale) -
     if query.numel() == 0 or key.numel() == 0:
         empty = query.new_zeros(B, H, L, d_v)
         return empty, query.new_full((B, H, L), -math.inf, dtype=lse_dtype), no_seed, no_seed.clone()
-    kernel = _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    inputs = _fit_memory(query, key, value, attn_mask)
+    kernel = _choose_kernel(dropout_p, is_causal, scale, *inputs)
     if kernel == MATH:
         return _math_forward(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    query, key, value, attn_mask = _fit_kernel(kernel, query, key, value, attn_mask)
+    query, key, value, attn_mask = _fit_kernel(kernel, *inputs)
     seed, offset = no_seed, no_seed.clone()
     if query.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -214,15 +220,20 @@ def library_backward(
     """Gradients to query, key and value, given the merged out and lse."""
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    kernel = _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    fitted = _fit_memory(query, key, value, attn_mask)
+    kernel = _choose_kernel(dropout_p, is_causal, scale, *fitted)
     if kernel == MATH:
         grads = _math_backward(grad_out, query, key, value, out, lse, attn_mask, seed, dropout_p, is_causal, scale)
         return _laid_out_as_inputs(grads, query, key, value)
     L, S, d, d_v = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
     inputs_given = query, key, value
-    query, key, value, attn_mask = _fit_kernel(kernel, query, key, value, attn_mask)
-    grad_out, out = (pad_to(x, value.shape[-1]) for x in (grad_out, out))
-    grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, out))
+    query, key, value, attn_mask = _fit_kernel(kernel, *fitted)
+    grad_out, out = (readable(pad_to(x, value.shape[-1])) for x in (grad_out, out))
+    if query.is_cuda:
+        # As torch's own outputs lie in memory, which the kernels take for granted: with others cuDNN's gradients were
+        # wrong (torch 2.11 on an H200).
+        grad_out, out = (laid_out_as(torch.empty_like(query), x) for x in (grad_out, out))
+    lse = lse.contiguous()
     if query.device.type == "cuda" and dropout_p == 0:  # not read, but asked for
         seed = torch.empty(2, dtype=torch.uint64, device=query.device) if kernel == FLASH else seed.new_empty(())
         offset = torch.empty((), dtype=seed.dtype, device=query.device)
@@ -269,7 +280,7 @@ def _(grad_out, query, key, value, out, lse, attn_mask, seed, offset, dropout_p,
     return tuple(torch.empty_like(x) for x in (query, key, value))
 
 
-def _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale) -> int:
+def _choose_kernel(dropout_p, is_causal, scale, query, key, value, attn_mask) -> int:
     """The kernel that torch itself would take, `torch.nn.attention.sdpa_kernel` respected; MATH where it has none.
 
     With a mask it is always the efficient one: with cuDNN, torch's choice on Hopper, left-padded batches were answered
@@ -277,8 +288,6 @@ def _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale) ->
     """
     if query.device.type == "cpu":
         return FLASH
-    d_max = max(query.shape[-1], value.shape[-1])
-    query, key, value = (pad_to(x, d_max + -d_max % 8) for x in (query, key, value))
     if attn_mask is not None:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         params = torch.backends.cuda.SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, False)
@@ -292,18 +301,49 @@ def _choose_kernel(query, key, value, attn_mask, dropout_p, is_causal, scale) ->
     return choice if choice in (FLASH, EFFICIENT, CUDNN) else MATH
 
 
-def _fit_kernel(kernel, query, key, value, attn_mask):
-    """Pad d and d_v to one size that the kernel takes, repeat KV heads and align the mask where it must be."""
+def _fit_memory(query, key, value, attn_mask):
+    """Pad d and d_v to one size that a kernel takes, and copy what no kernel can read where it lies."""
     d_max = max(query.shape[-1], value.shape[-1])
-    if query.device.type == "cuda":
+    if query.is_cuda:
         d_max += -d_max % 8
-    query, key, value = (pad_to(x, d_max) for x in (query, key, value))
+    query, key, value = (readable(pad_to(x, d_max)) for x in (query, key, value))
+    return query, key, value, None if attn_mask is None else _readable_mask(attn_mask, key.shape[2])
+
+
+def readable(x: Tensor) -> Tensor:
+    """x [B, H, L, d], or a copy where kernels would read its memory wrongly.
+
+    They ask for a contiguous last dimension and do not check it themselves, and their matrix products for rows that do
+    not overlap. On a GPU they load 16 bytes at once, so that every row must begin at a multiple of them, and not all of
+    them are right where heads share memory.
+    """
+    strides, last = x.stride()[:-1], x.stride(-1)
+    fits = last == 1 and (x.shape[-2] == 1 or strides[-1] >= x.shape[-1])
+    if fits and x.is_cuda:
+        unit = 16 // x.element_size()
+        rows = zip(x.shape, strides, strict=False)
+        fits = x.data_ptr() % 16 == 0 and all(n == 1 or (s != 0 and s % unit == 0) for n, s in rows)
+    return x if fits else x.new_empty(x.shape).copy_(x)
+
+
+def _readable_mask(attn_mask: Tensor, S: int) -> Tensor:
+    """The same for an additive mask, whose other dimensions may be repeated; on a GPU with rows of S numbers."""
+    if not attn_mask.is_cuda:
+        fits = attn_mask.stride(-1) == 1 or attn_mask.shape[-1] == 1
+        return attn_mask if fits else attn_mask.contiguous()
+    rows = attn_mask.expand(*attn_mask.shape[:-1], S)
+    aligned = rows.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in rows.stride()[:-1])
+    if rows.stride(-1) == 1 and aligned:
+        return rows
+    return pad_to(rows.new_empty(rows.shape).copy_(rows), S + -S % 16)[..., :S]
+
+
+def _fit_kernel(kernel, query, key, value, attn_mask):
+    """Repeat KV heads and the mask where the kernel asks for it."""
     if kernel == EFFICIENT:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         if attn_mask is not None:
-            S = key.shape[2]
-            aligned = pad_to(attn_mask.expand(*attn_mask.shape[:-1], S), S + -S % 16)[..., :S]
-            attn_mask = aligned.expand(*query.shape[:3], S)
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     return query, key, value, attn_mask
 
 

@@ -161,7 +161,7 @@ class PrefixState:
         """The state of a prefix that is spread over the processes of a group; every process gets the same."""
         peak = self.log_scale.to(torch.float64, copy=True)  # reduced in place
         dist.all_reduce(peak, dist.ReduceOp.MAX, group)
-        Z, k = self._at_scale(peak)
+        Z, k = (x.contiguous() for x in self._at_scale(peak))  # summed in the order of the memory
         for x in (Z, k):
             dist.all_reduce(x, dist.ReduceOp.SUM, group)
         return self._rebuilt(Z, k, peak)
@@ -206,8 +206,11 @@ class PrefixState:
         if tuple(self.log_scale.shape) != (H,):
             raise ValueError(f"log_scale must be [H] = [{H}], got {list(self.log_scale.shape)}")
         for name in ("Z", "k", "log_scale"):
-            if not getattr(self, name).is_floating_point():
-                raise ValueError(f"{name} must be floating point, got {getattr(self, name).dtype}")
+            x = getattr(self, name)
+            if not x.is_floating_point():
+                raise ValueError(f"{name} must be floating point, got {x.dtype}")
+            if x.device != self.Z.device:
+                raise ValueError(f"a state lies on one device, got Z on {self.Z.device} and {name} on {x.device}")
 
     def _check_values(self) -> None:
         for name in ("Z", "k", "log_scale"):
@@ -235,6 +238,9 @@ class RowStates:
         feature_map: that of all states.
         index: int32 [B], from 0 to A - 1, or -1 for a row without a prefix, which is plain attention. Values outside
             are not looked for: on a GPU a kernel would read whatever memory is there.
+
+    Raises:
+        ValueError: if shapes do not fit each other, index is not int32 [B], or a tensor is on another device.
     """
 
     Z: Tensor
@@ -243,13 +249,30 @@ class RowStates:
     feature_map: FeatureMap
     index: Tensor
 
+    def __post_init__(self) -> None:
+        Z, k, b, index = self.Z, self.k, self.log_scale, self.index
+        if Z.dim() != 4 or k.shape != Z.shape[:3] or b.shape != Z.shape[:2]:
+            raise ValueError(
+                f"a stack of states needs Z [A, H, r, d_v], k [A, H, r] and log_scale [A, H], got {list(Z.shape)}, "
+                f"{list(k.shape)} and {list(b.shape)}"
+            )
+        if index.dim() != 1 or index.dtype != torch.int32 or index.device != Z.device:
+            raise ValueError(
+                f"index must be int32 [B] on {Z.device}, got {index.dtype} {list(index.shape)} on {index.device}"
+            )
+        for name, x in (("k", k), ("log_scale", b)):
+            if x.device != Z.device:
+                raise ValueError(f"a stack lies on one device, got Z on {Z.device} and {name} on {x.device}")
+
     @classmethod
     def stack(cls, states: Sequence[PrefixState], index: Tensor) -> "RowStates":
         """Copies of the states in one stack.
 
         Raises:
-            ValueError: if the states differ in shape or feature map, or index is not int32 [B] on their device.
+            ValueError: if the states differ in shape or feature map, or there are none; and as for the class.
         """
+        if not states:
+            raise ValueError("a stack needs at least one state, got none")
         first = states[0]
         for state in states[1:]:
             if state.Z.shape != first.Z.shape or not same_map(state.feature_map, first.feature_map):
@@ -257,10 +280,6 @@ class RowStates:
                     f"the rows of a batch need states of one shape and feature map: got Z {list(first.Z.shape)} with "
                     f"{first.feature_map!r} and Z {list(state.Z.shape)} with {state.feature_map!r}"
                 )
-        if index.dim() != 1 or index.dtype != torch.int32 or index.device != first.Z.device:
-            raise ValueError(
-                f"index must be int32 [B] on {first.Z.device}, got {index.dtype} {list(index.shape)} on {index.device}"
-            )
         Z, k, b = (torch.stack([getattr(s, name) for s in states]) for name in ("Z", "k", "log_scale"))
         return cls(Z, k, b, first.feature_map, index)
 
@@ -294,6 +313,13 @@ def check_tokens(keys: Tensor, values: Tensor) -> None:
         )
     if keys.shape[1] == 0:
         raise ValueError("a prefix needs at least one token, got m = 0")
+    if keys.numel() == 0 or values.numel() == 0:
+        raise ValueError(
+            f"expected at least one head and sizes of at least one, got keys {list(keys.shape)} and values "
+            f"{list(values.shape)}"
+        )
+    if keys.device != values.device:
+        raise ValueError(f"keys and values must be on one device, got {keys.device} and {values.device}")
     for name, x in (("keys", keys), ("values", values)):
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}")

@@ -65,7 +65,7 @@ def elu_sums(keys: Tensor, values: Tensor, factor: float) -> tuple[Tensor, Tenso
         keys, values: c [H, m, d] and u [H, m, d_v] in float32, bfloat16 or float16, d and d_v up to 128.
     """
     (H, m, d), d_v = keys.shape, values.shape[-1]
-    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    keys, values = (x.resolve_neg() if x.stride(-1) == 1 else x.contiguous().resolve_neg() for x in (keys, values))
     splits = triton.cdiv(m, SPLIT)
     Z = torch.empty(H, splits, d, d_v, dtype=torch.float32, device=keys.device)
     k = torch.empty(H, splits, d, dtype=torch.float32, device=keys.device)
