@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ntk_attention.data import Item, Row, collate, encode, is_correct
+from ntk_attention.data import Item, Row, collate, encode, same_final_number
 from ntk_attention.evaluation import answers, mean_loss
 from ntk_attention.models import convert_gguf, load_model
 
@@ -25,15 +25,16 @@ EVALUATION_BATCH, GENERATION_BATCH = 8, 256
 
 @dataclass(frozen=True)
 class LanguageTask(Task):
-    """Items {prompt, completion}, scored by exact match of what is generated; or {text}, scored by the loss."""
+    """Items {prompt, completion}, scored by what is generated; or {text}, scored by the loss."""
 
     max_new_tokens: int | None = None  # None: the items are texts
     max_length: int = 384  # tokens of a training item; longer ones are left out
-    judge: Callable[[str, str], bool] = is_correct  # of a generated and an expected answer
+    judge: Callable[[str, str], bool] = same_final_number  # of a generated and an expected answer
+    judged: str = "final number"  # name of what the judge looks at
 
     @property
     def metric(self) -> str:  # type: ignore[override]
-        return "loss" if self.max_new_tokens is None else "exact match"
+        return "loss" if self.max_new_tokens is None else self.judged
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]

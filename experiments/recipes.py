@@ -22,7 +22,7 @@ from PIL.Image import Resampling
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from ntk_attention.data import Item, is_correct
+from ntk_attention.data import Item, same_final_number
 
 from . import assets, budgets
 from .classification import ClassificationTask, Classifier
@@ -320,8 +320,8 @@ def superglue(name: str) -> LanguageRecipe:
     render, sample = SUPERGLUE[name]
     return LanguageRecipe(
         f"superglue-{name}", "SuperGLUE", LLAMA_1B, "aps/super_glue", 1000, 32, max_new_tokens=8, max_length=1024,
-        judge=same_text, config=name, splits=Splits(validation=None, test="validation"), render=render,
-        sample=tuple(sample.items()),
+        judge=same_text, judged="accuracy", config=name, splits=Splits(validation=None, test="validation"),
+        render=render, sample=tuple(sample.items()),
     )  # fmt: skip
 
 
@@ -343,11 +343,11 @@ RECIPES: list[Task] = [
     *map(superglue, SUPERGLUE),
     replace(superglue("boolq"), name="superglue-boolq-glm", model=GLM),
     math_recipe(
-        "gsm8k", "openai/gsm8k", gsm8k, is_correct, config="main",
+        "gsm8k", "openai/gsm8k", gsm8k, same_final_number, config="main",
         sample=(("question", "What is 2 + 3?"), ("answer", "It is <<2+3=5>>5.\n#### 5")),
     ),
     math_recipe(
-        "math", "DigitalLearningGmbH/MATH-lighteval", math, same_answer,
+        "math", "DigitalLearningGmbH/MATH-lighteval", math, same_answer, judged="final answer",
         sample=(("problem", "Solve $2x = 1$."), ("solution", "So $x = \\boxed{\\frac{1}{2}}$.")),
     ),
 ]  # fmt: skip

@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from ntk_attention import models
 from ntk_attention.cli import app, console
 
 FINETUNE = ["--items", "60", "--held-out", "6", "--batch-size", "8", "--max-new-tokens", "4"]
@@ -129,6 +130,9 @@ def test_another_base_is_refused(finetuned, tmp_path):
     [
         (["--data", "nothing.jsonl"], "no data at 'nothing.jsonl'"),
         (["--items", "-5"], "items must be positive and finite, got -5"),
+        (["--learning-rate", "nan"], "learning_rate must be positive and finite, got nan"),
+        (["--seed", "-1"], "seed must be a whole number from 0 to 2^32 - 1, got -1"),
+        (["--max-new-tokens", "127"], "a prompt of 2 tokens and an answer of max_new_tokens = 127"),
         (["--feature-map", "cosine"], "unknown feature map 'cosine'"),
         (["--state-heads", "both"], "state_heads must be 'query' or 'kv', got 'both'"),
         (["--rank", "0"], "rank must be a positive integer"),
@@ -142,9 +146,107 @@ def test_bad_finetune(arguments, message, model_folder, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def no_weights(finetuned, monkeypatch):
+    """From here on no model can be loaded."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    for auto in (AutoModelForCausalLM, PeftModel):
+        monkeypatch.setattr(auto, "from_pretrained", fail)
+
+
 @pytest.mark.parametrize("arguments", [["generate", "x", " "], ["info", "x", "--text", ""]], ids=lambda x: x[0])
-def test_empty_text(arguments):
+def test_empty_text(arguments, no_weights):
     expect_refusal(invoke(*arguments), "is empty")
+
+
+FILES = {
+    "missing.jsonl": (None, "no data at"),
+    "empty.jsonl": ("", "is empty"),
+    "broken.jsonl": ('{"prompt": ', "line 1: not JSON"),
+    "fields.jsonl": ('{"question": "a", "answer": "b"}', "the field 'prompt' must be a string, got None"),
+    "table.csv": ("prompt,completion", "expected a file that ends in .jsonl or .txt"),
+    "bytes.txt": (b"\xff\xfe", "is not UTF-8 text"),
+    "folder.jsonl": ("folder", "is a folder"),
+    "long.jsonl": (
+        "\n".join(json.dumps({"prompt": f"{'a' * 200}{i}", "completion": "b"}) for i in range(12)),
+        "the model takes 128",
+    ),
+    "long.txt": ("some words " * 1000, "tokens, the model takes 128"),
+}
+
+
+@pytest.fixture(params=FILES)
+def bad_file(request, tmp_path):
+    path = tmp_path / request.param
+    content, message = FILES[request.param]
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path, message
+
+
+def test_data_are_checked_before_a_model_is_loaded(bad_file, finetuned, model_folder, no_weights, tmp_path):
+    path, message = bad_file
+    out = tmp_path / "out"
+    expect_refusal(invoke("finetune", out, "--model", model_folder, "--data", path), message)
+    expect_refusal(invoke("evaluate", finetuned[1], "--data", path, "--items", 5), message)
+    (tmp_path / "text").write_text("some text")
+    options = ["--model", model_folder, "--text", tmp_path / "text", "--rows", 4, "--batch-size", 2]
+    expect_refusal(invoke("compress", out, *options, "--calibration", path), message)
+    assert not out.exists()
+
+
+def test_files_are_checked_before_the_embedded_model_is_made(bad_file, tmp_path, monkeypatch):
+    path, message = bad_file
+    if path.name.startswith("long"):
+        pytest.skip("that needs its tokenizer")
+    monkeypatch.setattr(models, "embedded_folder", lambda: pytest.fail("the model was made"))
+    expect_refusal(invoke("finetune", tmp_path / "out", "--data", path), message)
+
+
+def test_folders_are_checked_before_a_model_is_loaded(finetuned, model_folder, data, no_weights, tmp_path):
+    (tmp_path / "text").write_text("some text")
+    options = ["--model", model_folder]
+    for folder, message in ((tmp_path, "not empty and not a run"), (tmp_path / "text", "is a file")):
+        expect_refusal(invoke("finetune", folder, *options, "--data", data), message)
+        expect_refusal(invoke("compress", folder, *options, "--text", tmp_path / "text"), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "a" * 100], "a prompt of 100 tokens and an answer of max_new_tokens = 48 are more"),
+        (["generate", "a", "--max-new-tokens", "0"], "max_new_tokens must be positive, got 0"),
+        (["info", "--text", "a" * 200], "--text has 200 tokens, the model takes 1 to 128"),
+        (["evaluate", "--items", "0"], "expected a positive number of items, got 0"),
+        (["evaluate", "--max-new-tokens", "-1"], "max_new_tokens must be positive, got -1"),
+    ],
+    ids=lambda x: " ".join(x)[:30] if isinstance(x, list) else None,
+)
+def test_calls_are_checked_before_a_model_is_loaded(arguments, message, finetuned, data, no_weights):
+    options = ["--data", data] if arguments[0] == "evaluate" else []
+    expect_refusal(invoke(arguments[0], finetuned[1], *arguments[1:], *options), message)
+
+
+def test_tables_name_what_counts(finetuned, data, model_folder, tmp_path):
+    """A number for an embedded task, the text for a file, nothing for a plain text."""
+    options = ["--items", 8, "--held-out", 4, "--batch-size", 8, "--max-new-tokens", 4]
+    result = invoke("finetune", tmp_path / "out", "--model", model_folder, "--data", "chain-sum", *options)
+    assert result.exit_code == 0, result.output
+    assert "final number" in result.output
+    assert "exact match" not in result.output
+    record = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert record["before"].keys() == record["after"].keys() == {"loss", "final_number"}
+    text = data.with_name("text.txt")
+    text.write_text("some words")
+    for source, shown in (("chain-sum", "final number"), (data, "exact match"), (text, None)):
+        result = invoke("evaluate", finetuned[1], "--data", source, "--items", 4, "--max-new-tokens", 4)
+        assert result.exit_code == 0, result.output
+        assert [name for name in ("final number", "exact match") if name in result.output] == [shown] * bool(shown)
 
 
 def expect_refusal(result, message):

@@ -5,16 +5,17 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ntk_attention import save_cache
-from ntk_attention.compression import WORK, Settings, compress
+from ntk_attention.compression import WORK, Settings, compress, keep, read_source
 from ntk_attention.conversion import prefix_of_cache, prefix_of_text
 from ntk_attention.evaluation import fidelity
-from ntk_attention.models import fast_dtype
+from ntk_attention.models import fast_dtype, load_tokenizer
 
 from .test_cli import expect_refusal, invoke
+from .tiny import save_model
 
 TEXT = " ".join(f"the {a}{b} of {b * 7}" for a in "abcdef" for b in range(6))  # some 500 bytes, the context has 128
 SMALL = ["--rows", 16, "--length", 24, "--batch-size", 4, "--steps", 12]
@@ -140,6 +141,29 @@ def test_parts_of_a_long_text(model_folder):
     assert torch.allclose(parts[1].keys[:, 30:], prefix_of_cache(model, last)[1].keys, atol=1e-5)
 
 
+def test_a_text_begins_as_the_tokenizer_begins_it(tmp_path, text):
+    folder = save_model(tmp_path / "model", "<start> $A <end>")
+    tokenizer = load_tokenizer(str(folder))
+    document, _ = read_source(Settings(str(folder), "text", str(text)), tokenizer)
+    assert document.tolist() == tokenizer(TEXT)["input_ids"][:-1]
+
+
+def test_a_run_without_distillation_goes_on_after_the_fit(model_folder, text, compressed, tmp_path, monkeypatch):
+    settings = Settings(**{**json.loads((compressed[1] / "compress.json").read_text())["settings"], "steps": 0})
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ntk_attention.compression.keep", lambda model, folder: (keep(model, folder), killed()))
+        with pytest.raises(KeyboardInterrupt):
+            compress(settings, tmp_path / "out")
+    fitted = load_file(tmp_path / "out" / WORK / "fitted" / "adapter_model.safetensors")
+    compress(settings, tmp_path / "out", resume=True)
+    resumed = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], x) for name, x in fitted.items())
+
+
 def nan_cache(path, model):
     cache, ids = filled_cache(model)
     cache.layers[1].keys[0, 0, 3, 2] = float("nan")
@@ -163,6 +187,12 @@ def empty_text(path, model):
     return ["--text", path]
 
 
+def no_config(path, model):
+    path.mkdir()
+    (path / "adapter_config.json").write_text('{"peft_type": "NOTHING"}')
+    return ["--prefix-tuning", path]
+
+
 def lora(path, model):
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(path)
     return ["--prefix-tuning", path]
@@ -177,13 +207,22 @@ def lora(path, model):
         (empty_text, "is empty: expected a text"),
         (lora, "expected a prefix-tuning or cartridge adapter, got LORA"),
         (lambda path, model: ["--text", path], "no file"),
+        (no_config, "adapter_config.json cannot be read: KeyError"),
+        (
+            lambda path, model: ["--text", "README.md", "--learning-rate", "inf"],
+            "learning_rate must be positive and fin",
+        ),
+        (lambda path, model: ["--text", "README.md", "--seed", -1], "seed must be a whole number from 0"),
+        (lambda path, model: ["--text", "README.md", "--calibration", "a.csv"], "no data at 'a.csv'"),
         (lambda path, model: [], "expected one of --text, --cache and --prefix-tuning, got 0"),
         (lambda path, model: ["--text", "README.md", "--rows", 2], "rows must be two batches at least, got 2 rows"),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
-def test_bad_input_writes_nothing(make, message, model_folder, tmp_path):
+def test_bad_input_writes_nothing(make, message, model_folder, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     arguments = make(tmp_path / "bad", model)
+    if make not in (nan_cache, other_cache):  # which only the model can tell
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
     expect_refusal(invoke("compress", tmp_path / "out", "--model", model_folder, *arguments), message)
     assert not (tmp_path / "out").exists()

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from ntk_attention import training
-from ntk_attention.models import load_model
+from ntk_attention.models import load_model, load_tokenizer
 from ntk_attention.run_folder import RECORD
 from ntk_attention.trainer import AdapterTrainer
-from ntk_attention.training import Settings, finetune
+from ntk_attention.training import Settings, finetune, split_items
 
-from .tiny import adapted, save_letters
+from .tiny import adapted, save_letters, save_model
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +112,39 @@ def test_text_has_no_exact_match(model_folder, tmp_path):
     assert record["after"]["loss"] < record["before"]["loss"]
 
 
+def test_nothing_held_out_was_trained_on(settings, tmp_path):
+    """Prompts, and texts without a prompt, that a file holds several times."""
+    tokenizer = load_tokenizer(settings.model)
+    for field in ("prompt", "completion"):
+        lines = [{"prompt": "", "completion": "x", field: f"{i % 20} and"} for i in range(100)]
+        path = tmp_path / f"{field}.jsonl"
+        path.write_text("\n".join(json.dumps(line) for line in lines))
+        split = split_items(Settings(**{**vars(settings), "data": str(path)}), tokenizer)
+        train, *others = ({vars(item)[field] for item in part} for part in vars(split).values())
+        assert train
+        assert all(part and not part & train for part in others)
+    path.write_text("\n".join([json.dumps({"prompt": "a", "completion": "b"})] * 100))
+    with pytest.raises(ValueError, match="gives 0 training and 20 held-out items: too few"):
+        split_items(Settings(**{**vars(settings), "data": str(path)}), tokenizer)
+
+
+def test_a_model_whose_tokenizer_adds_tokens(tmp_path):
+    """It trains, and what it learns is there when the adapter answers."""
+    folder = save_model(tmp_path / "model", "<start> $A <end>")
+    letters = save_letters(tmp_path / "letters.jsonl")
+    record = finetune(Settings(str(folder), str(letters), 100, 10, 2, 8, 0.1, 4), tmp_path / "out")
+    assert record["after"]["loss"] < record["before"]["loss"] - 0.1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"items": 0}, "items must be positive and finite, got 0"),
         ({"epochs": float("inf")}, "epochs must be positive and finite, got inf"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, got 2.5"),
+        ({"seed": 2**32}, "seed must be a whole number from 0 to"),
     ],
 )
 def test_bad_settings(settings, changes, message):

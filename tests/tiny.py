@@ -8,7 +8,7 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
@@ -67,17 +67,27 @@ def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_model(folder: Path) -> Path:
-    """A random Llama with a byte tokenizer, saved as from_pretrained wants it."""
+def save_tokenizer(folder: Path, template: str | None = None) -> Path:
+    """A byte tokenizer; with a template as "<start> $A <end>", one that knows both and puts them around a text so."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<pad>", "<end>", *alphabet]
+    tokens = ["<pad>", "<end>", *alphabet, *([] if template is None else ["<start>"])]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    if template is not None:
+        special = [(token, tokens.index(token)) for token in ("<start>", "<end>")]
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        backend.add_special_tokens(["<start>"])
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>").save_pretrained(folder)
+    return folder
+
+
+def save_model(folder: Path, template: str | None = None) -> Path:
+    """A random Llama with such a tokenizer, saved as from_pretrained wants it."""
+    save_tokenizer(folder, template)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokens),
+        vocab_size=258 if template is None else 259,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -109,10 +109,13 @@ def finetune(
 
 
 def show_summary(record: dict[str, Any], output: Path) -> None:
+    from .data import METRICS
+
     table = Table("held-out items", "before", "after", title=f"{record['test_items']} items that training never saw")
     before, after = record["before"], record["after"]
-    if "exact_match" in before:
-        table.add_row("exact match", f"{before['exact_match']:.1%}", f"[bold]{after['exact_match']:.1%}[/bold]")
+    for name in METRICS:
+        if name in before and name in after:
+            table.add_row(name.replace("_", " "), f"{before[name]:.1%}", f"[bold]{after[name]:.1%}[/bold]")
     table.add_row("loss, nats per token", f"{before['loss']:.3f}", f"{after['loss']:.3f}")
     console.print(table)
     share = record["trainable_parameters"] / record["base_parameters"]
@@ -124,21 +127,27 @@ def show_summary(record: dict[str, Any], output: Path) -> None:
     console.print(f"saved to {output}: adapter, finetune.json, loss.png", markup=False)
 
 
-def load_adapter(folder: Path, model: str | None) -> tuple[Any, Any]:
-    """The base model with the adapter in `folder`, and the tokenizer; ValueError for a folder that does not fit."""
-    import torch
-    from peft import PeftModel
-
+def base_name(folder: Path, model: str | None) -> str:
+    """The base model of the adapter in a folder; ValueError if the folder's config does not fit."""
     from .adapter_folder import CONFIG
     from .config import NTKAttentionConfig
-    from .models import base_of, load_model
+    from .models import base_of
 
     if not (folder / CONFIG).exists():  # PEFT would look for it on the hub
         raise ValueError(f"{folder} has no {CONFIG}: expected the folder of a saved adapter")
     config = NTKAttentionConfig.from_pretrained(folder)
-    base, tokenizer = load_model(model or base_of(config.base_model_name_or_path))
-    adapted = PeftModel.from_pretrained(base, folder)
-    return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return model or base_of(config.base_model_name_or_path)
+
+
+def load_adapter(folder: Path, base: str) -> Any:
+    """The base model with the adapter in `folder`; ValueError if they do not fit."""
+    import torch
+    from peft import PeftModel
+
+    from .models import load_model
+
+    adapted = PeftModel.from_pretrained(load_model(base)[0], folder)
+    return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 @app.command()
@@ -208,27 +217,32 @@ def evaluate(
     max_new_tokens: MaxNewTokens = 48,
     seed: Annotated[int, typer.Option(help="Of an embedded task; others than those of training.")] = 2_000_003,
 ) -> None:
-    """Exact match and loss of a model with an adapter and without it."""
+    """Loss and right answers of a model with an adapter and without it."""
     with one_line_errors():
-        from .data import encode_all, load_items
-        from .evaluation import exact_match, mean_loss
+        from .data import check_source, encode_all, load_items, metric_of
+        from .evaluation import check_room, figures
+        from .models import load_tokenizer, longest_input
 
+        base = base_name(adapter, model)
+        check_source(data, items)
+        tokenizer, limit = load_tokenizer(base), longest_input(base)
+        examples = load_items(data, items, seed, tokenizer)
+        rows = encode_all(examples, tokenizer, limit)
+        prompts = [item.prompt for item in examples if item.prompt]
+        check_room(prompts, tokenizer, max_new_tokens, limit)
+        metric = metric_of(data)
         with bars() as reporter:
             reporter.stage("load")
-            adapted, tokenizer = load_adapter(adapter, model)
-            examples = load_items(data, items, seed, tokenizer)
-            rows = encode_all(examples, tokenizer, getattr(adapted.config, "max_position_embeddings", None) or 2**20)
-            figures: dict[str, list[float]] = {}
+            adapted = load_adapter(adapter, base)
+            found: dict[str, dict[str, float]] = {}
             for name, context in (("base", adapted.disable_adapter), ("adapter", contextlib.nullcontext)):
                 with context():
-                    reporter.stage(name, len(examples))
-                    figures[name] = [mean_loss(adapted, rows, tokenizer.pad_token_id)]
-                    if examples[0].prompt:
-                        score = exact_match(adapted, tokenizer, examples, max_new_tokens, progress=reporter.advance)
-                        figures[name].append(score)
-        table = Table("model", "loss, nats per token", "exact match", title=f"{len(examples)} items of {data}")
-        for name, values in figures.items():
-            table.add_row(name, f"{values[0]:.3f}", *(f"{score:.1%}" for score in values[1:]))
+                    reporter.stage(name, len(prompts))
+                    found[name] = figures(adapted, tokenizer, examples, rows, metric, max_new_tokens, reporter.advance)
+        shown = ["loss, nats per token", *([metric.replace("_", " ")] if prompts else [])]
+        table = Table("model", *shown, title=f"{len(examples)} items of {data}")
+        for name, values in found.items():
+            table.add_row(name, f"{values['loss']:.3f}", *([f"{values[metric]:.1%}"] if prompts else []))
         console.print(table)
 
 
@@ -243,12 +257,16 @@ def generate(
     with one_line_errors():
         if not prompt.strip():
             raise ValueError("the prompt is empty")
-        from .evaluation import answers
+        from .evaluation import answers, check_room
+        from .models import load_tokenizer, longest_input
 
-        adapted, tokenizer = load_adapter(adapter, model)
+        base = base_name(adapter, model)
+        tokenizer = load_tokenizer(base)
+        check_room([prompt], tokenizer, max_new_tokens, longest_input(base))
+        adapted = load_adapter(adapter, base)
         with adapted.disable_adapter():
-            base = answers(adapted, tokenizer, [prompt], max_new_tokens)[0]
-        console.print(f"base model:   {base.strip()}", style="dim", markup=False)
+            text = answers(adapted, tokenizer, [prompt], max_new_tokens)[0]
+        console.print(f"base model:   {text.strip()}", style="dim", markup=False)
         console.print(f"with adapter: {answers(adapted, tokenizer, [prompt], max_new_tokens)[0].strip()}", markup=False)
 
 
@@ -263,22 +281,38 @@ def info(
     with one_line_errors():
         if text is not None and not text.strip():
             raise ValueError("--text is empty")
+        base = base_name(adapter, model)
+        tokens = None if text is None else tokens_of(text, base)
         from .reports import describe_adapter, plot_shares
 
-        adapted, tokenizer = load_adapter(adapter, model)
+        adapted = load_adapter(adapter, base)
         table = Table(title=str(adapter), show_header=False)
         for row in describe_adapter(adapted, adapter):
             table.add_row(*row)
         console.print(table)
-        if text is not None:
+        if tokens is not None:
+            import torch
+
             from .observation import prefix_shares
 
-            shares = prefix_shares(adapted, [dict(tokenizer(text, return_tensors="pt"))])
+            ids = torch.tensor([tokens])
+            shares = prefix_shares(adapted, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
             plot_shares(shares, picture)
             console.print(
                 f"the prefix takes {shares.mean():.1%} of the attention, from {shares.min():.1%} to "
                 f"{shares.max():.1%} by head; drawn in {picture}"
             )
+
+
+def tokens_of(text: str, base: str) -> list[int]:
+    """Of a text for a model; ValueError if there are none, or more than it takes."""
+    from .data import start_of_text
+    from .models import load_tokenizer, longest_input
+
+    tokens, limit = start_of_text(text, load_tokenizer(base)), longest_input(base)
+    if not 0 < len(tokens) <= limit:
+        raise ValueError(f"--text has {len(tokens)} tokens, the model takes 1 to {limit}")
+    return tokens
 
 
 @app.command()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import set_seed
@@ -21,22 +21,21 @@ from .config import NTKAttentionConfig
 from .conversion import (
     by_layer,
     check_prefix,
-    context_length,
     load_cache,
     prefix_of_adapter,
     prefix_of_cache,
     prefix_of_text,
 )
-from .data import encode_all, load_items
+from .data import check_source, encode_all, load_items, read_text, start_of_text
 from .distillation import distill, teacher_logits
 from .evaluation import fidelity, logits_of
 from .exact import LayerPrefix
 from .fitting import fit
-from .models import load_model
+from .models import load_model, load_tokenizer, longest_input
 from .observation import adapted_layers
 from .run_folder import check_folder, read_record, write_json
 from .study import study
-from .training import Reporter, Silent, hardware
+from .training import Reporter, Silent, check_numbers, check_seed, hardware
 
 RECORD = "compress.json"  # settings and results; its presence says that a folder is ours
 WORK = "work"  # what an interrupted run goes on with
@@ -64,13 +63,12 @@ class Settings:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ValueError(f"unknown source {self.source!r}: expected one of {SOURCES}")
-        for name in ("rows", "length", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_numbers(self, whole=("rows", "length", "batch_size"), positive=("learning_rate",))
+        check_seed(self.seed)
         if self.rows < 2 * self.batch_size:
             raise ValueError(f"rows must be two batches at least, got {self.rows} rows of batches of {self.batch_size}")
-        if self.steps < 0:
-            raise ValueError(f"steps must not be negative, got {self.steps}")
+        if not isinstance(self.steps, int) or self.steps < 0:
+            raise ValueError(f"steps must be a whole number and not negative, got {self.steps}")
 
 
 def compress(
@@ -92,15 +90,17 @@ def compress(
     reporter = reporter or Silent()
     started = time.time()
     config = NTKAttentionConfig(task_type="CAUSAL_LM", **settings.adapter).for_given_prefix()
-    check_source(settings)
     check_folder(output, asdict(settings), resume=resume, overwrite=overwrite, name=RECORD)
+    check_sources(settings)
     set_seed(settings.seed)
     reporter.stage(f"load {settings.model}")
-    base, tokenizer = load_model(settings.model)
+    tokenizer = load_tokenizer(settings.model)
+    given = given_batches(settings, tokenizer, longest_input(settings.model))
+    document, cache = read_source(settings, tokenizer)
+    base, _ = load_model(settings.model)
     base.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    prefix, document, seconds = read_prefix(settings, base, tokenizer, reporter)
+    prefix, seconds = read_prefix(settings, base, document, cache, reporter)
     check_prefix(base, prefix)
-    given = given_batches(settings, tokenizer, context_length(base))
 
     if overwrite and output.exists():
         for name in WRITTEN:
@@ -116,27 +116,7 @@ def compress(
     model: Any = get_peft_model(base, config)
     named = by_layer(model, prefix)
     batches, held_out = calibration_text(settings, model, tokenizer, named, document, given, work, reporter)
-    expected = teacher_logits(model, named, held_out)
-    with model.disable_adapter():
-        record["without"] = fidelity(held_out, expected, logits_of(model, held_out))
-    record["with_prefix"] = fidelity(held_out, expected, expected)
-
-    if not (work / "fitted").is_dir():
-        if config.feature_map == "anchored":
-            anchor(model, named, batches)
-        report = fit(model, named, batches, reporter=reporter)
-        record["layer_error"] = {name: [round(x, 4) for x in e.tolist()] for name, e in report.error.items()}
-        keep(model, work / "fitted")
-        record["fitted"] = fidelity(held_out, expected, logits_of(model, held_out))
-        write_json(output / RECORD, record)
-    elif settings.steps:
-        load_states(model, work / "fitted")
-    if settings.steps:
-        curve = distill(
-            model, named, batches, steps=settings.steps, learning_rate=settings.learning_rate, reporter=reporter
-        )
-        record["distilled"] = fidelity(held_out, expected, logits_of(model, held_out))
-        record["kl_curve"] = [round(x, 4) for x in curve[:: max(1, len(curve) // 50)]]
+    fit_and_distill(settings, model, named, batches, held_out, output, record, reporter)
     reporter.stage("save")
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -152,45 +132,85 @@ def compress(
     return record
 
 
-def check_source(settings: Settings) -> None:
-    """Raise ValueError unless the source is there and not empty."""
+def fit_and_distill(
+    settings: Settings,
+    model: Any,
+    named: Mapping[str, LayerPrefix],
+    batches: list[dict[str, Tensor]],
+    held_out: list[dict[str, Tensor]],
+    output: Path,
+    record: dict[str, Any],
+    reporter: Reporter,
+) -> None:
+    """Make the states, or go on with those that an interrupted run has fitted, and note how good they are."""
+    work = output / WORK
+    expected = teacher_logits(model, named, held_out)
+    with model.disable_adapter():
+        record["without"] = fidelity(held_out, expected, logits_of(model, held_out))
+    record["with_prefix"] = fidelity(held_out, expected, expected)
+
+    if (work / "fitted").is_dir():
+        load_states(model, work / "fitted")
+    else:
+        if model.active_peft_config.feature_map == "anchored":
+            anchor(model, named, batches)
+        report = fit(model, named, batches, reporter=reporter)
+        record["layer_error"] = {name: [round(x, 4) for x in e.tolist()] for name, e in report.error.items()}
+        record["fitted"] = fidelity(held_out, expected, logits_of(model, held_out))
+        write_json(output / RECORD, record)
+        keep(model, work / "fitted")
+    if settings.steps:
+        curve = distill(
+            model, named, batches, steps=settings.steps, learning_rate=settings.learning_rate, reporter=reporter
+        )
+        record["distilled"] = fidelity(held_out, expected, logits_of(model, held_out))
+        record["kl_curve"] = [round(x, 4) for x in curve[:: max(1, len(curve) // 50)]]
+
+
+def check_sources(settings: Settings) -> None:
+    """Raise ValueError unless the source and the calibration text are there and what they should be."""
     path = Path(settings.path)
     if settings.source == "prefix_tuning":
         if not (path / "adapter_config.json").is_file():
             raise ValueError(f"{path} has no adapter_config.json: expected the folder of a prefix-tuning adapter")
+        try:
+            kind = PeftConfig.from_pretrained(path).peft_type.value
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}/adapter_config.json cannot be read: {type(error).__name__}, {error}") from None
+        if kind not in ("PREFIX_TUNING", "CARTRIDGE"):
+            raise ValueError(f"{path}: expected a prefix-tuning or cartridge adapter, got {kind}")
     elif not path.is_file():
         raise ValueError(f"no file {path}: expected {'a text' if settings.source == 'text' else 'a KV cache'}")
-    elif settings.source == "text" and not read_text(path).strip():
-        raise ValueError(f"{path} is empty: expected a text")
+    elif settings.source == "text":
+        read_text(path)
+    if settings.calibration is not None:
+        check_source(settings.calibration, settings.rows + HELD_OUT_ROWS)
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+def read_source(settings: Settings, tokenizer: Any) -> tuple[Tensor, Any]:
+    """What needs no model: the tokens of the prefix, none where they are not known, and the KV cache if it is one."""
+    if settings.source == "cache":
+        cache, document = load_cache(settings.path)
+        return document, cache
+    tokens = start_of_text(read_text(Path(settings.path)), tokenizer) if settings.source == "text" else []
+    return torch.tensor(tokens, dtype=torch.long), None
 
 
 def read_prefix(
-    settings: Settings, base: Any, tokenizer: Any, reporter: Reporter
-) -> tuple[list[LayerPrefix], Tensor, float]:
-    """The prefix, the tokens that it was made of (none where they are not known), and the seconds that it took."""
+    settings: Settings, base: Any, document: Tensor, cache: Any, reporter: Reporter
+) -> tuple[list[LayerPrefix], float]:
+    """The prefix, and the seconds that it took."""
     started = time.time()
-    nothing = torch.empty(0, dtype=torch.long)
     if settings.source == "text":
-        ids = tokenizer(read_text(Path(settings.path)), add_special_tokens=False)["input_ids"]
-        document = torch.tensor(ids, dtype=torch.long)
         reporter.stage("read the text", len(document))
-        prefix = prefix_of_text(base, document, progress=reporter.advance)
-        return prefix, document, time.time() - started
+        return prefix_of_text(base, document, progress=reporter.advance), time.time() - started
     if settings.source == "cache":
-        cache, document = load_cache(settings.path)
-        return [on(base, layer) for layer in prefix_of_cache(base, cache)], document, time.time() - started
+        return [on(base, layer) for layer in prefix_of_cache(base, cache)], time.time() - started
     try:
         tuned = PeftModel.from_pretrained(base, settings.path)
     except (RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{settings.path} does not fit {settings.model}: {str(error).splitlines()[0]}") from None
-    return prefix_of_adapter(tuned), nothing, time.time() - started
+    return prefix_of_adapter(tuned), time.time() - started
 
 
 def on(model: Any, layer: LayerPrefix) -> LayerPrefix:

@@ -1,4 +1,4 @@
-"""How good a model is at items: loss of the completions, and exact match of generated answers."""
+"""How good a model is at items: loss of the completions, and share of the generated answers that are right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import IGNORED, Item, Row, collate, is_correct, render_prompt
+from .data import IGNORED, METRICS, Item, Row, collate, prompt_tokens
 from .observation import evaluating
 from .sharding import device_of, inputs_on
 
@@ -88,6 +88,18 @@ def samples(model: PreTrainedModel, start: Tensor, length: int, seed: int) -> Te
         )
 
 
+def check_room(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, limit: int) -> None:
+    """Raise ValueError unless the model has positions for every prompt and its answer, `limit` in all."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
+    longest = max((len(prompt_tokens(prompt, tokenizer)) for prompt in prompts), default=0)
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and an answer of max_new_tokens = {max_new_tokens} are more than the model "
+            f"takes, {limit}"
+        )
+
+
 @torch.no_grad()
 def answers(
     model: PreTrainedModel,
@@ -101,28 +113,50 @@ def answers(
     texts, device = [], device_of(model)
     with evaluating(model), inputs_on(device, model):
         for i in range(0, len(prompts), batch_size):
-            part = [render_prompt(prompt, tokenizer) for prompt in prompts[i : i + batch_size]]
-            batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-            batch = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
+            rows = [prompt_tokens(prompt, tokenizer) for prompt in prompts[i : i + batch_size]]
+            length = max(map(len, rows))
+            ids = [[tokenizer.pad_token_id] * (length - len(row)) + row for row in rows]
+            mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
             out = model.generate(
-                **batch,
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            texts += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            progress(len(part))
+            texts += tokenizer.batch_decode(
+                out[:, length:], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            progress(len(rows))
     return texts
 
 
-def exact_match(
+def share_right(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
+    metric: str,
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Progress = lambda n: None,
 ) -> float:
-    """Share of the items whose generated answer is the expected one."""
+    """Share of the items whose generated answer is right by a metric of `data.METRICS`."""
     texts = answers(model, tokenizer, [item.prompt for item in items], max_new_tokens, progress)
-    return sum(is_correct(text, item.completion) for text, item in zip(texts, items, strict=True)) / len(items)
+    right = METRICS[metric]
+    return sum(right(text, item.completion) for text, item in zip(texts, items, strict=True)) / len(items)
+
+
+def figures(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    rows: Sequence[Row],
+    metric: str,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Progress = lambda n: None,
+) -> dict[str, float]:
+    """Loss of the items, and by the metric's name the share that is right of those with a prompt, if there are any."""
+    found = {"loss": mean_loss(model, rows, tokenizer.pad_token_id)}
+    if asked := [item for item in items if item.prompt]:
+        found[metric] = share_right(model, tokenizer, asked, metric, max_new_tokens, progress)
+    return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,28 +35,53 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     Raises:
         ValueError: if the name is neither, or the embedded model's package is not installed.
     """
-    source: str | Path
-    if name == EMBEDDED:
-        source = embedded_folder()
-    elif os.path.isdir(name):
-        if not (Path(name) / "config.json").exists():
-            raise ValueError(f"{name} has no config.json: expected the folder of a transformers model")
-        source = Path(name)
-    elif name.startswith((".", "/", "~")):
-        raise ValueError(f"{name} is not a folder: expected {EMBEDDED!r}, a model folder or a name on the hub")
-    else:
-        source = name
-    try:
+    tokenizer, source = load_tokenizer(name), source_of(name)
+    with in_short(f"the model {name!r}"):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or fast_dtype(), attn_implementation="sdpa")
+    return model, tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights; arguments and errors as of `load_model`."""
+    source = source_of(name)
+    with in_short(f"the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot load the model {name!r}: {reason}") from error
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {name!r} has no end token: expected one, to close the answers with")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return tokenizer
+
+
+def longest_input(name: str) -> int:
+    """Positions that a model knows, by its config; arguments and errors as of `load_model`."""
+    source = source_of(name)
+    with in_short(f"the config of {name!r}"):
+        config = AutoConfig.from_pretrained(source)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
+
+
+def source_of(name: str) -> str | Path:
+    """What transformers loads a model from."""
+    if name == EMBEDDED:
+        return embedded_folder()
+    if os.path.isdir(name):
+        if not (Path(name) / "config.json").exists():
+            raise ValueError(f"{name} has no config.json: expected the folder of a transformers model")
+        return Path(name)
+    if name.startswith((".", "/", "~")):
+        raise ValueError(f"{name} is not a folder: expected {EMBEDDED!r}, a model folder or a name on the hub")
+    return name
+
+
+@contextmanager
+def in_short(what: str) -> Iterator[None]:
+    """Whatever a file that cannot be read makes transformers raise becomes a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"cannot load {what}: {kind}{' '.join(str(error).split())[:200]}") from error
 
 
 def fast_dtype() -> torch.dtype:

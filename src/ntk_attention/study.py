@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .calls import exact_prefix
 from .evaluation import samples
 from .exact import LayerPrefix
-from .layer import exact_prefix
 from .observation import adapted_layers
 
 if TYPE_CHECKING:

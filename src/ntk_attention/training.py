@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,9 +23,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 
 from .calibration import calibrate, check_size
 from .config import NTKAttentionConfig
-from .data import EMBEDDED_TASKS, Item, Row, collate, encode_all, load_items
-from .evaluation import MAX_NEW_TOKENS, exact_match, mean_loss
-from .models import load_model
+from .data import EMBEDDED_TASKS, Item, Row, check_source, collate, encode_all, load_items, metric_of
+from .evaluation import MAX_NEW_TOKENS, check_room, figures, mean_loss
+from .models import load_model, load_tokenizer, longest_input
 from .observation import adapted_layers
 from .routing import CHILD
 from .run_folder import (
@@ -65,9 +66,24 @@ class Settings:
     adapter: dict[str, Any] = field(default_factory=dict)  # options of NTKAttentionConfig
 
     def __post_init__(self) -> None:
-        for name in ("items", "held_out", "epochs", "batch_size", "learning_rate", "max_new_tokens"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        check_numbers(self, whole=("items", "held_out", "batch_size", "max_new_tokens"))
+        check_numbers(self, positive=("epochs", "learning_rate"))
+        check_seed(self.seed)
+
+
+def check_numbers(settings: Any, whole: Sequence[str] = (), positive: Sequence[str] = ()) -> None:
+    """Raise ValueError unless these settings are positive and finite, and the first ones whole numbers."""
+    for name in (*whole, *positive):
+        value = getattr(settings, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+        if name in whole and not isinstance(value, int):
+            raise ValueError(f"{name} must be a whole number, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,7 @@ class Split:
 
 
 def split_items(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split:
-    """Training, validation and held-out items; none of the last two has the prompt of a training item.
+    """Training, validation and held-out items; none of the last two has the prompt of a training item, or its text.
 
     Raises:
         ValueError: if there are too few items.
@@ -96,8 +112,8 @@ def split_items(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split
         generator = torch.Generator().manual_seed(settings.seed)
         items = [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
         others, train = items[:wanted], items[wanted:]
-        held = {item.prompt for item in others if item.prompt}
-        train = [item for item in train if item.prompt not in held]
+        held = {item.prompt or item.completion for item in others}
+        train = [item for item in train if (item.prompt or item.completion) not in held]
     if len(others) < 2 or not train:
         raise ValueError(
             f"{settings.data} gives {len(train)} training and {len(others)} held-out items: too few for training, "
@@ -105,6 +121,19 @@ def split_items(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split
         )
     num_validation = min(num_validation, len(others) // 2)
     return Split(train, others[:num_validation], others[num_validation:])
+
+
+def encoded(split: Split, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:
+    """Tokens of every part.
+
+    Raises:
+        ValueError: if an item, or a prompt with its answer, is longer than what the model takes.
+    """
+    limit = longest_input(settings.model)
+    rows = {name: encode_all(getattr(split, name), tokenizer, limit) for name in ("train", "validation", "test")}
+    prompts = [item.prompt for item in split.test if item.prompt]
+    check_room(prompts, tokenizer, settings.max_new_tokens, limit)
+    return rows
 
 
 class Reporter(Protocol):
@@ -169,17 +198,17 @@ def finetune(
         )
     if processes.is_main_process:
         check_folder(output, asdict(settings), resume=resume, overwrite=overwrite)
+    check_source(settings.data, settings.items)
     set_seed(settings.seed)
     # With FSDP, transformers and accelerate would leave the model empty on all processes but the first until the
     # trainer shards it: too late for calibration.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     reporter.stage(f"load {settings.model}")
-    base, tokenizer = load_model(settings.model)
+    tokenizer = load_tokenizer(settings.model)
     split = split_items(settings, tokenizer)
-    limit = getattr(base.config, "max_position_embeddings", None) or 2**20
-    rows = {name: encode_all(getattr(split, name), tokenizer, limit) for name in ("train", "validation", "test")}
-    base.to(processes.device)
-    model = get_peft_model(base, config)
+    rows = encoded(split, settings, tokenizer)
+    base, _ = load_model(settings.model)
+    model = get_peft_model(base.to(processes.device), config)
     check_size(adapted_layers(model))
 
     with locked(output) if processes.is_main_process else nullcontext():
@@ -188,39 +217,54 @@ def finetune(
             if overwrite:
                 clear(output)
         processes.wait_for_everyone()
-        record = read_record(output) or {"settings": asdict(settings)}
-        checkpoint = last_good_checkpoint(output / CHECKPOINTS)
-        processes.wait_for_everyone()  # what is there was read by all before one writes
-        # Every process computes every figure; the first one writes.
-        measure = partial(measure_test, model, tokenizer, split.test, rows["test"], settings.max_new_tokens, reporter)
-        write_record = partial(write_json, output / RECORD) if processes.is_main_process else lambda record: None
-        if "before" not in record:
-            with model.disable_adapter():
-                record["before"] = measure("held-out items before")
-            write_record(record)
-
-        reporter.stage("calibrate")
-        calibration = output / CHECKPOINTS / CALIBRATION
-        if calibration.is_file() and "start_loss" in record:
-            load_calibration(model, calibration)
-        else:
-            start(model, rows["train"], tokenizer.pad_token_id, settings.batch_size)
-            share_calibration(model, processes)
-            if processes.is_main_process:
-                save_calibration(model, calibration)
-            record["start_loss"] = mean_loss(model, rows["validation"], tokenizer.pad_token_id)
-            write_record(record)
-
-        trainer = make_trainer(model, rows, tokenizer.pad_token_id, settings, output, reporter)
-        trainer.train_from(checkpoint)
-        save_whole(trainer, tokenizer, output)
-        record["after"] = measure("held-out items after")
-        record |= {"train_items": len(split.train), "test_items": len(split.test), "seconds": time.time() - started}
-        record |= describe_run(model, trainer, output)
-        write_record(record)
-        processes.wait_for_everyone()
+        record = calibrate_and_train(model, tokenizer, split, rows, settings, output, reporter, started)
         if processes.is_main_process:
             shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    return record
+
+
+def calibrate_and_train(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    rows: dict[str, list[Row]],
+    settings: Settings,
+    output: Path,
+    reporter: Reporter,
+    started: float,
+) -> dict[str, Any]:
+    """What is left of a run. Every process computes every figure; the first one writes."""
+    processes = PartialState()
+    record = read_record(output) or {"settings": asdict(settings)}
+    checkpoint = last_good_checkpoint(output / CHECKPOINTS)
+    processes.wait_for_everyone()  # what is there was read by all before one writes
+    measure = partial(measure_test, model, tokenizer, split.test, rows["test"], settings, reporter)
+    write_record = partial(write_json, output / RECORD) if processes.is_main_process else lambda record: None
+    if "before" not in record:
+        with model.disable_adapter():
+            record["before"] = measure("held-out items before")
+        write_record(record)
+
+    reporter.stage("calibrate")
+    calibration = output / CHECKPOINTS / CALIBRATION
+    if calibration.is_file() and "start_loss" in record:
+        load_calibration(model, calibration)
+    else:
+        start(model, rows["train"], tokenizer.pad_token_id, settings.batch_size)
+        share_calibration(model, processes)
+        if processes.is_main_process:
+            save_calibration(model, calibration)
+        record["start_loss"] = mean_loss(model, rows["validation"], tokenizer.pad_token_id)
+        write_record(record)
+
+    trainer = make_trainer(model, rows, tokenizer.pad_token_id, settings, output, reporter)
+    trainer.train_from(checkpoint)
+    save_whole(trainer, tokenizer, output)
+    record["after"] = measure("held-out items after")
+    record |= {"train_items": len(split.train), "test_items": len(split.test), "seconds": time.time() - started}
+    record |= describe_run(model, trainer, output)
+    write_record(record)
+    processes.wait_for_everyone()
     return record
 
 
@@ -271,17 +315,14 @@ def measure_test(
     tokenizer: PreTrainedTokenizerBase,
     items: list[Item],
     rows: list[Row],
-    max_new_tokens: int,
+    settings: Settings,
     reporter: Reporter,
     stage: str,
 ) -> dict[str, float]:
-    """Loss and, where items have prompts, exact match on the held-out items."""
-    has_prompts = bool(items[0].prompt)
-    reporter.stage(stage, len(items) if has_prompts else None)
-    figures = {"loss": mean_loss(model, rows, tokenizer.pad_token_id)}
-    if has_prompts:
-        figures["exact_match"] = exact_match(model, tokenizer, items, max_new_tokens, progress=reporter.advance)
-    return figures
+    """Figures of the held-out items."""
+    reporter.stage(stage, sum(bool(item.prompt) for item in items) or None)
+    metric = metric_of(settings.data)
+    return figures(model, tokenizer, items, rows, metric, settings.max_new_tokens, reporter.advance)
 
 
 def hardware() -> str:
