@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ntk_attention import feature_map
-from ntk_attention.routing import Geometry, geometry_of, routes
+from ntk_attention.geometry import Geometry, geometry_of
+from ntk_attention.routing import routes
 
 TOLERANCE = 0.05
 QUERY_VALUE = re.compile(r"\.(q_proj|v_proj|query|value)$")

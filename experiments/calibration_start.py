@@ -1,8 +1,9 @@
 """How an adapter should start: arms of the calibration against each other (and, where an arm says so, against LoRA).
 
 Writes one JSON line per arm: how far the start is from the frozen model (loss, and KL divergence on the completions of
-validation items), and loss and exact match after training. An arm is a JSON object: name, method ("ntk" or "lora"),
-lr, seed, and for "ntk" the options of the config and of `calibrate`.
+validation items), and after training the loss and, in the field exact_match, the share of the answers whose final
+number is right. An arm is a JSON object: name, method ("ntk" or "lora"), lr, seed, and for "ntk" the options of the
+config and of `calibrate`.
 
     python -m experiments.calibration_start experiments/calibration_arms.json results/calibration_start.jsonl \\
         --steps 60 --batch-size 16 --held-out 120
@@ -22,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 
 from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.data import EMBEDDED_TASKS, IGNORED, collate, encode_all
-from ntk_attention.evaluation import exact_match, mean_loss
+from ntk_attention.evaluation import mean_loss, share_right
 from ntk_attention.models import EMBEDDED, load_model
 from ntk_attention.observation import evaluating
 
@@ -100,7 +101,7 @@ def run(arm: dict, base: str, task: str, steps: int, batch_size: int, held_out: 
         "start_loss": start_loss,
         "start_kl": (frozen.exp() * (frozen - start)).sum(dim=-1).mean().item(),
         "valid_loss": mean_loss(model, valid_rows, pad),
-        "exact_match": exact_match(model, tokenizer, test),
+        "exact_match": share_right(model, tokenizer, test, "final_number"),
         "test_items": len(test),
         "curve": curve,
         "seconds": time.time() - started,

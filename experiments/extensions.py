@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ntk_attention.features import feature_map
+from ntk_attention.geometry import Geometry, geometry_of
+from ntk_attention.lookup import Lookup, lookup_of
 from ntk_attention.observation import evaluating
-from ntk_attention.routing import Geometry, base_attention, geometry_of, query_scale, routes, visible_tokens
+from ntk_attention.routing import query_scale, routes, visible_tokens
 
 CHILD = ROUTE = "extension"
 
@@ -26,13 +29,15 @@ class Extension(nn.Module):
     """Takes the place of the attention function of one module."""
 
     implementation: str  # of the base model
+    lookup: Lookup  # of the module
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
         """query [B, H, L, d], KV heads not repeated; returns [B, L, H, d_v]."""
         raise NotImplementedError
 
     def base(self, module: nn.Module, *inputs: Any, **options: Any) -> Tensor:
-        return base_attention(module, self.implementation)(module, *inputs, **options)[0]
+        base = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, self.lookup.eager)
+        return base(module, *inputs, **options)[0]
 
 
 class PrefixMemory(Extension):
@@ -107,6 +112,9 @@ def extend(model: nn.Module, make: Callable[[Geometry], Extension]) -> nn.Module
     for name, module in [(n, m) for n, m in model.named_modules() if n and routes(m)]:
         extension = make(geometry_of(module, name)).to(next(module.parameters()).device)
         extension.implementation = module.config._attn_implementation
+        lookup = lookup_of(type(module))
+        assert lookup is not None
+        extension.lookup = lookup
         routed = copy.copy(module.config)  # the model keeps its own, and so its masks
         routed._attn_implementation_internal = ROUTE
         module.config = routed

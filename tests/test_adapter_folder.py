@@ -93,8 +93,12 @@ def test_json(content, message, tmp_path):
         NTKAttentionConfig.from_pretrained(tmp_path)
 
 
-def rename(tensors):
-    tensors["base_model.model.lm_head.weight"] = torch.zeros(64, 32)
+def add(tensors):
+    tensors["base_model.model.model.norm.weight"] = torch.zeros(32)
+
+
+def resize(tensors):
+    tensors["base_model.model.lm_head.weight"] = torch.zeros(65, 32)
 
 
 def drop(tensors):
@@ -116,7 +120,8 @@ def infinite(tensors):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (rename, "'base_model.model.lm_head.weight' belongs to no adapter of this model"),
+        (add, "'base_model.model.model.norm.weight' belongs to no adapter of this model"),
+        (resize, r"lm_head.weight is \[65, 32\] in the adapter file, the model needs \[64, 32\]"),
         (drop, "log_k is missing .1 of 12"),
         (integers, "has the dtype I64, expected one of F64"),
         (large, "holds 1e.04, at most 80 is expected of a logarithm"),

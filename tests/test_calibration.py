@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ntk_attention import NTKAttentionConfig, calibrate, calibration
 from ntk_attention.calibration import OWN_LENGTH, OWN_ROWS, other_inputs, whitening, with_random_inputs
-from ntk_attention.layer import NTKAttentionLayer
+from ntk_attention.calls import CALLS
 from ntk_attention.observation import adapted_layers, prefix_shares
 
 from .families import ATTENTION, ENCODERS, FAMILIES, LLAMA, attention_function, naive_attention
@@ -290,9 +290,12 @@ def test_calibrating_twice_against_once():
     assert relative_error(logits(twice), logits(once)) < 1e-4
 
 
-def test_only_the_named_adapter_changes():
+@pytest.mark.parametrize("rank", [2, "auto"], ids=["another kind", "the same kind"])
+def test_only_the_named_adapter_changes(rank):
+    """Others of its kind train in its coordinates from then on, and compute what they did."""
     model = adapted(adapter_name="first")
-    model.add_adapter("second", NTKAttentionConfig())
+    model.add_adapter("second", NTKAttentionConfig(rank=rank))
+    function = logits(model)
     before = {n: x.clone() for n, x in model.state_dict().items()}
     modes = {}
     for index, (name, module) in enumerate(model.named_modules()):
@@ -300,10 +303,12 @@ def test_only_the_named_adapter_changes():
     calibrate(model, iter([INPUTS]), adapter_name="second")
     changed = {n for n, x in model.state_dict().items() if not torch.equal(x, before[n])}
     assert changed
-    assert all(".second." in name for name in changed)
+    assert all(".second." in name or (rank == "auto" and ".first." in name) for name in changed)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert model.active_adapters == ["first"]
-    assert all(m.observer is None for m in model.modules() if isinstance(m, NTKAttentionLayer))
+    assert relative_error(logits(model.eval()), function) <= (1e-5 if rank == "auto" else 0)
+    assert not CALLS.watchers
+    assert not CALLS.resting
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -388,7 +393,7 @@ def test_a_language_model_writes_the_other_inputs():
     (found,) = other_inputs(model, [INPUTS])
     assert torch.equal(torch.random.get_rng_state(), state)
     ids = found["input_ids"]
-    assert ids.shape == (OWN_ROWS, min(OWN_LENGTH, model.config.max_position_embeddings))
+    assert ids.shape == (OWN_ROWS, min(OWN_LENGTH, model.config.max_position_embeddings // 2))
     assert set(ids[:, 0].tolist()) == {model.config.bos_token_id}
     assert len({tuple(row) for row in ids.tolist()}) == OWN_ROWS
     with model.disable_adapter(), torch.no_grad():  # likely under the model itself, unlike tokens drawn at random

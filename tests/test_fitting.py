@@ -5,12 +5,13 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from ntk_attention import LayerPrefix, NTKAttentionConfig, adapter_from_prefix, anchor, by_layer, distill, fit
+from ntk_attention.calls import CALLS, exact_prefix
 from ntk_attention.distillation import set_coordinates
 from ntk_attention.fitting import AdapterFit, Sums, nonnegative, of_rank, own_variance, ridge_regression
-from ntk_attention.layer import PrefixAdapter, exact_prefix
+from ntk_attention.geometry import Geometry
+from ntk_attention.layer import PrefixAdapter
 from ntk_attention.observation import adapted_layers
 from ntk_attention.operation import Block, attend, prefix_block
-from ntk_attention.routing import Geometry
 from ntk_attention.study import SOURCES, study
 
 from .test_conversion import TEXT, M, error, filled_cache, llama, prefix_of_cache, with_the_text
@@ -170,7 +171,8 @@ def test_the_teacher_is_the_model_with_the_prefix(prefix):
     layers = adapted_layers(model)
     with exact_prefix(layers, by_layer(model, prefix), resting=layers):
         assert error(after_the_prefix(model), with_the_text(llama())) < 1e-6
-    assert not any(layer.exact or layer.disable_adapters for layer in layers.values())
+    assert not CALLS.exact
+    assert not CALLS.resting
 
 
 @pytest.mark.parametrize("weights", [False, True])

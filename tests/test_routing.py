@@ -5,10 +5,18 @@ from functools import partial
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModel, PreTrainedModel, masking_utils
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    PreTrainedModel,
+    masking_utils,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from ntk_attention import NTKAttentionConfig
-from ntk_attention.layer import NTKAttentionLayer
 from ntk_attention.routing import ROUTE, routes
 
 from .families import ATTENTION, FAMILIES, REFUSED, TARGET, attention_function, naive_attention
@@ -189,7 +197,8 @@ def test_base_may_switch_between_sdpa_and_eager(name):
 def use(model, implementation):
     """Switch the base model without the library that its attention would need: ours takes its place."""
     for module in model.modules():
-        config = module.base_config if isinstance(module, NTKAttentionLayer) else getattr(module, "config", None)
+        config = getattr(module, "config", None)
+        config = getattr(config, "ntk_base", config)
         if config is not None and getattr(config, "_attn_implementation", ROUTE) != ROUTE:
             config._attn_implementation_internal = implementation
 
@@ -236,8 +245,10 @@ def test_texts_packed_for_flash_attention_do_not_see_each_other(told_by):
 def test_switch_to_an_implementation_of_other_masks_is_refused():
     family = FAMILIES["llama"]
     model, inputs = adapted(family.build(dtype=torch.float32)), family.inputs()
-    use(model, "paged|sdpa")
-    with pytest.raises(ValueError, match=r"LlamaAttention uses the attention implementation 'paged\|sdpa'"):
+    AttentionInterface.register("own", sdpa_attention_forward)
+    AttentionMaskInterface.register("own", sdpa_mask)
+    use(model, "own")
+    with pytest.raises(ValueError, match="LlamaAttention uses the attention implementation 'own'"):
         model(**inputs)
 
 
@@ -254,7 +265,7 @@ def test_model_that_does_not_route_is_refused(model_type):
 @pytest.mark.parametrize(
     ("implementation", "options", "message"),
     [
-        ("paged|sdpa", {}, r"paged\|sdpa"),
+        ("paged|flash_attention_2", {}, r"paged\|flash"),
         ("sdpa", {"target_modules": ["q_proj"]}, "does not route"),
         ("sdpa", {"target_modules": ["self_attn", "mlp"]}, "does not route"),
         ("sdpa", {"target_modules": ["attention"]}, "not found"),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from ntk_attention import calibrate, tuner
-from ntk_attention.layer import exact_prefix
+from ntk_attention.calls import exact_prefix
 from ntk_attention.observation import adapted_layers
 from ntk_attention.sharding import whole
 

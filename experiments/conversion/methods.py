@@ -18,10 +18,10 @@ from peft import get_peft_model
 from torch import Tensor
 
 from ntk_attention import NTKAttentionConfig, adapter_from_prefix, anchor, by_layer, distill, fit, prefix_of_text
+from ntk_attention.calls import exact_prefix
 from ntk_attention.compression import states_of
 from ntk_attention.distillation import match, teacher_logits
 from ntk_attention.exact import LayerPrefix
-from ntk_attention.layer import exact_prefix
 from ntk_attention.observation import adapted_layers
 from ntk_attention.routing import CHILD, detach
 from ntk_attention.study import study

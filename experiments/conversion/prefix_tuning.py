@@ -1,4 +1,7 @@
-"""PEFT prefix-tuning adapters of m tokens, trained on a task and converted: the task's metric before and after."""
+"""PEFT prefix-tuning adapters of m tokens, trained on a task and converted: the task's metric before and after.
+
+The field exact_match of a row is the share of the answers whose final number is right.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from transformers import DynamicCache
 
 from ntk_attention import NTKAttentionConfig, adapter_from_prefix, anchor, by_layer, distill, fit, prefix_of_adapter
 from ntk_attention.data import EMBEDDED_TASKS, collate, encode_all
-from ntk_attention.evaluation import exact_match, mean_loss
+from ntk_attention.evaluation import mean_loss, share_right
 from ntk_attention.models import load_model
 
 from .methods import ANCHORED, R256, TAYLOR
@@ -60,7 +63,7 @@ def run(
         started = time.time()
         figures = {
             "loss": mean_loss(model, test_rows, pad),
-            "exact_match": exact_match(model, tokenizer, test, MAX_NEW_TOKENS),
+            "exact_match": share_right(model, tokenizer, test, "final_number", MAX_NEW_TOKENS),
             "evaluated_in_seconds": round(time.time() - started, 1),
         }
         written.add({"m": m, "method": way, **sizes, **figures, **more})

@@ -217,8 +217,8 @@ def prefix_tuning(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
         return f"{row['exact_match']:.1%}, {row['loss']:.3f}" if row else ""
 
     text = [
-        f"{first['task']}, {first['held_out']} held-out items: exact match and loss in nats per token. Prefix tuning: "
-        f"{first['train_steps']} steps of {first['batch_size']} items; distillation {first['steps']} steps.\n",
+        f"{first['task']}, {first['held_out']} held-out items: right final numbers and loss in nats per token. Prefix "
+        f"tuning: {first['train_steps']} steps of {first['batch_size']} items; distillation {first['steps']} steps.\n",
         table(["way", *(f"m = {m:,}" for m in lengths)], [[way, *(cell(m, way) for m in lengths)] for way in ways]),
     ]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

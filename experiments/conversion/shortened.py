@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ntk_attention.anchors import attention_received
+from ntk_attention.calls import exact_prefix
 from ntk_attention.exact import LayerPrefix, exact_scores
 from ntk_attention.fitting import HeadFit, logit_scale
-from ntk_attention.layer import exact_prefix
 from ntk_attention.observation import adapted_layers, observe
 
 

@@ -90,8 +90,13 @@ def weights_file(folder: Path) -> Path:
     raise AdapterError(f"{folder} has no {WEIGHTS}: expected the folder of a saved adapter")
 
 
-def check_weights(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_weights(path: Path, expected: Mapping[str, tuple[int, ...]], optional: Mapping[str, tuple[int, ...]]) -> None:
     """Compare a safetensors file with the names and shapes that a model needs: the header first, then the values.
+
+    Args:
+        path: of the file.
+        expected: shapes of the tensors that must be there, by name.
+        optional: shapes of those that may be there.
 
     Raises:
         AdapterError: if the file is damaged, a name is missing or not expected, a shape or dtype is another, or a value
@@ -100,23 +105,25 @@ def check_weights(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            check_names(str(path), set(headers), set(expected))
+            check_names(str(path), set(headers) - (set(optional) - set(expected)), set(expected))
             for name, header in headers.items():
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 if dtype not in FLOATING:
                     raise AdapterError(f"{path}: {name} has the dtype {dtype}, expected one of {', '.join(FLOATING)}")
-                check_shape(str(path), name, shape, expected[name])
+                check_shape(str(path), name, shape, expected.get(name) or optional[name])
             for name in headers:
                 check_values(str(path), name, file.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} is damaged: {shown(str(error))}") from None
 
 
-def check_state_dict(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_state_dict(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], optional: Mapping[str, tuple[int, ...]]
+) -> None:
     """The same for tensors that have been read already."""
-    check_names("the adapter", set(tensors), set(expected))
+    check_names("the adapter", set(tensors) - (set(optional) - set(expected)), set(expected))
     for name, tensor in tensors.items():
-        check_shape("the adapter", name, tuple(tensor.shape), expected[name])
+        check_shape("the adapter", name, tuple(tensor.shape), expected.get(name) or optional[name])
         check_values("the adapter", name, tensor)
 
 

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .calls import exact_prefix
 from .exact import LayerPrefix, exact_scores
 from .features import Anchored
 from .fitting import logit_scale
-from .layer import exact_prefix
 from .observation import adapted_layers, observe
 from .operation import Block
 from .routing import query_scale

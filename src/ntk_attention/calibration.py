@@ -20,8 +20,8 @@ All of it is a change of coordinates and a start: saved files hold plain Z, k an
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -30,12 +30,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .calls import without_adapters
 from .evaluation import samples
 from .feed_forward import FeedForwardPrefix
 from .layer import NTKAttentionLayer, PrefixAdapter
-from .observation import adapted_layers, observe
+from .observation import adapted_layers, evaluating, observe
 from .operation import Block
-from .routing import is_encoder
+from .routing import CHILD
 
 # Of every head's attention that the prefix holds at the start. A smaller one starts closer to the frozen model: a
 # language model learned sums in words less well then, encoders of text more (package sections), a ViT as much.
@@ -59,6 +60,8 @@ LOG_K_STEP = 0.15
 STREAM_UNIT, OUTPUT_UNIT, INPUT_UNIT = 0.07, 0.4, 0.3
 MAX_BYTES = 8 * 2**30
 OWN_ROWS, OWN_LENGTH = 32, 128  # tokens of the text that a model writes itself
+TENSORS = ("input_ids", "attention_mask", "decoder_input_ids", "labels")
+TEXT = {"input_ids", "attention_mask", "position_ids", "labels"}  # what batches of text alone may hold
 SIGNALS = ("pixel_values", "input_features", "input_values")  # pictures and sound
 
 
@@ -87,11 +90,15 @@ def calibrate(
             for pictures and sound; nothing where inputs are of several kinds, or with False.
 
     Raises:
-        ValueError: without such an adapter, without its constant feature, with an empty `batches`, with batches that
-            never reach an adapted layer, or with a share outside (0, 1).
+        ValueError: without such an adapter, without its constant feature, with `batches` that are empty or no
+            arguments of the model's forward, that reach no adapted layer, or with a share outside (0, 1).
+
+    Warns:
+        UserWarning: if there are layers that no token reaches, such as a vision tower without pictures. They start as
+            they were.
     """
     layers = adapted_layers(model, adapter_name)
-    encodes = all(is_encoder(layer.get_base_layer()) for layer in layers.values())
+    encodes = all(layer.encodes for layer in layers.values())
     if share is not None and not 0.0 < share < 1.0:
         raise ValueError(f"share must be between 0 and 1, got {share}")
     head_steps = {name: step_of_large_heads(layer) for name, layer in layers.items()}
@@ -99,23 +106,21 @@ def calibrate(
     if not all(layer[adapter_name].feature_map.constant for layer in layers.values()):
         raise ValueError("calibrate needs the constant feature: make the config with constant_feature=True")
     check_size(layers, adapter_name)
-    batches = list(batches)
-    if not batches:
-        raise ValueError("calibrate got no batches: a few batches of training data are expected")
+    batches = checked_batches(batches)
 
-    statistics = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
-    blocks = {
-        name: FeedForwardStatistics(prefix)
-        for name, layer in layers.items()
-        if (prefix := layer[adapter_name].feed_forward) is not None
-    }
-    with ExitStack() as stack:
-        for layer in layers.values():
-            stack.enter_context(layer.resting())
-        unlike = other_inputs(model, batches) if others is True else list(others or ())
+    with without_adapters(layers.values()):
+        unlike = other_inputs(model, batches) if others is True else checked_batches(others or (), least=0)
+        statistics = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
         observe(model, layers, batches, {name: s.observe_scale for name, s in statistics.items()})
+        statistics = {name: s for name, s in statistics.items() if s.num_rows}
+        layers = reached(layers, statistics)
+        blocks = {
+            name: FeedForwardStatistics(prefix)
+            for name, layer in layers.items()
+            if (prefix := layer[adapter_name].feed_forward) is not None
+        }
         for name, s in statistics.items():
-            s.set_scale(shares[name], name)
+            s.set_scale(shares[name])
         moments = {name: s.observe_moments for name, s in statistics.items()}
         for kind in (batches, unlike):
             if kind:
@@ -130,16 +135,80 @@ def calibrate(
         heads.set_coordinates_and_start(step, head_steps[name] * LOG_K_STEP / shares[name], generator)
     for block in blocks.values():
         block.set_coordinates_and_start(generator)
+    for layer in layers.values():
+        layer.lead(adapter_name)
 
 
+def checked_batches(batches: Iterable[Mapping[str, Any]], least: int = 1) -> list[Mapping[str, Any]]:
+    """The batches as a list.
+
+    Raises:
+        ValueError: if one is not what the model's forward can be called with, or there are fewer than `least`.
+    """
+    expected = "expected a dict of tensors with the arguments of the model's forward, such as input_ids [B, L]"
+    if isinstance(batches, str | Mapping | Tensor):
+        raise ValueError(
+            f"calibrate got a {type(batches).__name__} for batches: expected a list, each of which is "
+            f"{expected.removeprefix('expected ')}"
+        )
+    found = list(batches)
+    for number, batch in enumerate(found):
+        if not isinstance(batch, Mapping) or not all(isinstance(name, str) for name in batch):
+            raise ValueError(f"batch {number} is a {type(batch).__name__}: {expected}")
+        for name, x in batch.items():
+            if isinstance(x, str | list | tuple) and name in (*TENSORS, *SIGNALS):
+                raise ValueError(f"batch {number} holds a {type(x).__name__} under {name!r}: {expected}")
+        if not any(isinstance(x, Tensor) for x in batch.values()):
+            raise ValueError(f"batch {number} holds no tensor, but {sorted(batch)}: {expected}")
+    if len(found) < least:
+        raise ValueError("calibrate got no batches: a few batches of training data are expected")
+    return found
+
+
+def reached(
+    layers: Mapping[str, NTKAttentionLayer], statistics: Mapping[str, HeadStatistics]
+) -> dict[str, NTKAttentionLayer]:
+    """The layers that tokens of the batches have reached; says which others there are.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not statistics:
+        raise ValueError(
+            f"no token of the batches reached any of the {len(layers)} adapted attention modules: are all of them "
+            "padding?"
+        )
+    others = [name for name in layers if name not in statistics]
+    if others:
+        warnings.warn(
+            f"calibrate: no token of the batches reached {len(others)} of {len(layers)} attention modules, such as "
+            f"{others[0].removesuffix(f'.{CHILD}')}; they start as they were",
+            stacklevel=3,
+        )
+    return {name: layer for name, layer in layers.items() if name in statistics}
+
+
+@torch.no_grad()
 def other_inputs(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """What the model might see apart from these batches: text that it writes itself, random tokens, noise."""
     start = start_token(model)
-    if start is not None and all("input_ids" in batch and not signals_of(batch) for batch in batches):
+    if start is not None and all("input_ids" in batch and set(batch) <= TEXT for batch in batches):
         base = base_of(model)
-        longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or OWN_LENGTH
-        length = min(OWN_LENGTH, longest)
-        return [{"input_ids": samples(base, torch.full((OWN_ROWS, 1), start), length, seed=0)}]
+        longest = getattr(text_config(base.config), "max_position_embeddings", None) or 2 * OWN_LENGTH
+        length = min(OWN_LENGTH, longest // 2)  # some count positions from the padding token on
+        try:
+            text = samples(base, torch.full((OWN_ROWS, 1), start), length, seed=0)
+            with evaluating(base):
+                base(input_ids=text[:1])  # tokens that stand for pictures or sound would have to come with these
+            return [{"input_ids": text, "attention_mask": torch.ones_like(text)}]
+        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            warnings.warn(
+                f"calibrate: {type(base).__name__} does not write text from its first token alone "
+                f"({type(error).__name__}: {error}): random tokens stand in for it",
+                stacklevel=3,
+            )
     return with_random_inputs(model, batches)
 
 
@@ -152,10 +221,18 @@ def start_token(model: Any) -> int | None:
     base = base_of(model)
     if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
         return None
-    text = base.config.get_text_config()
+    text = text_config(base.config)
     named = [getattr(text, name, None) for name in ("bos_token_id", "eos_token_id")]
     tokens = [token for value in named for token in (value if isinstance(value, list) else [value])]
     return next((token for token in tokens if token is not None and token < text.vocab_size), None)
+
+
+def text_config(config: PreTrainedConfig) -> Any:
+    """The part of a config that is about text; the config itself where there are several."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config
 
 
 def signals_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -165,7 +242,7 @@ def signals_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 def with_random_inputs(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The batches of one kind, with other contents. Special tokens stay, and none are drawn."""
     config = getattr(model, "config", None)
-    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    text = text_config(config) if isinstance(config, PreTrainedConfig) else config
     size = getattr(text, "vocab_size", None)
     generator = torch.Generator().manual_seed(0)
     special = torch.tensor(special_tokens(config) + special_tokens(text), dtype=torch.long)
@@ -243,7 +320,12 @@ class HeadStatistics:
 
     def rows(self, query: Tensor, frozen: Block, factor: float, counts: Tensor) -> tuple[Tensor, ...]:
         """phi [H, N, r], its log scale, lse [H, N] and out [H, N, d_v] of the N rows of each state head that count."""
-        H = self.adapter.num_heads
+        H, features = self.adapter.num_heads, self.gram.shape[-1]
+        if self.adapter.feature_map.num_features(query.shape[-1]) != features:
+            raise ValueError(
+                f"a module has queries of size {query.shape[-1]}, of which {self.adapter.feature_map!r} does not make "
+                f"the {features} features of its adapter: leave the module out with exclude_modules"
+            )
         phi, row_scale = self.adapter.feature_map.scaled(query.float() * factor)
 
         def select(x: Tensor) -> Tensor:
@@ -264,9 +346,7 @@ class HeadStatistics:
         self.advantages.append((torch.log(self.normaliser(phi)) + row_scale - lse).cpu())
 
     @torch.no_grad()
-    def set_scale(self, share: float, name: str) -> None:
-        if self.num_rows == 0:
-            raise ValueError(f"no token of the batches reached {name}: are all of them padding?")
+    def set_scale(self, share: float) -> None:
         b = self.sum_lse / self.num_rows
         self.adapter.part("log_scale").copy_(b)
         self.log_k = offset_for_share(torch.cat(self.advantages, dim=1).double(), share).to(b) - b
@@ -289,6 +369,8 @@ class HeadStatistics:
     def end_of_kind(self) -> None:
         """Mean of g g^T over the rows since the last call. The first ones, of the task, also give the prefix's value at
         the start [H, d_v]: of all fixed ones, the least-squares one in the outputs."""
+        if self.gram_rows == 0:  # none of this kind came here
+            return
         if not self.moments:
             self.value = self.wanted / self.gram[:, -1, -1, None]
             self.output_rms = (self.sum_square / self.gram_rows).sqrt()[:, None, None]
@@ -344,12 +426,16 @@ class FeedForwardStatistics:
             self.streams.append(rms(hidden))
 
     def end_of_kind(self) -> None:
+        if self.num_rows == 0:
+            return
         self.moments.append(torch.as_tensor(self.gram / self.num_rows))
         self.gram, self.num_rows = 0.0, 0
 
     @torch.no_grad()
     def set_coordinates_and_start(self, generator: torch.Generator) -> None:
         """Coordinates as the constants above say; nothing is added at first."""
+        if not self.moments:  # a block that the tokens of its attention do not pass
+            return
         stream, output = (torch.cat(sizes).median().item() for sizes in (self.streams, self.outputs))
         unit = max(min(STREAM_UNIT * stream, OUTPUT_UNIT * output), torch.finfo(torch.float32).tiny)
         coordinates = INPUT_UNIT * inverse_root(mean_of(self.moments).double())

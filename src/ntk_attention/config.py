@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -30,7 +31,8 @@ class NTKAttentionConfig(PeftConfig):
     Args:
         target_modules: names (or a regex) of attention modules; by default every one that routes through the
             attention interface of transformers.
-        exclude_modules: names (or a regex) of attention modules to leave alone.
+        exclude_modules: names of attention modules, or of modules around them, to leave alone; or a regex that whole
+            names of attention modules must match.
         layers_to_transform: layer index or indices to adapt; all by default.
         layers_pattern: name of the module list that the layer index counts in, where it is not the first one.
         modules_to_save: other modules to train and save, such as a classification head.
@@ -68,6 +70,7 @@ class NTKAttentionConfig(PeftConfig):
     def __post_init__(self) -> None:
         # The safetensors file that belongs to a config that was read from a folder.
         self.weights: Path | None = None
+        self.asked: dict[str, Any] = {}  # what stood in the fields that a model has filled in since
         check_fields(self)
         super().__post_init__()
         self.peft_type = PEFT_TYPE
@@ -93,6 +96,18 @@ class NTKAttentionConfig(PeftConfig):
             raise ValueError("layers_to_transform needs target_modules as a list or None, got a regex")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern was given without layers_to_transform")
+
+    def settle(self, **values: Any) -> None:
+        """Put what one model makes of this config into its fields: the file that is saved must not depend on more."""
+        for name, value in values.items():
+            self.asked.setdefault(name, getattr(self, name))
+            setattr(self, name, value)
+
+    def unsettle(self) -> None:
+        """Ask for the same as at first, of another model."""
+        for name, value in self.asked.items():
+            setattr(self, name, value)
+        self.asked.clear()
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -124,6 +139,11 @@ class NTKAttentionConfig(PeftConfig):
             raise AdapterError(f"{folder / CONFIG}: {error}") from None
         config.weights = weights
         return config
+
+    def kind(self) -> str:
+        """The same for adapters that have parameters of the same kinds: on one module these are of the same shapes."""
+        names = ("feature_map", "feature_map_options", "constant_feature", "rank", "feed_forward_rank", "state_heads")
+        return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
 
     def for_given_prefix(self) -> NTKAttentionConfig:
         """A copy for a prefix that exists, whose sums need a full Z and leave feed-forward blocks alone by default."""

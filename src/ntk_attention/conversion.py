@@ -18,7 +18,8 @@ from transformers import DynamicCache
 
 from .config import NTKAttentionConfig
 from .exact import LayerPrefix
-from .routing import CHILD, geometry_of, query_scale, routes
+from .geometry import geometry_of
+from .routing import CHILD, query_scale, routes
 from .state import PrefixState, check_tokens
 
 
@@ -54,7 +55,7 @@ def adapter_from_prefix(
     for name, module in modules:
         adapters = getattr(module, CHILD, None)
         if adapters is not None:
-            adapters[peft_model.active_adapter].load_state(states[name])
+            adapters.load_state(peft_model.active_adapter, states[name])
     return peft_model
 
 

@@ -23,6 +23,7 @@ class Coordinated(nn.Module):
 
     leading: str
     scaled: str
+    constants: tuple[str, ...] = ()  # buffers that are saved, spread as parameters are
     placements: Sequence[Placement] = BY_HEAD  # of the parameters on a mesh
 
     def __init__(self) -> None:
@@ -44,9 +45,14 @@ class Coordinated(nn.Module):
             part = spread(parameter.detach(), mesh, self.placements, source=0)
             # Not setattr: PEFT's low_cpu_mem_usage takes that over, and cannot rebuild a DTensor.
             self._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
+        for name, constant in self.own_constants().items():
+            self._buffers[name] = spread(constant, mesh, self.placements, source=0)
+
+    def own_constants(self) -> dict[str, Tensor]:
+        return {name: x for name in self.constants if (x := self._buffers[name]) is not None}
 
     def part(self, name: str) -> Tensor:
-        """What this process has of a parameter."""
+        """What this process has of a parameter or a constant."""
         parameter = getattr(self, name)
         return parameter if self.mesh is None else parameter.to_local()
 
@@ -66,6 +72,16 @@ class Coordinated(nn.Module):
         X.copy_(self._to_coordinates(leading.to(X)))
         self.part(self.scaled).copy_(scaled / self.unit)
 
+    @torch.no_grad()
+    def follow(self, other: Coordinated) -> None:
+        """Train in the coordinates of another one of the same shapes, with the values that are there."""
+        if getattr(self, self.scaled).is_meta:  # a state dict follows, with plain values
+            self.set_coordinates(other.coordinates, other.unit)
+            return
+        leading, scaled = self.plain_leading().clone(), self.plain_scaled().clone()
+        self.set_coordinates(other.coordinates, other.unit)
+        self.set_plain(leading, scaled)
+
     def make_plain(self, tensors: dict[str, Any], prefix: str) -> None:
         """Bring the trained values in a state dict, whose names start so, into plain coordinates."""
         if self.coordinates is not None:
@@ -81,13 +97,14 @@ class Coordinated(nn.Module):
             self.make_plain(destination, prefix)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name, parameter in self.named_parameters():
+        own_names = {*self._parameters, *self.constants}
+        for name, parameter in [*self.named_parameters(), *self.own_constants().items()]:
             given = state_dict.get(prefix + name)
             if given is None:
                 continue
             check_shape("the state dict", f"{prefix}{name}", tuple(given.shape), tuple(parameter.shape))
             check_values("the state dict", f"{prefix}{name}", given)
-            own = name in self._parameters  # a child with other placements sees to its own
+            own = name in own_names  # a child with other placements sees to its own
             if own and self.mesh is not None and isinstance(parameter, DTensor) and not isinstance(given, DTensor):
                 state_dict[prefix + name] = spread(given.to(self.mesh.device_type), self.mesh, self.placements)
         if self.coordinates is not None and not is_partitioned(getattr(self, self.scaled)):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import LOG_K_STEP, whitening
+from .calls import exact_prefix
 from .exact import LayerPrefix, together
-from .layer import PrefixAdapter, exact_prefix
+from .layer import PrefixAdapter
 from .observation import adapted_layers, evaluating, observe
 from .operation import Block, merge_blocks
 

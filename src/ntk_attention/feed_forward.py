@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .coordinates import Coordinated
+from .geometry import linear_size, width_of
 from .sharding import ON_ALL
 
 # Where a block begins and ends, seen from the transformer layer that has it, in the families of transformers.
@@ -62,7 +63,7 @@ def feed_forwards(model: nn.Module, attention: Iterable[str]) -> dict[str, FeedF
 
 
 def feed_forward_of(model: nn.Module, attention: str) -> FeedForward | None:
-    width = getattr(getattr(model.get_submodule(attention), "config", None), "hidden_size", None)
+    width = width_of(model.get_submodule(attention))
     parts = attention.split(".")
     for level in range(1, min(LEVELS, len(parts)) + 1):
         layer = parts[:-level]
@@ -72,9 +73,17 @@ def feed_forward_of(model: nn.Module, attention: str) -> FeedForward | None:
                 first, last = map(model.get_submodule, names)
             except AttributeError:
                 continue
-            if width and getattr(first, "in_features", width) == width:
+            if width and width in sizes_of(first) and width in sizes_of(last):
                 return FeedForward(first, last, model.get_submodule(".".join(layer)), (names[0], names[1]), width)
     return None
+
+
+def sizes_of(block: nn.Module) -> set[int]:
+    """All sizes of the weights in a block, quantised or not."""
+    sizes = {size for weight in block.parameters() for size in weight.shape}
+    for module in block.modules():
+        sizes |= {size for side in ("in_features", "out_features") if (size := linear_size(module, side))}
+    return sizes
 
 
 class FeedForwardPrefix(Coordinated):

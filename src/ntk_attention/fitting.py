@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .calls import exact_prefix
 from .coordinates import solve_by_qr
 from .exact import LayerPrefix, together
 from .features import FeatureMap
-from .layer import NTKAttentionLayer, PrefixAdapter, exact_prefix
+from .layer import NTKAttentionLayer, PrefixAdapter
 from .observation import adapted_layers, observe
 from .operation import Block, exact_block, merge_blocks
 from .routing import query_scale

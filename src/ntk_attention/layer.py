@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,17 +14,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
+from .calls import CALLS
 from .config import NTKAttentionConfig
 from .coordinates import Coordinated
-from .exact import LayerPrefix
-from .feed_forward import FeedForward, FeedForwardPrefix, FeedForwardRows
-from .operation import Block
-from .routing import Geometry
+from .feed_forward import FeedForward, FeedForwardPrefix
+from .geometry import Geometry
 from .sharding import spread
 from .state import PrefixState, RowStates
 
 # The published start, k = 0, cannot be a logarithm; this k weighs nothing and, like |k| at 0, has no gradient.
 LOG_OF_NOTHING = -40.0
+BASE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 2**18
 
 
@@ -72,23 +71,23 @@ def settle_ranks(config: NTKAttentionConfig, geometries: Iterable[Geometry]) -> 
     """Put numbers in place of "auto" where one fits all layers: a file must not depend on what it means later."""
     geometries = list(geometries)
     if config.rank == "auto" and not any(geometry.feed_forward for geometry in geometries):
-        config.rank = None
+        config.settle(rank=None)
     ranks, feed_forward_ranks = (set(x) for x in zip(*(ranks_of(config, g) for g in geometries), strict=True))
     if len(ranks) == 1:
-        config.rank = ranks.pop()
+        config.settle(rank=ranks.pop())
     feed_forward_ranks.discard(None)
     if len(feed_forward_ranks) < 2:
-        config.feed_forward_rank = feed_forward_ranks.pop() if feed_forward_ranks else None
+        config.settle(feed_forward_rank=feed_forward_ranks.pop() if feed_forward_ranks else None)
 
 
 class PrefixAdapter(Coordinated):
     """The trainable form of one `PrefixState`, and of the prefix of the feed-forward block beside it.
 
-    Trainable are Z [H, r, d_v] (or its factors Z_A [H, r, rank] and Z_B [H, rank, d_v]) and log_k, the logarithm of
-    the entries of k that belong to nonnegative features: the normaliser is positive by construction. Two tensors do
-    not train: `log_scale`, b, [H], which calibration sets, and `k_signed`, the entries of k of features of both signs
-    (`taylor` has some), which are zero except in a state that was made of a given prefix. `feed_forward` is None where
-    there is no such block or the config wants none.
+    The parameters are Z [H, r, d_v] (or its factors Z_A [H, r, rank] and Z_B [H, rank, d_v]) and log_k, the logarithm
+    of the entries of k that belong to nonnegative features: the normaliser is positive by construction. What does not
+    train are buffers: `log_scale`, b, [H], which calibration sets, and `k_signed`, the entries of k of features of both
+    signs (`taylor` has some), which are zero except in a state that was made of a given prefix. `feed_forward` is None
+    where there is no such block or the config wants none.
 
     Calibration (`calibration.py`) also sets coordinates, see `Coordinated`: Z = C Z', log k = unit kappa.
 
@@ -97,6 +96,9 @@ class PrefixAdapter(Coordinated):
     """
 
     scaled = "log_k"
+    constants = ("log_scale", "k_signed")
+    log_scale: Tensor
+    k_signed: Tensor | None
 
     def __init__(self, config: NTKAttentionConfig, geometry: Geometry):
         super().__init__()
@@ -111,12 +113,13 @@ class PrefixAdapter(Coordinated):
         self.leading = "Z" if "Z" in shapes else "Z_A"  # carries the features
         nonnegative = self.feature_map.nonnegative(geometry.head_dim)
         self.normaliser_features = None if nonnegative.all() else nonnegative.nonzero().squeeze(1)
-        self.k_signed: nn.Parameter | None
-        self.register_parameter("k_signed", None)
+        self.register_buffer("k_signed", None)
         if "k_signed" in shapes:
             self.signed_features = (~nonnegative).nonzero().squeeze(1)
-            self.k_signed = nn.Parameter(torch.empty(shapes["k_signed"]), requires_grad=False)
-        self.log_scale = nn.Parameter(torch.empty(shapes["log_scale"]), requires_grad=False)
+            self.k_signed = torch.zeros(shapes["k_signed"])
+        self.register_buffer("log_scale", torch.zeros(shapes["log_scale"]))
+        # Those of one kind that train have the same b and coordinates; adapters for inference keep what files say.
+        self.kind = None if config.inference_mode else config.kind()
         self.feed_forward: FeedForwardPrefix | None = None
         if "feed_forward.Z_A" in shapes:
             self.feed_forward = FeedForwardPrefix(*shapes["feed_forward.Z_A"])
@@ -136,9 +139,40 @@ class PrefixAdapter(Coordinated):
         if self.feed_forward is not None:
             self.feed_forward.shard(mesh)
 
+    @torch.no_grad()
+    def follow(self, other: Coordinated) -> None:
+        """Take over b and the coordinates of another adapter of the same config; the function stays as it is."""
+        assert isinstance(other, PrefixAdapter)
+        shift = self.part("log_scale") - other.part("log_scale").to(self.part("log_scale"))
+        self.part("log_scale").copy_(other.part("log_scale"))
+        super().follow(other)
+        if self.feed_forward is not None and other.feed_forward is not None:
+            self.feed_forward.follow(other.feed_forward)
+        if not self.log_k.is_meta and shift.any():
+            leading, log_k = self.plain_leading(), self.plain_scaled()
+            self.set_plain(leading * shift.exp()[:, None, None].to(leading), log_k + shift[:, None].to(log_k))
+
+    @torch.no_grad()
+    def become_twin(self, other: PrefixAdapter) -> None:
+        """Take over all that does not train from another adapter of the same config.
+
+        From then on equal parameters are equal functions: trainers copy the parameters of an adapter into a second one
+        and compare with it later.
+        """
+        if self.k_signed is not None:
+            self.part("k_signed").copy_(other.part("k_signed"))
+        for own, given in zip(self.feature_map.buffers(), other.feature_map.buffers(), strict=True):
+            own.copy_(given)
+        self.follow(other)
+
     def part_of(self, x: Tensor) -> Tensor:
         """The heads of this process of a whole tensor [H, ...], which is on every process."""
         return x if self.mesh is None else spread(x, self.mesh).to_local()
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Parameters and constants as they are, by the names that files have for them."""
+        buffers = {name: x for name, x in self.named_buffers() if not name.endswith("coordinates")}
+        return {**dict(self.named_parameters()), **buffers}
 
     @property
     def num_heads(self) -> int:
@@ -152,9 +186,6 @@ class PrefixAdapter(Coordinated):
             self.feed_forward.reset_parameters(init_weights is False)
         r = getattr(self, self.leading).shape[1]
         with torch.no_grad():
-            self.log_scale.zero_()
-            if self.k_signed is not None:
-                self.k_signed.zero_()
             if init_weights is False:
                 self.log_k.normal_(-math.log(r), 0.5)
                 for name, parameter in self.named_parameters(recurse=False):
@@ -220,33 +251,30 @@ class PrefixAdapter(Coordinated):
             self.part("k_signed").copy_(k[:, self.signed_features.to(k.device)])
         self.part("log_scale").copy_(state.log_scale)
 
-    def freeze_constants(self) -> None:
-        """Only Z (or its factors), log_k and the factors for the feed-forward block ever train."""
-        self.log_scale.requires_grad_(False)
-        if self.k_signed is not None:
-            self.k_signed.requires_grad_(False)
-        self.feature_map.requires_grad_(False)
-
 
 class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
     """The adapters of one attention module and its feed-forward block, by name; hangs on the attention as a child."""
 
     adapter_layer_names = ("adapters",)
 
-    def __init__(self, attention: nn.Module, geometry: Geometry, mesh: DeviceMesh | None = None):
+    def __init__(
+        self, attention: nn.Module, geometry: Geometry, mesh: DeviceMesh | None = None, *, encodes: bool = False
+    ):
         super().__init__()
+        self.encodes = encodes  # whether it is of an encoder that writes nothing
         self._attention = (attention,)  # in a tuple, since a child must not register its parent
         self.geometry = geometry
         self.mesh = mesh  # of processes that hold a part of the heads each
-        self.rows: RowStates | None = None  # of a mixed batch, while it lasts
-        self.feed_forward_rows: FeedForwardRows | None = None  # likewise
         self.block: FeedForward | None = None
-        self.feed_forward_input: Tensor | None = None  # while the block runs
         self._hooks: list[RemovableHandle] = []
-        # A function put here sees every call: the query, the block of the real tokens, the block of the prefix (None
-        # while the adapters rest) and the factor that makes phi's input of the query.
-        self.observer: Callable[[Tensor, Block, Block | None, float], None] | None = None
-        self.exact: LayerPrefix | None = None  # tokens of a prefix that are all there, see `exact_prefix`
+        # Set by `routing.attach`: the module's own function for "eager", and arguments that are refused
+        self.eager: Callable[..., Any] | None = None
+        self.refused_arguments: dict[str, dict[str, str]] = {}
+
+    @property
+    def rows(self) -> RowStates | None:
+        """The prefixes of the rows of the mixed batch that this thread is in; None outside of one."""
+        return None if CALLS.mixed is None else CALLS.mixed.rows.get(self)
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -259,7 +287,10 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         return self._attention[0]
 
     def add_adapter(self, name: str, config: NTKAttentionConfig, block: FeedForward | None = None) -> None:
-        """A new adapter, which looks after a feed-forward block as well."""
+        """A new adapter, which looks after a feed-forward block as well.
+
+        Beside others of its kind it takes over what does not train of them, the active one first.
+        """
         width = 0 if block is None else block.width
         adapter = PrefixAdapter(config, replace(self.geometry, feed_forward=width))
         device = self.device()
@@ -267,10 +298,14 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             adapter.to(device)
         if self.mesh is not None:
             adapter.shard(self.mesh)
+        twins = [*self.active_names(), *self.keys()]
+        twin = next((twin for twin in twins if adapter.kind is not None and self[twin].kind == adapter.kind), None)
+        if twin is not None:
+            adapter.become_twin(*self.in_memory([twin]))
         self[name] = adapter
         if block is not None and not self._hooks:
             self.hook(block)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
 
     def hook(self, block: FeedForward) -> None:
         """Add to the block's output from here on. Where one module is the block, no state is kept between the hooks,
@@ -285,12 +320,10 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         ]
 
     def before_first(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.feed_forward_input = input_of(args, kwargs)
+        CALLS.inputs[self] = input_of(args, kwargs)
 
     def after_last(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        x, self.feed_forward_input = self.feed_forward_input, None
-        assert x is not None
-        return self.add_to_block(x, output)
+        return self.add_to_block(CALLS.inputs.pop(self), output)
 
     def after_block(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         return self.add_to_block(input_of(args, kwargs), output)
@@ -303,10 +336,11 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         return (out, *output[1:]) if isinstance(output, tuple) else out
 
     def feed_forward_prefixes(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
-        if self.disable_adapters:
+        if self.rests():
             return []
-        if self.rows is not None:
-            return [] if self.feed_forward_rows is None else [self.feed_forward_rows]
+        if CALLS.mixed is not None:
+            rows = CALLS.mixed.feed_forward_rows.get(self)
+            return [] if rows is None else [rows]
         prefixes = [adapter.feed_forward for adapter in self.in_memory(self.active_names())]
         return [prefix for prefix in prefixes if prefix is not None]
 
@@ -315,44 +349,39 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             hook.remove()
         self._hooks.clear()
 
-    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        super().set_adapter(*args, **kwargs)
-        self._freeze_constants()
-
-    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
-        super().set_requires_grad(*args, **kwargs)
-        self._freeze_constants()
-
-    def _freeze_constants(self) -> None:
-        for name in self.keys():
-            self[name].freeze_constants()
+    def rests(self) -> bool:
+        return bool(self.disable_adapters) or self in CALLS.resting
 
     def has_active_state(self) -> bool:
-        return not self.disable_adapters and (self.rows is not None or bool(self.active_names()))
+        if self.rests():
+            return False
+        return bool(self.active_names()) if CALLS.mixed is None else self in CALLS.mixed.rows
 
     def active_names(self) -> list[str]:
         """Active adapters that this layer has."""
         return [name for name in cast(list[str], self.active_adapters) if name in self]
 
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Without any adapter, and without the changes to requires_grad that PEFT makes when it disables adapters."""
-        before = bool(self.disable_adapters)
-        self._disable_adapters = True
-        try:
-            yield
-        finally:
-            self._disable_adapters = before
-
     def states(self, batch_size: int) -> Sequence[PrefixState | RowStates]:
         """The prefixes of all active adapters, one after another; or, in a mixed batch, the prefix of every row."""
-        if self.rows is None:
+        if CALLS.mixed is None:
             return [adapter.state() for adapter in self.in_memory(self.active_names())]
-        if len(self.rows.index) != batch_size:
-            raise ValueError(
-                f"adapter_names has {len(self.rows.index)} names for a batch of {batch_size}: expected as many"
-            )
-        return [self.rows]
+        rows = CALLS.mixed.of_batch(self, batch_size)
+        return [] if rows is None else [rows]
+
+    def load_state(self, name: str, state: PrefixState) -> None:
+        """Let an adapter become a given state, see `PrefixAdapter.load_state`."""
+        self[name].load_state(state)
+        self.lead(name)
+
+    def lead(self, name: str) -> None:
+        """Give b and the coordinates of an adapter, after they were set, to the others of its kind.
+
+        Equal parameters are equal functions then, also where one was calibrated after the other.
+        """
+        own = self[name]
+        for other in self.keys():
+            if other != name and own.kind is not None and self[other].kind == own.kind:
+                self[other].follow(own)
 
     def stack(self, names: Sequence[str]) -> list[PrefixState]:
         """The states of these adapters, without weight for those that this layer lacks; none if it lacks all."""
@@ -371,6 +400,14 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         device = device or self.device()
         if device is not None:
             self[adapter_name].to(device)
+
+    def cast(self, name: str) -> None:
+        """Give an adapter the dtype of the base layer."""
+        own = set(self.parameters())
+        dtypes = (p.dtype for p in self.get_base_layer().parameters() if p not in own)
+        dtype = next((dtype for dtype in dtypes if dtype in BASE_DTYPES), None)
+        if name in self and dtype is not None:
+            self[name].to(dtype)
 
     def device(self) -> torch.device | None:
         """Where the base layer runs: with offloading its weights are elsewhere between calls."""
@@ -403,38 +440,6 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         """Also of adapters that rest, and are offloaded."""
         self.in_memory(list(self.keys()))
         return super().state_dict(*args, **kwargs)
-
-
-@contextmanager
-def exact_prefix(
-    layers: Mapping[str, NTKAttentionLayer], prefix: Mapping[str, LayerPrefix], *, resting: Iterable[str] = ()
-) -> Iterator[None]:
-    """Let layers attend to real prefix tokens, beside the states of their adapters.
-
-    Queries see the whole prefix, whatever their position: positions of the text count from 0, those of the prefix lie
-    before it.
-
-    Args:
-        layers: of an adapted model, by name.
-        prefix: for some or all of them.
-        resting: names of layers whose adapters rest meanwhile.
-
-    Raises:
-        ValueError: if the model is tensor-parallel.
-    """
-    if any(layer.mesh is not None for layer in layers.values()):
-        raise ValueError("prefixes are converted on a model with all heads in one process: load it with tp_size=1")
-    before = {name: bool(layer.disable_adapters) for name, layer in layers.items()}
-    try:
-        for name, tokens in prefix.items():
-            layers[name].exact = tokens
-        for name in resting:
-            layers[name]._disable_adapters = True
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.exact = None
-            layer._disable_adapters = before[name]
 
 
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
+from .calls import during_calls
 from .feed_forward import FeedForward
 from .layer import NTKAttentionLayer, input_of
 from .operation import Block
@@ -64,17 +67,21 @@ def observe(
     """
     device = device_of(model)
     blocks = feed_forward_observers or {}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    # Nothing comes after, and some models make too small a cache of their own.
+    options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            # Copies: some models write into their inputs.
+            batch = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            masks = {name: padding_mask(model, name, batch) for name in layers}
+            watchers = {layer: partial(show, observers[name], masks[name]) for name, layer in layers.items()}
             with ExitStack() as stack:
+                stack.enter_context(during_calls(watchers=watchers))
                 for name, layer in layers.items():
-                    mask = padding_mask(model, name, batch)
-                    layer.observer = partial(show, observers[name], mask)
-                    stack.callback(setattr, layer, "observer", None)
                     if name in blocks and layer.block is not None:
-                        stack.enter_context(showing(layer.block, blocks[name], mask))
-                model(**batch)
+                        stack.enter_context(showing(layer.block, blocks[name], masks[name]))
+                model(**{**options, **batch})
 
 
 @contextmanager

@@ -1,8 +1,11 @@
-"""Make NTK_ATTENTION a member of PEFT's closed enum of methods, which has no hook for other packages."""
+"""What PEFT has no hook for: NTK_ATTENTION as a member of its closed enum of methods, and a word when it saves."""
 
 import enum
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
+from peft import PeftModel
 from peft.utils import PeftType
 
 NAME = "NTK_ATTENTION"
@@ -22,3 +25,21 @@ def extend_enum(cls: type[enum.Enum], name: str, value: str) -> Any:
 
 
 PEFT_TYPE = extend_enum(PeftType, NAME, NAME)
+
+
+def refuse_pickles(save_pretrained: Callable[..., None]) -> Callable[..., None]:
+    """`PeftModel.save_pretrained`, which asks no method, but for adapters of ours in the format that we cannot read."""
+
+    @wraps(save_pretrained)
+    def save(self: PeftModel, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any) -> None:
+        if not safe_serialization and any(config.peft_type == PEFT_TYPE for config in self.peft_config.values()):
+            raise ValueError(
+                "safe_serialization=False writes a pickle, which may run code when it is read: NTK-Attention adapters "
+                "are saved as safetensors"
+            )
+        save_pretrained(self, save_directory, safe_serialization, *args, **kwargs)
+
+    return save
+
+
+PeftModel.save_pretrained = refuse_pickles(PeftModel.save_pretrained)

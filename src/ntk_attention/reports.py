@@ -56,6 +56,7 @@ def describe_adapter(model: nn.Module, folder: Path) -> list[tuple[str, str]]:
     blocks = [adapter.feed_forward for adapter in adapters if adapter.feed_forward is not None]
     size = (folder / "adapter_model.safetensors").stat().st_size
     return [
+        ("covers", str(model.ntk_summary("default"))),  # type: ignore[operator]
         ("attention modules", str(len(layers))),
         ("state heads per module", numbers(heads)),
         ("features r", f"{numbers(r)} ({adapters[0].feature_map})"),

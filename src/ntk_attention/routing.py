@@ -1,94 +1,60 @@
 """How attention modules of transformers models are found and routed through NTK-Attention.
 
-Modules that look up their attention function by ``self.config._attn_implementation`` get a shallow copy of their
-config with our name in it. The model keeps its own config, so that it still makes the masks of its own implementation:
-a mask is never dropped, and everything outside the attention modules stays as it was.
+A routed module gets a copy of its config in which the attention function has our name (see lookup.py). The model keeps
+its own config, so that it still makes the masks of its own implementation: a mask is never dropped, and everything
+outside the attention modules stays as it was.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .masks import IMPLEMENTATIONS, visible_tokens
-from .operation import attend, autocast_inputs, check_state_fits, context_block, prefix_blocks, without_autocast
+from .arguments import refused_arguments, wants_weights
+from .calls import CALLS
+from .geometry import named
+from .lookup import ROUTE, lookup_of, routed_config
+from .masks import FLASH, IMPLEMENTATIONS, visible_tokens
+from .operation import (
+    attend,
+    attention_weights,
+    autocast_inputs,
+    check_state_fits,
+    context_block,
+    prefix_blocks,
+    without_autocast,
+)
 
 CHILD = "ntk_states"  # name of the NTKAttentionLayer in its attention module
-ROUTE = "ntk_attention"  # name of our function in the attention interface
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of one attention module."""
-
-    num_heads: int  # H
-    num_kv_heads: int  # H_kv
-    head_dim: int  # d, of queries and keys
-    value_dim: int  # d_v
-    feed_forward: int = 0  # D, the width of the feed-forward block that goes with it; 0 without one
 
 
 def routes(module: nn.Module) -> bool:
     """Whether the module's forward looks its attention function up in the attention interface."""
-    forward = inspect.unwrap(type(module).forward)
-    names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    return "ALL_ATTENTION_FUNCTIONS" in names and getattr(module, "config", None) is not None
-
-
-def is_encoder(module: nn.Module) -> bool:
-    """Whether an attention module is of a model that looks in both directions and writes nothing, as BERT and ViT."""
-    pair = getattr(module.config, "is_encoder_decoder", False)
-    return not pair and getattr(module, "is_causal", None) is False
-
-
-def unrouted_attention(model: nn.Module) -> list[str]:
-    """Modules that are attention by name but do not route: for error messages."""
-    return [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if "attention" in type(module).__name__.lower() and not routes(module)
-    ]
-
-
-def geometry_of(module: nn.Module, name: str) -> Geometry:
-    """Sizes of an attention module, by the names that transformers uses for them.
-
-    Raises:
-        ValueError: if a size has none of those names.
-    """
-
-    def find(*names: str, default: int | None = None) -> int:
-        for holder in (module, module.config):
-            for attribute in names:
-                if isinstance(getattr(holder, attribute, None), int):
-                    return getattr(holder, attribute)
-        if default is None:
-            raise ValueError(f"{name} ({type(module).__name__}) has none of the attributes {names}: cannot attach")
-        return default
-
-    num_heads = find("num_heads", "n_heads", "num_attention_heads", "n_head")
-    groups = getattr(module, "num_key_value_groups", None) or 1
-    head_dim = find("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", default=-1)
-    if head_dim < 0:
-        head_dim = find("hidden_size", "d_model", "dim") // num_heads
-    return Geometry(num_heads, num_heads // groups, head_dim, find("v_head_dim", default=head_dim))
+    return lookup_of(type(module)) is not None and getattr(module, "config", None) is not None
 
 
 def check_routes(module: nn.Module, name: str) -> None:
     """Raise ValueError if a module that was named as a target does not route."""
     if not routes(module):
         raise ValueError(
-            f"target {name} ({type(module).__name__}) does not route through the attention interface of transformers: "
-            "leave target_modules out, or name modules that do"
+            f"target {named(module, name)} does not route through the attention interface of transformers: leave "
+            "target_modules out, or name modules that do"
         )
+
+
+def own_config(module: nn.Module) -> Any:
+    """The config that the module has without us."""
+    config: Any = module.config
+    return getattr(config, "ntk_base", config)
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """Whether an adapted attention module is of a model that looks in both directions and writes nothing."""
+    return getattr(module, CHILD).encodes
 
 
 def check_implementation(module: nn.Module, name: str) -> str:
@@ -97,43 +63,44 @@ def check_implementation(module: nn.Module, name: str) -> str:
     Raises:
         ValueError: if it is not one whose masks we read.
     """
-    layer = getattr(module, CHILD, None)
-    config: Any = module.config if layer is None else layer.base_config
-    implementation = config._attn_implementation
+    implementation = own_config(module)._attn_implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"{name} uses the attention implementation {implementation!r}; NTK-Attention takes the place of one of "
             f"{IMPLEMENTATIONS}: load the model with attn_implementation='sdpa'"
+        )
+    lookup = lookup_of(type(module))
+    assert lookup is not None
+    own = lookup.interface.get(implementation)
+    if own is not AttentionInterface().get(implementation):
+        raise ValueError(f"{named(module, name)} has a function of its own for {implementation!r}")
+    if implementation == "eager" and lookup.eager is None:
+        raise ValueError(
+            f"{named(module, name)} has no eager attention: load the model with attn_implementation='sdpa'"
+        )
+    if implementation in FLASH and lookup.replaced:
+        raise ValueError(
+            f"{named(module, name)} takes {sorted(lookup.replaced)} in some calls, past its config: load it with "
+            "attn_implementation='sdpa'"
         )
     return implementation
 
 
 def attach(module: nn.Module, layer: Any) -> None:
     """Hang a layer on an attention module and route the module through it."""
-    routed: Any = copy.copy(module.config)
-    routed._attn_implementation_internal = ROUTE
-    # Read at every call: the user may switch the model between sdpa and eager, and the masks change with it.
-    layer.base_config = module.config
-    module.config = routed
+    lookup = lookup_of(type(module))
+    assert lookup is not None
+    layer.eager = lookup.eager
+    layer.refused_arguments = {name: refused_arguments(name, lookup.eager) for name in IMPLEMENTATIONS}
+    module.config = routed_config(module.config, lookup)
     module.add_module(CHILD, layer)
 
 
 def detach(module: nn.Module) -> None:
     """Undo `attach`."""
     getattr(module, CHILD).remove_hooks()
-    module.config = getattr(module, CHILD).base_config
+    module.config = own_config(module)
     delattr(module, CHILD)
-
-
-def base_attention(module: nn.Module, implementation: str) -> Callable[..., Any]:
-    """The function that the module would call without us."""
-    if implementation != "eager":
-        return ALL_ATTENTION_FUNCTIONS[implementation]
-    for cls in type(module).__mro__:  # each modeling file has its own eager function
-        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise ValueError(f"{type(module).__name__} has no eager attention: load the model with attn_implementation='sdpa'")
 
 
 def query_scale(module: nn.Module, scaling: float | None, head_dim: int) -> tuple[float, float]:
@@ -159,21 +126,32 @@ def ntk_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Our entry of the attention interface: query [B, H, L, d], KV heads not repeated; returns [B, L, H, d_v]."""
+) -> tuple[Tensor, Tensor | None]:
+    """Our entry of the attention interface: query [B, H, L, d], KV heads not repeated; returns [B, L, H, d_v].
+
+    Beside it the weights of the real tokens [B, H, L, S], without gradients, where the model was asked for them and its
+    own function would give them.
+
+    Raises:
+        ValueError: for an argument that changes attention and that we do not handle.
+    """
     layer = getattr(module, CHILD)
     is_active = layer.has_active_state()
-    if layer.observer is None and layer.exact is None and not is_active:
-        base = base_attention(module, layer.base_config._attn_implementation)
-        return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    watcher, exact = CALLS.watchers.get(layer), CALLS.exact.get(layer)
+    implementation = own_config(module)._attn_implementation
+    if watcher is None and exact is None and not is_active:
+        base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.eager)
+        # Flash attention reads the name in the config once more.
+        caller: Any = Unrouted(module) if implementation in FLASH else module
+        return base(caller, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    implementation = check_implementation(module, type(module).__name__)
+    check_call(layer, module, implementation, kwargs)
     query, key, value = autocast_inputs(query, key, value)
     scale, factor = query_scale(module, scaling, query.shape[-1])
     key, value, mask, is_causal = visible_tokens(module, query, key, value, attention_mask, implementation, **kwargs)
     if query.shape[0] != key.shape[0]:  # learned queries, the same for every item
         query = query.expand(key.shape[0], -1, -1, -1)
-    options: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sink": kwargs.get("s_aux")}
+    options: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sink": sink_of(kwargs)}
     with without_autocast(query.device.type):
         states = layer.states(query.shape[0]) if is_active else []
         for state in states:
@@ -184,17 +162,54 @@ def ntk_attention_forward(
                 head_dim=query.shape[3],
                 value_dim=value.shape[-1],
             )
-        if layer.observer is not None:
+        prefix = None
+        if watcher is not None:
             context = context_block(query, key, value, mask, is_causal, scale, **options)
-            given = bool(states) or layer.exact is not None
-            prefix = prefix_blocks(query, states, factor, layer.exact, scale, options["softcap"]) if given else None
-            layer.observer(query, context, prefix, factor)
-        if states or layer.exact is not None:
-            options["exact"] = layer.exact
+            if states or exact is not None:
+                prefix = prefix_blocks(query, states, factor, exact, scale, options["softcap"])
+            watcher(query, context, prefix, factor)
+        if states or exact is not None:
+            options["exact"] = exact
             out = attend(query, key, value, states, factor, mask, dropout, is_causal, scale, **options)
         else:
             out = context.out
-    return out.transpose(1, 2).contiguous(), None
+        weights = None
+        if implementation == "eager" and wants_weights(module, kwargs):
+            with torch.no_grad():  # asked for or not, checkpointing must find the same tensors the second time
+                weights = attention_weights(query, key, value, states, factor, mask, is_causal, scale, **options)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+class Unrouted:
+    """A routed module as it was, for functions of transformers that look at its config."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.config = own_config(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def check_call(layer: Any, module: nn.Module, implementation: str, arguments: dict[str, Any]) -> None:
+    """Refuse an implementation whose masks we do not read, and arguments that would be ignored."""
+    refused = layer.refused_arguments.get(implementation)
+    if refused is None:
+        check_implementation(module, type(module).__name__)
+    for name, argument in arguments.items():
+        if argument is not None and name in refused:
+            raise ValueError(
+                f"{type(module).__name__} passes {name!r} to its attention function, which NTK-Attention does not "
+                f"handle under {implementation!r}: {refused[name]}"
+            )
+
+
+def sink_of(arguments: dict[str, Any]) -> Tensor | None:
+    """The logits of a key without value: [H], or [B, H, L] where every token has its own."""
+    if arguments.get("s_aux") is not None:
+        return arguments["s_aux"]
+    sinks = arguments.get("sinks")
+    return None if sinks is None else sinks.squeeze(-1)
 
 
 # At import, since a model that was pickled is never attached again.

@@ -141,18 +141,18 @@ def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def exact_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's parameters as they are, in the coordinates of calibration; all processes must ask together."""
+    """The adapter's tensors as they are, in the coordinates of calibration; all processes must ask together."""
     return {
         f"{name}.{tensor}": whole(parameter).detach().cpu().contiguous()
         for name, layer in adapted_layers(model).items()
-        for tensor, parameter in layer["default"].named_parameters()
+        for tensor, parameter in layer["default"].saved_tensors().items()
     }
 
 
 @torch.no_grad()
 def load_exact_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, layer in adapted_layers(model).items():
-        for tensor, parameter in layer["default"].named_parameters():
+        for tensor, parameter in layer["default"].saved_tensors().items():
             value = tensors[f"{name}.{tensor}"].to(parameter.device)
             if isinstance(parameter, DTensor):
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)

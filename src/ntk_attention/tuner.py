@@ -2,106 +2,51 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 import math
 import operator
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from peft.functional import delete_adapter
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, register_peft_method
 from torch import nn
 
 from .adapter_folder import CONFIG, AdapterError, check_state_dict, check_weights
+from .calls import during_calls
+from .checkpointing import let_inputs_have_gradients, stop
 from .config import NTKAttentionConfig
 from .coordinates import Coordinated
-from .feed_forward import FeedForward, FeedForwardRows, feed_forwards
+from .coverage import Coverage, layers_without, other_attention
+from .feed_forward import FeedForward, feed_forwards
+from .geometry import Geometry, encodes, geometry_of
 from .layer import NTKAttentionLayer, parameter_shapes, settle_ranks
+from .mixed import NO_ADAPTER, MixedBatch, copies_of_rows
 from .registration import NAME
-from .routing import (
-    CHILD,
-    Geometry,
-    attach,
-    check_implementation,
-    check_routes,
-    detach,
-    geometry_of,
-    is_encoder,
-    routes,
-    unrouted_attention,
-)
+from .routing import CHILD, attach, check_implementation, check_routes, detach, routes
 from .sharding import head_mesh, is_partitioned, whole
-from .state import RowStates
+from .targets import (
+    check_adapter_name,
+    check_exclusions,
+    check_task,
+    describe,
+    embeddings_of,
+    is_inside,
+    reason_to_leave_out,
+    shortest_suffixes,
+)
 
-NO_ADAPTER = "__base__"  # PEFT's name for a row that no adapter is for
-GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # task types whose PEFT model needs a model that generates
+logger = logging.getLogger(__name__)
+
+INPUTS = ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values", "input_values")
 # What PEFT adds to modules_to_save, whether the model has it or not; for these task types only after it injected.
 HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
-
-
-class MixedBatch:
-    """The rows of a batch and the states of its adapters, made by `NTKAttentionModel.mixed_batch`.
-
-    Both change in place: the next forward pass sees it, and so does the next replay of one that is in a CUDA graph.
-    """
-
-    @torch.no_grad()
-    def __init__(self, layers: Sequence[NTKAttentionLayer], adapters: Sequence[str], adapter_names: Sequence[str]):
-        self.adapters = list(adapters)
-        index = self._index(adapter_names)
-        self.indices: dict[torch.device, torch.Tensor] = {}  # one for all layers of a device
-        self.rows: dict[NTKAttentionLayer, RowStates] = {}
-        self.feed_forward_rows: dict[NTKAttentionLayer, FeedForwardRows] = {}
-        for layer in layers:
-            states = layer.stack(self.adapters)
-            if states:
-                device = states[0].Z.device
-                on_device = self.indices.setdefault(device, index.to(device))
-                self.rows[layer] = RowStates.stack(states, on_device)
-                blocks = [layer[name].feed_forward if name in layer else None for name in self.adapters]
-                if any(block is not None for block in blocks):
-                    self.feed_forward_rows[layer] = FeedForwardRows.stack(blocks, on_device)
-
-    def assign(self, adapter_names: Sequence[str]) -> None:
-        """Give the rows other adapters, out of those whose states are here.
-
-        Raises:
-            ValueError: if there are more or fewer names than rows, or others.
-        """
-        index = self._index(adapter_names)
-        for on_device in self.indices.values():
-            if len(on_device) != len(index):
-                raise ValueError(f"adapter_names has {len(index)} names for {len(on_device)} rows: expected as many")
-            on_device.copy_(index)
-
-    @torch.no_grad()
-    def update(self, adapter_name: str) -> None:
-        """Copy the state of an adapter again, after its weights have changed.
-
-        Raises:
-            ValueError: if its state is not here.
-        """
-        place = int(self._index([adapter_name])[0])
-        for layer, rows in self.rows.items():
-            if place >= 0 and adapter_name in layer:
-                state = layer[adapter_name].state()
-                for name in ("Z", "k", "log_scale"):
-                    getattr(rows, name)[place].copy_(getattr(state, name))
-                block = layer[adapter_name].feed_forward
-                if block is not None:
-                    self.feed_forward_rows[layer].put(place, block)
-
-    def _index(self, adapter_names: Sequence[str]) -> torch.Tensor:
-        places = {NO_ADAPTER: -1} | {name: i for i, name in enumerate(self.adapters)}
-        if unknown := sorted(set(adapter_names) - set(places)):
-            raise ValueError(f"adapter_names holds {unknown}, expected names of {self.adapters} or {NO_ADAPTER!r}")
-        return torch.tensor([places[name] for name in adapter_names], dtype=torch.int32)
 
 
 class NTKAttentionModel(BaseTuner):
@@ -115,16 +60,44 @@ class NTKAttentionModel(BaseTuner):
     prefix = CHILD
     tuner_layer_cls = NTKAttentionLayer
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        # By adapter: the fields of its config that the model filled in, and what it covers.
+        self.made: dict[str, tuple[dict[str, Any], Coverage]] = {}
+        self.targets: set[str] = set()  # names of all attention modules that have adapters
+        super().__init__(*args, **kwargs)
+        hook = partial(let_inputs_have_gradients, self.targets)
+        self._checkpoint_hook = self.model.register_forward_pre_hook(hook)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if not re.fullmatch(r"[^./\\]+", adapter_name):
-            raise ValueError(
-                f"an adapter is saved in a folder of its name: expected no . / or \\, got {adapter_name!r}"
-            )
-        # On a copy: what is filled in for this model must not bind the user's config to it.
-        peft_config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        check_adapter_name(model, adapter_name)
+        peft_config = self.peft_config[adapter_name]
+        peft_config.unsettle()  # an earlier model may have filled it in
         if peft_config.task_type in HEADS and peft_config.modules_to_save is None:
-            peft_config.modules_to_save = list(HEADS[peft_config.task_type])
+            peft_config.settle(modules_to_save=list(HEADS[peft_config.task_type]))
+        is_first = not self.made
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if is_first:  # what other methods have put into the model is a part of it, and frozen as all of it is
+            for module in model.modules():
+                if isinstance(module, BaseTunerLayer) and not isinstance(module, NTKAttentionLayer):
+                    module.requires_grad_(False)
+        self.targets |= self.coverage.attention.keys()
+        self.made[adapter_name] = (
+            {name: getattr(peft_config, name) for name in peft_config.asked},
+            self.coverage,
+        )
+        report = warnings.warn if self.coverage.is_partial() else logger.info
+        report(str(self.coverage))
+
+    def ntk_summary(self, adapter_name: str | None = None) -> str:
+        """How many attention modules and feed-forward blocks have a prefix, which kinds have none, and why.
+
+        Args:
+            adapter_name: of the adapter; by default the active one.
+        """
+        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        if name not in self.made:
+            raise ValueError(f"there is no adapter {name!r}: expected one of {sorted(self.made)}")
+        return str(self.made[name][1])
 
     def _prepare_adapter_config(self, peft_config: NTKAttentionConfig, model_config: dict) -> NTKAttentionConfig:
         if peft_config.weights is None:
@@ -133,36 +106,66 @@ class NTKAttentionModel(BaseTuner):
             prepared = self._prepare(peft_config)
         except ValueError as error:
             raise AdapterError(f"{peft_config.weights.with_name(CONFIG)}: {error}") from None
-        check_weights(peft_config.weights, self._saved_shapes(peft_config))
+        check_weights(peft_config.weights, self._saved_shapes(peft_config), self._embedding_shapes())
         return prepared
 
     def _prepare(self, peft_config: NTKAttentionConfig) -> NTKAttentionConfig:
-        routed = [name for name, module in self.model.named_modules() if name and routes(module)]
+        """Everything that can be refused is refused here, before the model is touched."""
+        modules = {name: module for name, module in self.model.named_modules() if name}
+        routed = [name for name, module in modules.items() if routes(module)]
+        others = other_attention(self.model, routed, CHILD)
         if not routed:
-            attention = unrouted_attention(self.model)
+            found = [f"{name} ({kind})" for name, (kind, _) in others.items()]
             raise ValueError(
                 f"{type(self.model).__name__} has no module that routes through the attention interface of "
-                f"transformers; found: {', '.join(attention[:3]) or 'no attention module'}"
+                f"transformers; found: {', '.join(found[:3]) or 'no attention module'}"
             )
+        left_out = dict(others)
         if peft_config.target_modules is None:
-            others = [name for name, module in self.model.named_modules() if name and not routes(module)]
-            peft_config.target_modules = shortest_suffixes(routed, others)
-        self._check_targets(self._target_names(peft_config), peft_config)
+            odd = {name: reason for name in routed if (reason := reason_to_leave_out(modules[name], name))}
+            if len(odd) == len(routed):
+                raise ValueError(next(iter(odd.values())))
+            left_out |= {name: (type(modules[name]).__name__, reason) for name, reason in odd.items()}
+            wanted = [name for name in routed if name not in odd]
+            peft_config.settle(target_modules=shortest_suffixes(wanted, [n for n in modules if n not in wanted]))
+        check_exclusions(peft_config, routed)
+        names = self._target_names(peft_config)
+        check_task(self.model, peft_config)
+        self._check_targets(names, peft_config)
+        for name in routed:
+            if name not in names and name not in left_out:
+                left_out[name] = (type(modules[name]).__name__, "left out by the config")
+        found_blocks = [name for name, (_, block) in self.sites.items() if block is not None]
+        self.coverage = Coverage(
+            attention={name: type(modules[name]).__name__ for name in names},
+            blocks=found_blocks,
+            without_block=layers_without(self.model, names, found_blocks) if self.has_blocks else {},
+            left_out=left_out,
+        )
         return peft_config
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: NTKAttentionConfig) -> None:
+        """Nothing: attention modules share no weights with embeddings, which some models refuse to name."""
 
     def _target_names(self, peft_config: NTKAttentionConfig) -> list[str]:
         names = [name for name, _ in self.model.named_modules() if name and CHILD not in name.split(".")]
-        return [name for name in names if self._check_target_module_exists(peft_config, name)]
+        return [name for name in names if self._check_target_module_exists(peft_config, name) is True]
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: NTKAttentionConfig, key: str) -> Any:
+        """As PEFT does it; a name in `exclude_modules` means what is inside of such a module, too."""
+        excluded = peft_config.exclude_modules
+        if isinstance(excluded, set | list) and any(is_inside(key, name) for name in excluded):
+            return _ExcludedModule()
+        found = check_target_module_exists(peft_config, key)
+        return found if isinstance(found, _ExcludedModule) else bool(found)
 
     def _check_targets(self, names: list[str], peft_config: NTKAttentionConfig) -> None:
-        """Everything that can be refused is refused here, before the model is touched."""
         if not names:
             raise ValueError(
                 "what target_modules, exclude_modules, modules_to_save and layers_to_transform leave was not found in "
                 f"{type(self.model).__name__}: expected at least one attention module"
             )
-        if peft_config.task_type in GENERATING and not hasattr(self.model, "prepare_inputs_for_generation"):
-            raise ValueError(f"task_type is {peft_config.task_type!r}, but {type(self.model).__name__} cannot generate")
         for name in names:
             module = self.model.get_submodule(name)
             check_routes(module, name)
@@ -183,7 +186,7 @@ class NTKAttentionModel(BaseTuner):
             raise ValueError(
                 f"the adapter was made for a model with {describe(given)}, this one has {describe(geometry)}"
             )
-        peft_config.geometry = geometry
+        peft_config.settle(geometry=geometry)
         self.sites = sites  # of the adapter that is being made
 
     def _sites(
@@ -192,8 +195,9 @@ class NTKAttentionModel(BaseTuner):
         """Where adapters go: attention modules by name, and the feed-forward block that each looks after as well."""
         modules = [self.model.get_submodule(name) for name in names]
         wanted = peft_config.feed_forward_rank
-        has_blocks = not all(map(is_encoder, modules)) if wanted == "auto" else wanted is not None
-        blocks = feed_forwards(self.model, names) if has_blocks else {}
+        self.encodes = encodes(self.model, modules)
+        self.has_blocks = not self.encodes if wanted == "auto" else wanted is not None
+        blocks = feed_forwards(self.model, names) if self.has_blocks else {}
         sites = {}
         for name, module in zip(names, modules, strict=True):
             found, block = geometry_of(module, name), blocks.get(name)
@@ -242,20 +246,35 @@ class NTKAttentionModel(BaseTuner):
                 shapes[f"base_model.model.{name}.{tensor}"] = tuple(value.shape)
         return shapes
 
+    def _embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that PEFT adds to a file when tokens were added to the model."""
+        return {
+            f"base_model.model.{name}.{part}{tensor}": tuple(x.shape)
+            for name, layer in embeddings_of(self.model)
+            for tensor, x in layer.state_dict().items()
+            for part in ("", "original_module.")  # the second one where they train
+        }
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key, adapter_name):
-        """In a file no name holds the adapter's, nor those of tensors that lie deeper (the directions of a map)."""
-        return key.replace(f".{CHILD}.{adapter_name}.", f".{CHILD}.")
+        """In a file no name holds the adapter's, nor those of tensors that lie deeper (the directions of a map), nor of
+        embeddings that train and that PEFT adds once more."""
+        key = key.replace(f".{CHILD}.{adapter_name}.", f".{CHILD}.")
+        return key.replace(f".modules_to_save.{adapter_name}.", ".")
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """As PEFT does it; whole where a process holds a part of the heads (PEFT 0.21.0 would save the parts), and in
         plain coordinates also where ZeRO-3 made the state dict."""
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, cls):  # another model may have filled the same config in since
+            config.settle(**tuner.made[adapter_name][0])
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        tensors = {name: whole(x) for name, x in tensors.items()}
+        own = f".{CHILD}.{adapter_name}."  # PEFT gives those of other methods, too
+        tensors = {name: whole(x) for name, x in tensors.items() if own in f".{name}"}
         for name, module in model.named_modules():
-            own = isinstance(module, Coordinated) and f".{CHILD}.{adapter_name}." in f"{name}."
-            if own and is_partitioned(getattr(module, module.scaled)):
+            is_own = isinstance(module, Coordinated) and own in f".{name}."
+            if is_own and is_partitioned(getattr(module, module.scaled)):
                 module.make_plain(tensors, f"{name}.")
         return tensors
 
@@ -265,7 +284,9 @@ class NTKAttentionModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         inside = (f"{CHILD}.{adapter_name}.", f"modules_to_save.{adapter_name}.")
         expected = {n: tuple(x.shape) for n, x in model.state_dict().items() if any(part in n for part in inside)}
-        check_state_dict(state_dict, expected)
+        names = {f"{name}.{tensor}" for name, layer in embeddings_of(model) for tensor in layer.state_dict()}
+        embeddings = {name: tuple(x.shape) for name, x in model.state_dict().items() if name in names}
+        check_state_dict(state_dict, expected, embeddings)
         return state_dict
 
     def _create_and_replace(
@@ -275,38 +296,47 @@ class NTKAttentionModel(BaseTuner):
         geometry, block = self.sites[current_key]
         layer = getattr(target, CHILD, None)
         if layer is None:
-            layer = NTKAttentionLayer(target, geometry, head_mesh(self.model, current_key))
-            layer.set_adapter(self.active_adapters)
+            layer = NTKAttentionLayer(target, geometry, head_mesh(self.model, current_key), encodes=self.encodes)
+            BaseTunerLayer.set_adapter(layer, self.active_adapters)
             attach(target, layer)
         layer.add_adapter(adapter_name, peft_config, block)
 
-    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The last step of making and of loading an adapter, after which PEFT may have offloaded it."""
         for module in self.model.modules():
             if isinstance(module, NTKAttentionLayer):
                 module.in_memory(list(module.keys()))
-        super()._cast_adapter_dtype(*args, **kwargs)
+                if not autocast_adapter_dtype:
+                    module.cast(adapter_name)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """A batch whose rows use different adapters, `adapter_names` of PEFT, for one call."""
+        """A batch whose rows use different adapters, `adapter_names` of PEFT, for one call of forward or generate."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
-        beams = kwargs.get("num_beams") or 1
-        with self.mixed_batch([name for name in names for _ in range(beams)]):
+        inputs = [*args, *(kwargs.get(name) for name in INPUTS)]
+        size = next((len(x) for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 0), len(names))
+        if size != len(names):
+            raise ValueError(f"adapter_names has {len(names)} names for a batch of {size}: expected as many")
+        with self.mixed_batch(names, copies=copies_of_rows(self.model, kwargs)):
             yield
 
     @contextmanager
-    def mixed_batch(self, adapter_names: Sequence[str], adapters: Sequence[str] | None = None) -> Iterator[MixedBatch]:
-        """Give each row of the batch its own adapter, in every forward pass while this lasts; without gradients.
+    def mixed_batch(
+        self, adapter_names: Sequence[str], adapters: Sequence[str] | None = None, *, copies: Iterable[int] = (1,)
+    ) -> Iterator[MixedBatch]:
+        """Give each row of the batch its own adapter, in every forward pass of this thread while this lasts; without
+        gradients.
 
         The states are copied into one stack in each layer, now; a pass reads there what its rows need.
 
         Args:
             adapter_names: one for each row; "__base__" is a row without an adapter.
             adapters: all that rows can have while this lasts; by default those in adapter_names.
+            copies: how many neighbouring rows `generate` may make of each, for beams or several answers.
 
         Yields:
             What changes rows and states, see `MixedBatch`.
@@ -315,24 +345,17 @@ class NTKAttentionModel(BaseTuner):
             ValueError: if the model is in training mode, a name is unknown, or two adapters on one module differ in
                 feature map or state heads.
         """
+        if not len(adapter_names):
+            raise ValueError("adapter_names is empty: expected one name for each row of the batch")
         if self.training:
             raise ValueError("adapter_names is for inference: call model.eval() first")
         adapters = [name for name in dict.fromkeys(adapters or adapter_names) if name != NO_ADAPTER]
         if unknown := sorted(set(adapters) - set(self.peft_config)):
             raise ValueError(f"adapter_names holds {unknown}, expected names of {sorted(self.peft_config)}")
         layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
-        batch = MixedBatch(layers, adapters, adapter_names)
-        before = [(layer.rows, layer.feed_forward_rows) for layer in layers]
-        try:
-            with ExitStack() as stack:
-                for layer in layers:
-                    layer.rows, layer.feed_forward_rows = batch.rows.get(layer), batch.feed_forward_rows.get(layer)
-                    if layer.rows is None:  # none of the adapters is here
-                        stack.enter_context(layer.resting())
-                yield batch
-        finally:
-            for layer, rows in zip(layers, before, strict=True):
-                layer.rows, layer.feed_forward_rows = rows
+        batch = MixedBatch(layers, adapters, adapter_names, frozenset(copies))
+        with during_calls(mixed=batch):
+            yield batch
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter whose states are sums: Z = sum_i w_i Z_i, k = sum_i w_i k_i.
@@ -384,7 +407,7 @@ class NTKAttentionModel(BaseTuner):
             )
             self.inject_adapter(self.model, adapter_name)
             for layer, state in sums.items():
-                layer[adapter_name].load_state(state)
+                layer.load_state(adapter_name, state)
                 block = layer[adapter_name].feed_forward
                 if block is not None:
                     block.become_sum(blocks[layer])
@@ -394,6 +417,7 @@ class NTKAttentionModel(BaseTuner):
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
         del self.peft_config[adapter_name]
+        self.made.pop(adapter_name, None)
         inside = f"{CHILD}."
         self.active_adapter = delete_adapter(self.model, adapter_name, inside, NTKAttentionLayer) or []
 
@@ -406,28 +430,21 @@ class NTKAttentionModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        for module in list(self.model.modules()):
+        self._checkpoint_hook.remove()
+        stop(self.targets, self.model)
+        for name, module in list(self.model.named_modules()):
             if hasattr(module, CHILD):
                 detach(module)
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
-
-
-def describe(geometry: dict[str, Any]) -> str:
-    sizes = ", ".join(
-        f"{h} heads, {kv} KV heads, head_dim {d}, value dim {v}{f', feed-forward width {D}' if D else ''}"
-        for h, kv, d, v, D in geometry["sizes"]
-    )
-    return f"{geometry['num_modules']} attention modules ({sizes})"
-
-
-def shortest_suffixes(wanted: list[str], others: list[str]) -> set[str]:
-    """The shortest dotted suffixes that match all wanted module names and none of the others."""
-    suffixes = set()
-    for name in wanted:
-        parts = name.split(".")
-        candidates = (".".join(parts[i:]) for i in reversed(range(len(parts))))
-        suffixes.add(next(s for s in candidates if not any(o == s or o.endswith("." + s) for o in others)))
-    return suffixes
+            # Not PEFT's way, which takes a wrapped module for one with a weight, and takes other methods away as well.
+            elif isinstance(module, ModulesToSaveWrapper) and any(
+                adapter in module.modules_to_save for adapter in self.made
+            ):
+                parent, _, child = name.rpartition(".")
+                trained = module.unload_and_optionally_merge_module(False, False, None)
+                setattr(self.model.get_submodule(parent), child, trained)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
 
 
 register_peft_method(

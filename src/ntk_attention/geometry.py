@@ -1,0 +1,137 @@
+"""What an attention module is: its sizes, read off its own attributes and projections, and the kind of its model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+# Projections by the names that transformers uses for them. Of several, the first is the one that makes the queries.
+QUERY = re.compile(r"q_b_proj|(to_)?w?q(_proj|_lin|_attn)?|query(_proj)?|linear_q|query_proj", re.IGNORECASE)
+OTHER_QUERY = re.compile(r"q_\w*proj")  # of parts that are put together
+FUSED = re.compile(r"w?qkv(_proj)?|query_key_value|c_attn|in_proj|attn_qkv", re.IGNORECASE)
+OUTPUT = re.compile(
+    r"(to_)?w?o(_proj)?|out(_proj|_lin)?|c_proj|dense|proj|linear_out|to_out|projection_layer", re.IGNORECASE
+)
+OWN_HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "num_head", "heads")
+OWN_HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one attention module."""
+
+    num_heads: int  # H
+    num_kv_heads: int  # H_kv
+    head_dim: int  # d, of queries and keys
+    value_dim: int  # d_v
+    feed_forward: int = 0  # D, the width of the feed-forward block that goes with it; 0 without one
+
+
+def geometry_of(module: nn.Module, name: str) -> Geometry:
+    """Sizes of an attention module, by the names that transformers uses for them.
+
+    Its own attributes count first, then its projections, then its config, which may be that of a larger model.
+
+    Raises:
+        ValueError: if a size has none of those names, or the projections contradict them.
+    """
+    config = getattr(module, "config", None)
+    query = projection_size(module, QUERY, "out_features")
+    own_heads, own_head_dim = number(module, OWN_HEADS), number(module, OWN_HEAD_DIM)
+    fused = projection_size(module, FUSED, "out_features")
+    if own_heads is own_head_dim is query is fused is None:
+        raise ValueError(f"{named(module, name)} has neither heads nor projections of its own")
+    num_heads = own_heads or number(config, OWN_HEADS)
+    if num_heads is None:
+        raise ValueError(f"{named(module, name)} has no number of heads, by any of the names {', '.join(OWN_HEADS)}")
+    groups = getattr(module, "num_key_value_groups", None) or 1
+    if groups != int(groups) or num_heads % groups:
+        raise ValueError(f"{named(module, name)} has {num_heads} heads in groups of {groups}")
+    groups = int(groups)
+    head_dim = own_head_dim
+    for size, heads in ((query, num_heads), (fused, num_heads + 2 * num_heads // groups)):
+        if head_dim is None and size is not None and size % heads == 0:
+            head_dim = size // heads
+    if head_dim is None:
+        head_dim = number(config, OWN_HEAD_DIM)
+    if head_dim is None:
+        width = number(config, ("hidden_size", "d_model", "dim", "n_embd"))
+        if width is None:
+            raise ValueError(f"{named(module, name)} has no head size, by any of the names {', '.join(OWN_HEAD_DIM)}")
+        head_dim = width // num_heads
+    if query is None and fused is None and any(OTHER_QUERY.match(child) for child, _ in module.named_children()):
+        raise ValueError(f"{named(module, name)} makes its queries in a way that is not known")
+    # Some make a gate beside the queries.
+    if query is not None and query not in (num_heads * head_dim, 2 * num_heads * head_dim):
+        raise ValueError(
+            f"{named(module, name)} makes queries of {query} numbers, which are not {num_heads} heads of {head_dim}"
+        )
+    return Geometry(num_heads, num_heads // groups, head_dim, number(module, ("v_head_dim",)) or head_dim)
+
+
+def named(module: nn.Module, name: str) -> str:
+    return f"{name} ({type(module).__name__})"
+
+
+def number(holder: Any, names: Iterable[str]) -> int | None:
+    """The first of these attributes that is a positive integer."""
+    found = (getattr(holder, name, None) for name in names)
+    return next((x for x in found if type(x) is int and x > 0), None)
+
+
+def projection_size(module: nn.Module, names: re.Pattern[str], side: str) -> int | None:
+    """`in_features` or `out_features` of the child with one of these names, if it is a linear layer."""
+    for name, child in module.named_children():
+        if names.fullmatch(name):
+            size = linear_size(child, side)
+            if size is not None:
+                return size
+    return None
+
+
+def linear_size(layer: Any, side: str) -> int | None:
+    """Of torch's and quantised linear layers, of GPT-2's convolutions of one, and of LoRA's wrappers of any."""
+    layer = getattr(layer, "base_layer", layer)
+    size = getattr(layer, side, None)
+    if size is None and hasattr(layer, "nf"):  # Conv1D of transformers, which keeps its weight as [in, out]
+        size = layer.weight.shape[0 if side == "in_features" else 1]
+    return size if type(size) is int else None
+
+
+def width_of(module: nn.Module) -> int | None:
+    """The width of the hidden states around an attention module: of a tower's own, whatever the config says."""
+    size = projection_size(module, OUTPUT, "out_features")
+    for names in (QUERY, FUSED):
+        if size is None:
+            size = projection_size(module, names, "in_features")
+    return size or number(getattr(module, "config", None), ("hidden_size", "d_model", "dim", "n_embd"))
+
+
+def encodes(model: nn.Module, modules: Iterable[nn.Module]) -> bool:
+    """Whether attention modules are of a model that looks in both directions and writes nothing, as BERT and ViT.
+
+    Args:
+        model: of transformers, without adapters' wrappers.
+        modules: those of its attention modules that have an adapter.
+    """
+    can_generate = getattr(model, "can_generate", None)
+    if (can_generate is not None and can_generate()) or is_pair(model):
+        return False
+    return not any(is_causal(module) for module in modules)
+
+
+def is_pair(model: nn.Module) -> bool:
+    """Whether a model is an encoder and a decoder."""
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) and not isinstance(config, Mapping)
+
+
+def is_causal(module: nn.Module) -> bool:
+    causal = getattr(module, "is_causal", None)
+    if causal is None:  # text encoders of transformers that are written after BERT
+        return bool(getattr(module.config, "is_decoder", not hasattr(module.config, "is_decoder")))
+    return bool(causal)
