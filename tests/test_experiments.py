@@ -22,8 +22,8 @@ from experiments.statistics import Result, collect
 from experiments.tables import verdict
 from experiments.train import Cell, packed, thinned, trainable, training_order, unpacked
 from ntk_attention import NTKAttentionConfig, calibration
+from ntk_attention.geometry import Geometry
 from ntk_attention.layer import parameter_shapes
-from ntk_attention.routing import Geometry
 from recording import read
 
 TASKS = {"chain-sum": 4, "sections-16": 4, "fashion-64": 3}  # steps

@@ -7,14 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTModel
+from transformers import AutoTokenizer, ViTConfig, ViTModel
 from typer.testing import CliRunner
 
 from experiments import assets, recipes
 from experiments.__main__ import app
+from experiments.language import as_item, encoded
 from experiments.registry import registry
 from experiments.runner import Worker
 from experiments.train import Cell, unpacked
+
+from .tiny import save_tokenizer
 
 SCHEMAS = {
     "super_glue-boolq": [{"question": "is ice water", "passage": "Ice is water.", "idx": 0, "label": 1}],
@@ -112,6 +115,23 @@ def test_dry_run_needs_no_network():
     assert "NTK-Attention: 608,400 trainable of 86," in text  # 12 layers x 12 heads x 65 x (64 + 1)
     assert "Which is the effect?" in text
     assert "or a copy in NTK_DATA/super_glue-copa" in text
+
+
+@pytest.mark.parametrize("adds", ["$A", "<start> $A", "<start> $A <end>"])
+def test_a_start_token_is_there_once(adds, tmp_path):
+    """Whether the tokenizer adds it or not, of prompts and of texts."""
+    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path, adds), bos_token="<start>")
+    rows = [{"prompt": "1+1=", "completion": "2"}, {"text": "a text"}]
+    (prompt, _), (text, _) = encoded([as_item(row, tokenizer) for row in rows], tokenizer)
+    assert tokenizer.decode(prompt["input_ids"]) == "<start>1+1=\n2<end>"
+    assert tokenizer.decode(text["input_ids"]) == "<start>a text"
+
+
+def test_what_is_scored():
+    names = {"chain-sum": "final number", "gemma-gsm-worked": "final number", "gsm8k": "final number", "perl": "loss",
+             "math": "final answer", "superglue-copa": "accuracy", "vit-cifar100": "accuracy"}  # fmt: skip
+    assert {name: registry()[name].metric for name in names} == names
+    assert registry()["chain-sum"].judge("It is 12.", "12")
 
 
 def test_boxed_answers():
