@@ -45,6 +45,12 @@ def linear(inputs, outputs):
     return nn.Linear(inputs, outputs, bias=False)
 
 
+def wrapped(layer):
+    wrapper = nn.Module()
+    wrapper.linear = layer
+    return wrapper
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
@@ -54,6 +60,9 @@ def linear(inputs, outputs):
         (Module(query=linear(32, 64), head_dim=8, num_heads=4), Geometry(4, 4, 8, 8)),  # a gate beside the queries
         (Module(q_proj=linear(8, 24), num_heads=3, v_head_dim=5), Geometry(3, 3, 8, 5)),
         (Module(q_proj=linear(32, 32), num_key_value_groups=1.0), Geometry(4, 4, 8, 8)),
+        (Module(q_proj=wrapped(linear(32, 24)), num_heads=3), Geometry(3, 3, 8, 8)),
+        (Module(q_proj=nn.Identity(), q_norm_proj=linear(8, 8), head_dim=8), Geometry(4, 4, 8, 8)),
+        (Module(q_a_proj=linear(32, 4), q_gate_proj=linear(8, 64), qk_head_dim=12), Geometry(4, 4, 12, 12)),
     ],
 )
 def test_sizes_come_from_the_module(module, expected):
@@ -66,7 +75,7 @@ def test_sizes_come_from_the_module(module, expected):
         (Module(query=nn.Parameter(torch.zeros(32))), "neither heads nor projections of its own"),
         (Module(q_proj=linear(32, 40), head_dim=8), "queries of 40 numbers, which are not 4 heads of 8"),
         (Module(q_proj=linear(32, 32), num_key_value_groups=3), "4 heads in groups of 3"),
-        (Module(q_content_proj=linear(8, 8), q_pos_proj=linear(8, 8), head_dim=8), "in a way that is not known"),
+        (Module(q_content_proj=nn.Identity(), q_pos_proj=nn.Identity(), head_dim=8), "from q_content_proj and q_pos"),
     ],
 )
 def test_odd_modules(module, message):
@@ -120,7 +129,7 @@ def test_one_odd_module_is_left_out_and_named():
     base = tiny()
     odd = base.model.layers[1].self_attn
     odd.q_proj = linear(32, 40)
-    with pytest.warns(UserWarning, match="none in 1 LlamaAttention: model.layers.1.self_attn .* 40 numbers"):
+    with pytest.warns(UserWarning, match="none in 1 LlamaAttention: makes queries of 40 numbers"):
         model = get_peft_model(base, NTKAttentionConfig())
     assert len(sizes(model)) == 1
     with pytest.raises(ValueError, match="40 numbers"):  # but for those who ask for it

@@ -175,8 +175,9 @@ def reached(
     """
     if not statistics:
         raise ValueError(
-            f"no token of the batches reached any of the {len(layers)} adapted attention modules: are all of them "
-            "padding?"
+            f"no token of the batches reached any of the {len(layers)} adapted attention modules, such as "
+            f"{next(iter(layers)).removesuffix(f'.{CHILD}')}: either all of them are padding, or what the batches "
+            "hold does not lead there"
         )
     others = [name for name in layers if name not in statistics]
     if others:

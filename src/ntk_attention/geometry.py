@@ -11,7 +11,7 @@ from torch import nn
 
 # Projections by the names that transformers uses for them. Of several, the first is the one that makes the queries.
 QUERY = re.compile(r"q_b_proj|(to_)?w?q(_proj|_lin|_attn)?|query(_proj)?|linear_q|query_proj", re.IGNORECASE)
-OTHER_QUERY = re.compile(r"q_\w*proj")  # of parts that are put together
+PART_OF_QUERY = re.compile(r"q_\w+_proj")
 FUSED = re.compile(r"w?qkv(_proj)?|query_key_value|c_attn|in_proj|attn_qkv", re.IGNORECASE)
 OUTPUT = re.compile(
     r"(to_)?w?o(_proj)?|out(_proj|_lin)?|c_proj|dense|proj|linear_out|to_out|projection_layer", re.IGNORECASE
@@ -63,8 +63,11 @@ def geometry_of(module: nn.Module, name: str) -> Geometry:
         if width is None:
             raise ValueError(f"{named(module, name)} has no head size, by any of the names {', '.join(OWN_HEAD_DIM)}")
         head_dim = width // num_heads
-    if query is None and fused is None and any(OTHER_QUERY.match(child) for child, _ in module.named_children()):
-        raise ValueError(f"{named(module, name)} makes its queries in a way that is not known")
+    children = [child for child, _ in module.named_children()]
+    parts = [child for child in children if PART_OF_QUERY.fullmatch(child)]
+    is_known = number(module, OWN_HEAD_DIM[:1]) is not None or any(QUERY.fullmatch(child) for child in children)
+    if len(parts) > 1 and not is_known:
+        raise ValueError(f"{named(module, name)} puts its queries together from {' and '.join(parts)}, of any sizes")
     # Some make a gate beside the queries.
     if query is not None and query not in (num_heads * head_dim, 2 * num_heads * head_dim):
         raise ValueError(
@@ -94,8 +97,9 @@ def projection_size(module: nn.Module, names: re.Pattern[str], side: str) -> int
 
 
 def linear_size(layer: Any, side: str) -> int | None:
-    """Of torch's and quantised linear layers, of GPT-2's convolutions of one, and of LoRA's wrappers of any."""
-    layer = getattr(layer, "base_layer", layer)
+    """Of torch's and quantised linear layers, of GPT-2's convolutions of one, and of wrappers of any."""
+    for wrapped in ("base_layer", "linear"):  # of PEFT's adapters, of layers of transformers that clip or choose
+        layer = getattr(layer, wrapped, layer)
     size = getattr(layer, side, None)
     if size is None and hasattr(layer, "nf"):  # Conv1D of transformers, which keeps its weight as [in, out]
         size = layer.weight.shape[0 if side == "in_features" else 1]

@@ -22,7 +22,8 @@ from .geometry import Geometry
 from .sharding import spread
 from .state import PrefixState, RowStates
 
-# The published start, k = 0, cannot be a logarithm; this k weighs nothing and, like |k| at 0, has no gradient.
+# The published start, k = 0, cannot be a logarithm. This k weighs nothing beside logits that are not far below -30, and
+# like |k| at 0 it has no gradient. With one far smaller training overflows.
 LOG_OF_NOTHING = -40.0
 BASE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 2**18

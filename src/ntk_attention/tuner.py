@@ -25,7 +25,7 @@ from .config import NTKAttentionConfig
 from .coordinates import Coordinated
 from .coverage import Coverage, layers_without, other_attention
 from .feed_forward import FeedForward, feed_forwards
-from .geometry import Geometry, encodes, geometry_of
+from .geometry import Geometry, encodes, geometry_of, named
 from .layer import NTKAttentionLayer, parameter_shapes, settle_ranks
 from .mixed import NO_ADAPTER, MixedBatch, copies_of_rows
 from .registration import NAME
@@ -125,7 +125,9 @@ class NTKAttentionModel(BaseTuner):
             odd = {name: reason for name in routed if (reason := reason_to_leave_out(modules[name], name))}
             if len(odd) == len(routed):
                 raise ValueError(next(iter(odd.values())))
-            left_out |= {name: (type(modules[name]).__name__, reason) for name, reason in odd.items()}
+            for name, reason in odd.items():
+                kind = type(modules[name]).__name__
+                left_out[name] = (kind, reason.removeprefix(f"{named(modules[name], name)} "))
             wanted = [name for name in routed if name not in odd]
             peft_config.settle(target_modules=shortest_suffixes(wanted, [n for n in modules if n not in wanted]))
         check_exclusions(peft_config, routed)

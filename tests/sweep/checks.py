@@ -175,7 +175,7 @@ def cache(subject: Subject, kind: str) -> Outcome:
     of_base = subject.of_base(lambda: change(subject.fresh()))  # a copy: some keep positions for the next call
     if of_base > subject.tolerance:
         raise NotApplicableError(f"the cache changes the base model itself by {of_base:.1e}")
-    apart = change(subject.visible)
+    apart = change(subject.adapted(init_weights=False))
     return passed_if(as_base(subject, of_base, apart), f"{apart:.1e}")
 
 

@@ -172,8 +172,8 @@ class Search:
 
     def add(self, signal: Signal) -> None:
         """Extend the draft by a signal; note why where the model accepts none that is offered."""
-        if signal.kind == "hidden states" and self.found is not None:
-            return  # what another part of the model gives
+        if signal.kind in ("hidden states", "codes") and self.found is not None:
+            return  # what another part of the model makes of the inputs
         first, problem, widths = None, "", set[int]()
         waiting = list(offers(signal, self.settings, self.names, BATCH))
         while waiting:
