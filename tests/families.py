@@ -18,7 +18,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gptj import modeling_gptj
 
-from ntk_attention.routing import ROUTE
+from ntk_attention.tuner.routing import ROUTE
 
 from .reference import elu_phi
 

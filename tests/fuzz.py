@@ -32,7 +32,7 @@ from peft import PeftModel
 from peft.utils import TaskType
 
 from ntk_attention import NTKAttentionConfig
-from ntk_attention.adapter_folder import CONFIG, PICKLE, WEIGHTS, AdapterError
+from ntk_attention.tuner.untrusted import CONFIG, PICKLE, WEIGHTS, AdapterError
 
 from .tiny import adapted, logits, tiny
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from ntk_attention import NTKAttentionConfig
-from ntk_attention.layer import NTKAttentionLayer
+from ntk_attention.tuner.layer import NTKAttentionLayer
 
 from .families import FAMILIES
 

@@ -3,11 +3,12 @@
 Importing the package registers the PEFT method NTK_ATTENTION.
 """
 
-from .accuracy import choose_degree, taylor_error_bound
-from .anchors import anchor
-from .calibration import calibrate
-from .config import NTKAttentionConfig
-from .conversion import (
+from .calibration.start import calibrate
+from .convert.anchors import anchor
+from .convert.distillation import distill
+from .convert.error_bound import choose_degree, taylor_error_bound
+from .convert.fitting import fit
+from .convert.prefixes import (
     adapter_from_prefix,
     by_layer,
     prefix_of_adapter,
@@ -15,13 +16,12 @@ from .conversion import (
     prefix_of_text,
     save_cache,
 )
-from .distillation import distill
-from .exact import LayerPrefix
-from .features import FEATURE_MAPS, FeatureMap, feature_map
-from .fitting import fit
-from .operation import ntk_attention
-from .state import PrefixState, RowStates
-from .tuner import NTKAttentionModel
+from .ops.attention import ntk_attention
+from .ops.exact import LayerPrefix
+from .ops.features import FEATURE_MAPS, FeatureMap, feature_map
+from .ops.state import PrefixState, RowStates
+from .tuner.config import NTKAttentionConfig
+from .tuner.model import NTKAttentionModel
 
 __version__ = "0.1.0"
 __all__ = [

@@ -25,7 +25,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import recording
+from research import recording
 
 from . import rows as files
 from .build import model_types

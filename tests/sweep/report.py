@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import recording
+from research import recording
 
 from .examine import IN_PART, NOT_BUILT, RESULTS, SILENT, WORKS
 from .subject import REFUSED, UNCLEAR

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import recording
+from research import recording
 
 Row = dict[str, Any]
 COMPARED = ("torch", "transformers", "peft")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ntk_attention.features import feature_map
+from ntk_attention.ops.features import feature_map
 from ntk_attention.theory import run_bridge
 from ntk_attention.theory.run_bridge import Layer
 
@@ -61,7 +61,7 @@ def test_kernel_of_a_linear_map():
 def small(monkeypatch):
     for name, value in (("STEPS", 20), ("LENGTHS", (1, 4, 16)), ("RANKS", (4, 8, 16)), ("START_LENGTH", 16)):
         monkeypatch.setattr(run_bridge, name, value)
-    monkeypatch.setattr(run_bridge, "real_layer", lambda device: layer())
+    monkeypatch.setattr(run_bridge, "real_layer", lambda load_model, device: layer())
 
 
 def test_bridge(small, tmp_path):

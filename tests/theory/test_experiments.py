@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from ntk_attention.cli import app, console
+from ntk_attention.cli.main import app, console
 from ntk_attention.theory import run_training
 from ntk_attention.theory.setting import Setting
 

@@ -7,15 +7,12 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from ..progress import Reporter
 from . import figures, run_bridge, run_kernel, run_scaling, run_training
-from .setting import Experiment, Row, Setting
-
-if TYPE_CHECKING:
-    from ..training import Reporter
+from .setting import Experiment, Loader, Row, Setting
 
 
 @dataclass(frozen=True)
@@ -33,14 +30,14 @@ EXPERIMENTS = {
 }
 
 
-def run(name: str, setting: Setting, folder: Path, reporter: Reporter) -> list[str]:
+def run(name: str, setting: Setting, folder: Path, reporter: Reporter, load_model: Loader) -> list[str]:
     """Run one experiment; write `folder`/name.jsonl and name.png. Returns what was seen, in sentences.
 
     The first line of the file is the setting with versions and hardware; every other is one measurement.
     """
     parts = EXPERIMENTS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    rows = parts.measure(setting, reporter)
+    rows = parts.measure(setting, reporter, load_model)
     record = {"experiment": name, **asdict(setting), "torch": torch.__version__, "hardware": hardware(setting.device)}
     lines = "".join(json.dumps(row) + "\n" for row in [record, *rows])
     (folder / f"{name}.jsonl").write_text(lines)

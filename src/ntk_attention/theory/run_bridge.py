@@ -10,22 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp
 from torch.nn import functional
 
-from ..features import FeatureMap, feature_map
-from ..models import EMBEDDED, load_model
-from ..operation import ntk_attention
-from ..state import PrefixState
+from ..ops.attention import ntk_attention
+from ..ops.features import FeatureMap, feature_map
+from ..ops.state import PrefixState
+from ..progress import Reporter
 from .fits import power_law
-from .setting import Row, Setting
-
-if TYPE_CHECKING:
-    from ..training import Reporter
+from .setting import Loader, Row, Setting
 
 CONTEXT, TOKENS = 512, 256
 LAYER = 10  # of 30
@@ -64,14 +61,14 @@ class Layer:
 
 
 @torch.no_grad()
-def real_layer(device: str) -> Layer:
-    """Layer LAYER of the embedded model, on a piece of the Python reference that every installation holds."""
+def real_layer(load_model: Loader, device: str) -> Layer:
+    """Layer LAYER of a model, on a piece of the Python reference that every installation holds."""
     from pydoc_data.topics import topics
 
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     model: Any
-    model, tokenizer = load_model(EMBEDDED, dtype=torch.float32)
+    model, tokenizer = load_model()
     model.requires_grad_(False)
     ids = tokenizer(topics["types"], return_tensors="pt")["input_ids"][:, : CONTEXT + TOKENS]
     attention, caught = model.model.layers[LAYER].self_attn, {}
@@ -170,10 +167,10 @@ def train(layer: Layer, parts: Parameters, output: Output, rate: float, generato
     }
 
 
-def measure(setting: Setting, reporter: Reporter) -> list[Row]:
+def measure(setting: Setting, reporter: Reporter, load_model: Loader) -> list[Row]:
     """All rows; of the setting only device and seed count."""
     reporter.stage("load a layer")
-    layer = real_layer(setting.device)
+    layer = real_layer(load_model, setting.device)
     reporter.stage("bridge", len(RATES) * (len(LENGTHS) + len(RANKS) + 1))
     rows: list[Row] = []
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..progress import Reporter
 from .bounds import Sizes, kernel_shift
 from .fits import power_law
 from .inputs import INPUTS
 from .model import initial, kernel, limit_kernel
-from .setting import Row, Setting
-
-if TYPE_CHECKING:
-    from ..training import Reporter
+from .setting import Loader, Row, Setting
 
 RADII = [10 ** (k / 2) for k in range(-8, 1)]  # 1e-4 ... 1
 
@@ -77,7 +74,7 @@ def concentrations(base: Setting) -> list[tuple[str, float]]:
     return [("random", base.sigma), ("image", base.sigma), ("random", base.sigma / 2)]
 
 
-def measure(setting: Setting, reporter: Reporter) -> list[Row]:
+def measure(setting: Setting, reporter: Reporter, load_model: Loader) -> list[Row]:
     """All rows. n, d and sigma are those of the base setting, around which one size varies at a time."""
     rows: list[Row] = []
     every = variants(setting)

@@ -7,19 +7,16 @@ hence at F = 0: with independent signs its start, of size sqrt(m), would drown t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..progress import Reporter
 from .fits import Line, compare
 from .inputs import INPUTS
 from .model import initial, outputs
-from .setting import Row, Setting
+from .setting import Loader, Row, Setting
 from .training import Start, descend
-
-if TYPE_CHECKING:
-    from ..training import Reporter
 
 TEACHER, SHARPNESS, HELD_OUT = 4, 1.5, 256
 SAMPLES = 32  # n where it is not varied
@@ -60,7 +57,7 @@ def train(setting: Setting, m: int, n: int, eta: float | None, draw: int) -> Row
     return row | {"drift": run.drift}
 
 
-def measure(setting: Setting, reporter: Reporter) -> list[Row]:
+def measure(setting: Setting, reporter: Reporter, load_model: Loader) -> list[Row]:
     """All rows; m up to 2^14 at most on a CPU's account, n from 4 to 256."""
     powers = range(5, min(setting.largest, 14) + 1)
     own = [("m", 2**k, SAMPLES, draw) for k in powers for draw in range(min(2, setting.draws))]

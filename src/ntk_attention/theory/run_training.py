@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
+from ..progress import Reporter
 from .bounds import certificate
 from .fits import power_law
 from .inputs import INPUTS, random_inputs
 from .model import initial, kernel
-from .setting import Row, Setting
+from .setting import Loader, Row, Setting
 from .training import Start, descend
-
-if TYPE_CHECKING:
-    from ..training import Reporter
 
 TARGET = 1e-9  # of the loss at the start, where a run ends
 STEPS = 800  # at most
@@ -82,7 +79,7 @@ def careful(setting: Setting, m: int, start: str) -> Row:
     }
 
 
-def measure(setting: Setting, reporter: Reporter) -> list[Row]:
+def measure(setting: Setting, reporter: Reporter, load_model: Loader) -> list[Row]:
     """All rows; `draws` counts the starts for each m up to 2^12 (beyond, one)."""
     powers = range(2, setting.largest + 1)
     jobs = [

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from ..training import Reporter
+from ..progress import Reporter
 
 Row = dict[str, Any]  # one measurement: one line of JSON
 
@@ -44,4 +43,5 @@ class Setting:
         return torch.Generator(self.device).manual_seed(1000 * self.seed + stream)
 
 
-Experiment = Callable[[Setting, "Reporter"], list[Row]]
+Loader = Callable[[], tuple[Any, Any]]  # of a causal language model in float32 and its tokenizer
+Experiment = Callable[[Setting, Reporter, Loader], list[Row]]  # few look at a model

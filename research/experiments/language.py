@@ -1,0 +1,116 @@
+"""Tasks of causal language models: write the completion of a prompt, or model a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ntk_attention.cli.data import Item, Row, collate, encode, same_final_number
+from ntk_attention.cli.evaluation import answers, mean_loss
+from ntk_attention.cli.models import convert_gguf, load_model
+
+from . import assets
+from .tasks import Base, Batch, Score, Task
+
+TEXT_LENGTH = 256  # tokens; longer texts are cut
+PAD_TO = 32  # few different shapes: kernels are tuned and planned for each
+UNRELATED_PASSAGES = 64
+VALIDATION_ITEMS, TEST_ITEMS = 300, 1000
+EVALUATION_BATCH, GENERATION_BATCH = 8, 256
+
+
+@dataclass(frozen=True)
+class LanguageTask(Task):
+    """Items {prompt, completion}, scored by what is generated; or {text}, scored by the loss."""
+
+    max_new_tokens: int | None = None  # None: the items are texts
+    max_length: int = 384  # tokens of a training item; longer ones are left out
+    judge: Callable[[str, str], bool] = same_final_number  # of a generated and an expected answer
+    judged: str = "final number"  # name of what the judge looks at
+
+    @property
+    def metric(self) -> str:  # type: ignore[override]
+        return "loss" if self.max_new_tokens is None else self.judged
+
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        return self.max_new_tokens is not None
+
+    def check(self) -> None:
+        if "/" not in self.model:
+            assets.model_folder(self.model)
+        assets.split_file(self.data, "train")
+        assets.split_file("python-docs", "validation")
+
+    def source(self) -> str:
+        """What `load_model` takes; a GGUF file becomes a folder first."""
+        if "/" in self.model:
+            return self.model
+        folder = assets.model_folder(self.model)
+        quantised = next(folder.glob("*.gguf"), None)
+        return str(folder if quantised is None else convert_gguf(quantised, folder / "dequantised"))
+
+    def warm_up(self) -> None:
+        self.source()
+
+    def load(self, device: str) -> Base:
+        model, tokenizer = load_model(self.source(), torch.bfloat16 if device == "cuda" else torch.float32)
+        return Base(model.to(device).requires_grad_(False), tokenizer)
+
+    def items(self, split: str) -> list[dict[str, Any]]:
+        return assets.read_rows(self.data, split)
+
+    def examples(self, base: Base, split: str, seed: int) -> list[tuple[Row, Item]]:
+        items = [as_item(row, base.tokenizer) for row in self.items(split)]
+        items = items[: {"validation": VALIDATION_ITEMS, "test": TEST_ITEMS}.get(split)]
+        return encoded(items, base.tokenizer, self.max_length if split != "test" else None)
+
+    def batch(self, base: Base, examples: Sequence[tuple[Row, Item]]) -> Batch:
+        return collate([row for row, _ in examples], base.tokenizer.pad_token_id, PAD_TO)
+
+    def score(self, base: Base, model: nn.Module, examples: Sequence[tuple[Row, Item]], with_answers: bool) -> Score:
+        model_: Any = model
+        loss = mean_loss(model_, [row for row, _ in examples], base.tokenizer.pad_token_id, EVALUATION_BATCH)
+        if self.max_new_tokens is None or not with_answers:
+            return Score(loss)
+        # by length, which wastes little on padding; the order is the same for every method
+        items = sorted((item for _, item in examples), key=lambda item: len(item.prompt))
+        prompts = [item.prompt for item in items]
+        texts = answers(model_, base.tokenizer, prompts, self.max_new_tokens, batch_size=GENERATION_BATCH)
+        correct = [self.judge(text, item.completion) for text, item in zip(texts, items, strict=True)]
+        return Score(loss, sum(correct) / len(correct), correct)
+
+    def unrelated(self, base: Base) -> list[Row]:
+        items = [as_item(row, base.tokenizer) for row in assets.read_rows("python-docs", "validation")]
+        return [row for row, _ in encoded(items[:UNRELATED_PASSAGES], base.tokenizer)]
+
+    def unrelated_loss(self, base: Base, model: nn.Module) -> float:
+        return mean_loss(model, self.unrelated(base), base.tokenizer.pad_token_id, EVALUATION_BATCH)  # type: ignore
+
+    def unrelated_batches(self, base: Base) -> list[Batch]:
+        rows = self.unrelated(base)
+        starts = range(0, min(len(rows), self.calibration_batches * self.batch_size), self.batch_size)
+        return [collate(rows[i : i + self.batch_size], base.tokenizer.pad_token_id, PAD_TO) for i in starts]
+
+
+def as_item(row: dict[str, Any], tokenizer: Any) -> Item:
+    """A model without a chat template gets its start token and a line end after the prompt."""
+    start = tokenizer.bos_token or "" if tokenizer.chat_template is None else ""
+    if "text" in row:
+        return Item("", start + row["text"])
+    return Item(row["prompt"] if tokenizer.chat_template else f"{start}{row['prompt']}\n", row["completion"])
+
+
+def encoded(items: Sequence[Item], tokenizer: Any, max_length: int | None = None) -> list[tuple[Row, Item]]:
+    found = []
+    for item in items:
+        row = encode(item, tokenizer, 10**6)
+        if not item.prompt:
+            row = {name: values[:TEXT_LENGTH] for name, values in row.items()}
+        if max_length is None or len(row["input_ids"]) <= max_length:
+            found.append((row, item))
+    return found

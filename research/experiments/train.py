@@ -1,0 +1,201 @@
+"""One cell of the comparison, from top to bottom: adapt, train, score, describe."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from research.recording import Row
+
+from . import assets
+from .methods import METHODS, Context
+from .steps import training_on
+from .tasks import Base, Score, Task
+
+HEAD_RATE = 5e-3  # of a new classifier, whatever the method's rate is; the method "head" tunes it
+CURVE_POINTS = 50
+TIMED_STEPS = 40
+CHECK_EVERY = 50  # steps between looks at whether the loss is finite
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is run once.
+
+    Args:
+        stage: "select" scores on validation data only; "final" on test data as well; "time" is a few steps, alone.
+    """
+
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+    stage: Literal["select", "final", "time"]
+
+
+def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
+    """Everything that a row holds but where it was made. A loss that is not finite becomes the row's error."""
+    method = METHODS[cell.method]
+    started = time.perf_counter()
+    torch.manual_seed(cell.seed)
+    torch.set_float32_matmul_precision("high")
+    if device == "cuda":
+        torch.cuda.synchronize()
+        gc.collect()  # what the cell before has left would be counted as held, and be gone in the peak
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        held_before = torch.cuda.memory_allocated()
+
+    examples = cached_examples(task, base, "train", cell.seed)
+    order = training_order(len(examples), task.steps * task.batch_size, cell.seed)
+    chosen = [order[i : i + task.batch_size] for i in range(0, len(order), task.batch_size)]
+    first = [task.batch(base, [examples[i] for i in part]) for part in chosen[: task.calibration_batches]]
+
+    model = task.fresh(base, cell.seed)
+    with precision(task, device):
+        unrelated_before = task.unrelated_loss(base, model) if cell.stage == "final" else None
+    model = method.build(model, Context(task, base, first)).to(device)
+    adapter, head = trainable(model)
+    row: Row = {
+        **asdict(cell),
+        "steps": task.steps,
+        "batch_size": task.batch_size,
+        "data_digest": assets.digest(task.data),
+        "trainable_parameters": sum(p.numel() for p in adapter),
+        "head_parameters": sum(p.numel() for p in head),
+        "adapter_bytes": adapter_bytes(model, base),
+    }
+
+    groups = [{"params": adapter, "lr": cell.learning_rate}, {"params": head, "lr": HEAD_RATE}]
+    if not adapter:
+        groups[1]["lr"] = cell.learning_rate
+    groups = [group for group in groups if group["params"]]
+    steps = TIMED_STEPS if cell.stage == "time" else task.steps
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of training alone, without calibration and scoring
+    training = training_on(device)(model, groups, steps, lambda: precision(task, device))
+    losses: list[Tensor] = []
+    times: list[float] = []
+    model.train()
+    trained_from = time.perf_counter()
+    for step in range(steps):
+        batch = task.batch(base, [examples[i] for i in chosen[step % len(chosen)]])
+        begun = clock(device, cell.stage == "time")
+        losses.append(training.step(batch))
+        times.append(clock(device, cell.stage == "time") - begun)
+        if step % CHECK_EVERY == 0 and not torch.isfinite(losses[-1]):
+            break
+    curve = torch.stack(losses).float().tolist()  # waits for the device
+    row["training_seconds"] = round(time.perf_counter() - trained_from, 2)
+    del training  # recorded steps hold much memory, which other processes on the GPU can use during the scoring
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    if cell.stage == "time":
+        row["step_milliseconds"] = round(1e3 * sorted(times[steps // 4 :])[len(times[steps // 4 :]) // 2], 3)
+    row["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - held_before if device == "cuda" else None
+    row["curve"] = thinned(curve)
+    if not all(torch.isfinite(torch.tensor(curve))):
+        row["error"] = f"the loss is not finite at step {len(curve)} of {steps}"
+    elif cell.stage != "time":
+        with precision(task, device):
+            valid = task.score(base, model, cached_examples(task, base, "validation", cell.seed), with_answers=False)
+            row["validation"] = figures(valid)
+            if cell.stage == "final":  # the only place that sees test data
+                test = task.score(base, model, cached_examples(task, base, "test", cell.seed), with_answers=True)
+                row["test"] = figures(test)
+                row["test_correct"] = packed(test.correct)
+                if unrelated_before is not None:
+                    unrelated_after = task.unrelated_loss(base, model)
+                    assert unrelated_after is not None
+                    row["unrelated_loss_before"] = unrelated_before
+                    row["forgetting"] = unrelated_after - unrelated_before
+    row["seconds"] = round(time.perf_counter() - started, 2)
+    return row
+
+
+def precision(task: Task, device: str) -> AbstractContextManager[Any]:
+    """bfloat16 for language models on a GPU; the small encoders run in float32 (TF32 on a GPU)."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and not task.has_head)
+
+
+def clock(device: str, exact: bool) -> float:
+    if exact and device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def training_order(size: int, wanted: int, seed: int) -> list[int]:
+    """Places of the training examples: every epoch in another order, the same for every method."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < wanted:
+        order += torch.randperm(size, generator=generator).tolist()
+    return order[:wanted]
+
+
+_examples: dict[tuple[str, str, int], Sequence[Any]] = {}
+
+
+def cached_examples(task: Task, base: Base, split: str, seed: int) -> Sequence[Any]:
+    """Tokenised once per process."""
+    key = task.name, split, seed if split == "train" and getattr(task, "shots", None) else -1
+    if key not in _examples:
+        _examples[key] = task.examples(base, split, seed)
+        if not _examples[key]:
+            raise ValueError(f"{task.name} has no {split} examples")
+    return _examples[key]
+
+
+def trainable(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Of the adapter, and of a new classifier."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in named if ".head." in f".{name}"]
+    return [p for name, p in named if ".head." not in f".{name}"], head
+
+
+def adapter_bytes(model: nn.Module, base: Base) -> int:
+    """Size of the safetensors file that holds what was trained; the whole model in the dtype it came in."""
+    if isinstance(model, PeftModel):
+        tensors = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model).items()}
+    else:
+        dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
+        tensors = {
+            name: torch.empty_like(p, dtype=dtypes.get(name, p.dtype), device="cpu")
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+    return len(save(tensors))
+
+
+def figures(score: Score) -> dict[str, float]:
+    found = {"loss": score.loss}
+    return found if score.share is None else {**found, "share": score.share}
+
+
+def packed(correct: Sequence[bool] | None) -> str | None:
+    """Which items are right, in hexadecimal, the first item first."""
+    if correct is None:
+        return None
+    bits = "".join("1" if right else "0" for right in correct)
+    return f"{len(bits)}:{int(bits, 2):0{-(-len(bits) // 4)}x}"
+
+
+def unpacked(text: str) -> list[bool]:
+    size, digits = text.split(":")
+    return [bit == "1" for bit in f"{int(digits, 16):0{int(size)}b}"]
+
+
+def thinned(curve: Sequence[float]) -> list[list[float]]:
+    """[step, mean loss of the steps up to it], at most CURVE_POINTS of them."""
+    width = max(1, -(-len(curve) // CURVE_POINTS))
+    parts = [curve[i : i + width] for i in range(0, len(curve), width)]
+    return [[min((i + 1) * width, len(curve)), round(sum(part) / len(part), 4)] for i, part in enumerate(parts)]

@@ -1,0 +1,133 @@
+"""However a worker process ends, its cell is one that failed, the others have their rows, and the run has an end."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from multiprocessing.process import BaseProcess
+from types import SimpleNamespace
+
+import pytest
+
+from research.experiments import runner
+
+from .dying import ENDS, Cell, serve
+
+TASK = SimpleNamespace(name="task", steps=7)
+ERRORS = {
+    "exits": "the process died with exit code 3 (EOFError)",
+    "leaves": "the process died with exit code 4 (EOFError)",
+    "raises": "the process died with exit code 1 (EOFError)",
+    "is killed": "the process died of SIGKILL (EOFError)",
+    "aborts": "the process died of SIGABRT (EOFError)",
+    "closes": "the process was stopped (EOFError)",
+    "sends half": "the process died with exit code 0 (OSError: got end of file during message)",
+    "sends no pickle": "the process was stopped (UnpicklingError: ",
+    "sends an unknown class": "the process was stopped (ModuleNotFoundError: No module named 'nowhere')",
+    "sends a lambda": "the process died with exit code 1 (EOFError)",
+    "is killed and leaves a child": "the process died of SIGKILL (EOFError)",
+}
+
+
+@pytest.fixture(autouse=True)
+def workers(monkeypatch):
+    monkeypatch.setattr(runner, "serve", serve)
+    monkeypatch.setattr(runner, "GRACE", 0.5)
+    monkeypatch.setattr(runner, "LOOK_AGAIN", 0.2)
+
+
+def run(methods, jobs=2, always=False, on_row=lambda row: None):
+    """Rows by method and seed; `always` plans every cell again, whether it has a row or not."""
+    cells = [Cell("task", method, seed=i) for i, method in enumerate(methods)]
+    rows = {}
+
+    def write(row):
+        key = row["method"], row["seed"]
+        assert key not in rows
+        rows[key] = row
+        on_row(row)
+
+    def planner():
+        return [(cell, TASK) for cell in cells if always or (cell.method, cell.seed) not in rows]
+
+    deadline = time.monotonic() + 120
+    runner.run_jobs(planner, "cpu", write, deadline, jobs)
+    assert time.monotonic() < deadline
+    assert rows.keys() == {(cell.method, cell.seed) for cell in cells}
+    assert all(row["steps"] == 7 for row in rows.values())
+    return rows
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_every_way_to_end(jobs):
+    assert ERRORS.keys() == ENDS.keys()
+    methods = [name for end in ENDS for name in (end, "works")]
+    for (method, _), row in run(methods, jobs).items():
+        if method == "works":
+            assert "error" not in row
+        else:
+            assert row["error"].startswith(ERRORS[method]), row["error"]
+
+
+def test_a_cell_that_always_kills_is_run_once():
+    rows = run(["is killed", "works", "is killed"], always=True)
+    assert Counter("error" in row for row in rows.values()) == {True: 2, False: 1}
+
+
+def test_processes_that_die_while_they_wait():
+    """With one at a time, the next cell comes to a process that is dead, or dies with the cell unread."""
+    rows = run(["answers and exits", "works", "answers and leaves the next unread", "works", "works"], jobs=1)
+    errors = {seed: row["error"] for (_, seed), row in rows.items() if "error" in row}
+    assert errors.keys() - {1} == {3}  # the second one may find its process dying
+    assert errors[3] == "the process died with exit code 0 (ConnectionResetError: [Errno 104] Connection reset by peer)"
+
+
+def test_a_process_that_dies_unseen(monkeypatch):
+    """It looks alive until the cell is sent."""
+
+    def wait_for_the_end(row):
+        if row["method"] == "answers and exits":
+            for child in multiprocessing.active_children():
+                child.join()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.Process, "is_alive", lambda self: True)
+        rows = run(["answers and exits", "works", "works"], jobs=1, on_row=wait_for_the_end)
+    assert [seed for (_, seed), row in rows.items() if "error" in row] == [1]
+    assert "BrokenPipeError" in rows["works", 1]["error"]
+
+
+def test_killed_from_outside():
+    killed = []
+
+    def kill(row):
+        if not killed:
+            killed.append(row["process"])
+            os.kill(row["process"], signal.SIGKILL)
+
+    rows = run(["works"] * 6, jobs=1, on_row=kill)
+    assert sum("error" in row for row in rows.values()) <= 1
+    assert len({row["process"] for row in rows.values() if "process" in row}) == 2
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_processes_that_cannot_be_started(jobs, monkeypatch):
+    start, started = BaseProcess.start, []
+
+    def fails_twice(self):
+        started.append(self)
+        if len(started) in (1, 3):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        start(self)
+
+    monkeypatch.setattr(BaseProcess, "start", fails_twice)
+    rows = run(["works", "exits", "works", "works", "works"], jobs)
+    errors = [row["error"] for row in rows.values() if "error" in row]
+    assert len(errors) == 3
+    assert sum("no process can be started: BlockingIOError: [Errno 11]" in error for error in errors) == 2
+
+
+def test_nothing_can_be_started(monkeypatch):
+    monkeypatch.setattr(BaseProcess, "start", lambda self: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory")))
+    assert all("Cannot allocate memory" in row["error"] for row in run(["works"] * 4).values())

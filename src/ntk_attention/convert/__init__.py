@@ -1,0 +1,1 @@
+"""Given prefixes, caches and documents as adapters."""

@@ -1,0 +1,1 @@
+"""The attention operation: torch alone, and nothing that knows a model."""

@@ -1,0 +1,111 @@
+"""What belongs to one call of a model, not to the model: kept apart for every thread, so that calls do not meet.
+
+A module that held it would hand it to whatever other call runs at the same time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..ops.attention import Block
+from ..ops.exact import LayerPrefix
+from ..ops.state import RowStates
+
+if TYPE_CHECKING:
+    from .feed_forward import FeedForwardRows
+    from .layer import NTKAttentionLayer
+
+# Sees every call of an attention: the query, the block of the real tokens, the block of the prefix (None while the
+# adapters rest) and the factor that makes phi's input of the query.
+Watcher = Callable[[Tensor, Block, Block | None, float], None]
+
+
+@dataclass
+class MixedRows:
+    """A batch whose rows have adapters of their own: by layer, the prefixes of its rows.
+
+    Args:
+        rows: of attention; a layer that is missing has none of the adapters.
+        feed_forward_rows: of feed-forward blocks, likewise.
+        copies: how many neighbouring rows `generate` may make of each, for beams or several answers.
+    """
+
+    rows: dict[NTKAttentionLayer, RowStates] = field(default_factory=dict)
+    feed_forward_rows: dict[NTKAttentionLayer, FeedForwardRows] = field(default_factory=dict)
+    copies: frozenset[int] = frozenset({1})
+
+    def of_batch(self, layer: NTKAttentionLayer, batch_size: int) -> RowStates | None:
+        """The prefixes of a batch of this size.
+
+        Raises:
+            ValueError: if there are more or fewer rows than names.
+        """
+        rows = self.rows.get(layer)
+        if rows is None or len(rows.index) == batch_size:
+            return rows
+        copies, rest = divmod(batch_size, max(1, len(rows.index)))
+        if rest or copies not in self.copies:
+            raise ValueError(f"adapter_names has {len(rows.index)} names for a batch of {batch_size}: expected as many")
+        return replace(rows, index=rows.index.repeat_interleave(copies))
+
+
+class Calls(threading.local):
+    """The state of the calls of this thread."""
+
+    def __init__(self) -> None:
+        self.mixed: MixedRows | None = None
+        self.watchers: Mapping[NTKAttentionLayer, Watcher] = {}
+        self.exact: Mapping[NTKAttentionLayer, LayerPrefix] = {}  # tokens of a prefix that are all there
+        self.resting: frozenset[NTKAttentionLayer] = frozenset()  # layers whose adapters do nothing
+        self.inputs: dict[NTKAttentionLayer, Tensor] = {}  # of feed-forward blocks that run, until their end
+
+
+CALLS = Calls()
+
+
+@contextmanager
+def during_calls(**state: Any) -> Iterator[None]:
+    """Give fields of `CALLS` other values in this thread."""
+    before = {name: getattr(CALLS, name) for name in state}
+    try:
+        for name, value in state.items():
+            setattr(CALLS, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(CALLS, name, value)
+
+
+def without_adapters(layers: Iterable[NTKAttentionLayer]) -> AbstractContextManager[None]:
+    """Let the adapters of layers rest, without the changes to requires_grad that PEFT's `disable_adapter` makes."""
+    return during_calls(resting=CALLS.resting | set(layers))
+
+
+@contextmanager
+def exact_prefix(
+    layers: Mapping[str, NTKAttentionLayer], prefix: Mapping[str, LayerPrefix], *, resting: Iterable[str] = ()
+) -> Iterator[None]:
+    """Let layers attend to real prefix tokens, beside the states of their adapters.
+
+    Queries see the whole prefix, whatever their position: positions of the text count from 0, those of the prefix lie
+    before it.
+
+    Args:
+        layers: of an adapted model, by name.
+        prefix: for some or all of them.
+        resting: names of layers whose adapters rest meanwhile.
+
+    Raises:
+        ValueError: if the model is tensor-parallel.
+    """
+    if any(layer.mesh is not None for layer in layers.values()):
+        raise ValueError("prefixes are converted on a model with all heads in one process: load it with tp_size=1")
+    exact = {**CALLS.exact, **{layers[name]: tokens for name, tokens in prefix.items()}}
+    with during_calls(exact=exact), without_adapters(layers[name] for name in resting):
+        yield

@@ -1,0 +1,139 @@
+"""Parameters that train in coordinates where every direction matters alike, and are saved in plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+
+from .distributed import BY_HEAD, is_partitioned, spread
+from .untrusted import check_shape, check_values
+
+
+class Coordinated(nn.Module):
+    """A module whose parameter `leading`, [..., r, n], trains as X' in X = C X', and `scaled` as x' in x = unit x'.
+
+    Calibration sets `coordinates`, C [..., r, r], and `unit`. State dicts always hold the plain X and x, and loading
+    one takes them.
+    """
+
+    leading: str
+    scaled: str
+    constants: tuple[str, ...] = ()  # buffers that are saved, spread as parameters are
+    placements: Sequence[Placement] = BY_HEAD  # of the parameters on a mesh
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("coordinates", None, persistent=False)
+        self.unit = 1.0
+        self.mesh: DeviceMesh | None = None  # of a tensor-parallel model
+
+    def set_coordinates(self, coordinates: Tensor | None, unit: float) -> None:
+        """Train in these coordinates from here on; the parameters must be given anew."""
+        like = getattr(self, self.scaled)
+        self.coordinates = None if coordinates is None else coordinates.to(like.device, like.dtype)
+        self.unit = unit
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep a part of the parameters, as `placements` has it, with the values of the first process of the mesh."""
+        self.mesh = mesh
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            part = spread(parameter.detach(), mesh, self.placements, source=0)
+            # Not setattr: PEFT's low_cpu_mem_usage takes that over, and cannot rebuild a DTensor.
+            self._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
+        for name, constant in self.own_constants().items():
+            self._buffers[name] = spread(constant, mesh, self.placements, source=0)
+
+    def own_constants(self) -> dict[str, Tensor]:
+        return {name: x for name in self.constants if (x := self._buffers[name]) is not None}
+
+    def part(self, name: str) -> Tensor:
+        """What this process has of a parameter or a constant."""
+        parameter = getattr(self, name)
+        return parameter if self.mesh is None else parameter.to_local()
+
+    def plain_leading(self) -> Tensor:
+        """The leading parameter in plain coordinates."""
+        X = self.part(self.leading)
+        return X if self.coordinates is None else self.coordinates.to(X.dtype) @ X
+
+    def plain_scaled(self) -> Tensor:
+        x = self.part(self.scaled)
+        return x if self.unit == 1.0 else self.unit * x  # a kernel less in each layer, when all wait for launches
+
+    @torch.no_grad()
+    def set_plain(self, leading: Tensor, scaled: Tensor) -> None:
+        """Give both by their plain values."""
+        X = self.part(self.leading)
+        X.copy_(self._to_coordinates(leading.to(X)))
+        self.part(self.scaled).copy_(scaled / self.unit)
+
+    @torch.no_grad()
+    def follow(self, other: Coordinated) -> None:
+        """Train in the coordinates of another one of the same shapes, with the values that are there."""
+        if getattr(self, self.scaled).is_meta:  # a state dict follows, with plain values
+            self.set_coordinates(other.coordinates, other.unit)
+            return
+        leading, scaled = self.plain_leading().clone(), self.plain_scaled().clone()
+        self.set_coordinates(other.coordinates, other.unit)
+        self.set_plain(leading, scaled)
+
+    def make_plain(self, tensors: dict[str, Any], prefix: str) -> None:
+        """Bring the trained values in a state dict, whose names start so, into plain coordinates."""
+        if self.coordinates is not None:
+            C = self.coordinates
+            tensors[prefix + self.leading] = self._on_whole(tensors[prefix + self.leading], lambda X: C.to(X) @ X)
+            tensors[prefix + self.scaled] = self.unit * tensors[prefix + self.scaled]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # ZeRO-3 makes state dicts of its parameters without asking: there all hold them as they are trained, and the
+        # tuner takes the plain ones of them.
+        if not is_partitioned(getattr(self, self.scaled)):
+            self.make_plain(destination, prefix)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        own_names = {*self._parameters, *self.constants}
+        for name, parameter in [*self.named_parameters(), *self.own_constants().items()]:
+            given = state_dict.get(prefix + name)
+            if given is None:
+                continue
+            check_shape("the state dict", f"{prefix}{name}", tuple(given.shape), tuple(parameter.shape))
+            check_values("the state dict", f"{prefix}{name}", given)
+            own = name in own_names  # a child with other placements sees to its own
+            if own and self.mesh is not None and isinstance(parameter, DTensor) and not isinstance(given, DTensor):
+                state_dict[prefix + name] = spread(given.to(self.mesh.device_type), self.mesh, self.placements)
+        if self.coordinates is not None and not is_partitioned(getattr(self, self.scaled)):
+            if prefix + self.leading in state_dict:
+                state_dict[prefix + self.leading] = self._to_coordinates(state_dict[prefix + self.leading])
+            if prefix + self.scaled in state_dict:
+                state_dict[prefix + self.scaled] = state_dict[prefix + self.scaled] / self.unit
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _to_coordinates(self, plain: Tensor) -> Tensor:
+        if self.coordinates is None:
+            return plain
+        C = self.coordinates.double()
+        return self._on_whole(plain, lambda X: solve_by_qr(C, X.to(C)).to(X.dtype))
+
+    def _on_whole(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The function, which has the coordinates in it, of a tensor that may be spread over processes."""
+        if not isinstance(x, DTensor):
+            return function(x)
+        if self.mesh is None:  # FSDP2, which cuts heads apart: this process has the coordinates of all
+            return distribute_tensor(function(x.full_tensor()), x.device_mesh, x.placements)
+        return DTensor.from_local(function(x.to_local()), x.device_mesh, x.placements, run_check=False)
+
+
+def solve_by_qr(A: Tensor, B: Tensor) -> Tensor:
+    """A^-1 B of batches of matrices [..., n, n] and [..., n, m].
+
+    Not torch.linalg.solve: on a CPU with several threads its LU of such a batch is wrong from about n = 150 on
+    (pytorch issue 142815).
+    """
+    Q, R = torch.linalg.qr(A)
+    return torch.linalg.solve_triangular(R, Q.mT @ B, upper=True)

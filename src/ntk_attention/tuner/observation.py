@@ -1,0 +1,164 @@
+"""Looking at the attention of an adapted model while it runs: for calibration and for reports."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..ops.attention import Block
+from ..ops.sdpa import HIDDEN
+from .calls import during_calls
+from .distributed import device_of
+from .feed_forward import FeedForward
+from .layer import NTKAttentionLayer, input_of
+
+# query [B, H, L, d], block of the real tokens, block of the prefix or None, factor of phi's input, and which rows
+# [B, L] count
+Observer = Callable[[Tensor, Block, Block | None, float, Tensor], None]
+
+
+class FeedForwardObserver(Protocol):
+    """Sees a feed-forward block run: the tokens that count, [N, D]."""
+
+    def observe_input(self, x: Tensor) -> None:
+        """Of the block."""
+
+    def observe_output(self, out: Tensor) -> None:
+        """Of the block, without prefixes."""
+
+    def observe_stream(self, hidden: Tensor) -> None:
+        """What its transformer layer gives on."""
+
+
+def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, NTKAttentionLayer]:
+    """The layers that hold the adapter, by module name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, NTKAttentionLayer) and adapter_name in module
+    }
+    if not layers:
+        raise ValueError(f"the model has no NTK-Attention adapter {adapter_name!r}: call get_peft_model first")
+    return layers
+
+
+def observe(
+    model: nn.Module,
+    layers: Mapping[str, NTKAttentionLayer],
+    batches: Iterable[Mapping[str, Any]],
+    observers: Mapping[str, Observer],
+    feed_forward_observers: Mapping[str, FeedForwardObserver] | None = None,
+) -> None:
+    """Run the model over the batches, without gradients and dropout, and show its attention to one observer a layer.
+
+    Those of feed-forward blocks, by the layer whose adapter looks after them, see these. Rows of padding do not count:
+    those whose `attention_mask` is 0, and those that see no token.
+    """
+    device = device_of(model)
+    blocks = feed_forward_observers or {}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    # Nothing comes after, and some models make too small a cache of their own.
+    options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            # Copies: some models write into their inputs.
+            batch = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            masks = {name: padding_mask(model, name, batch) for name in layers}
+            watchers = {layer: partial(show, observers[name], masks[name]) for name, layer in layers.items()}
+            with ExitStack() as stack:
+                stack.enter_context(during_calls(watchers=watchers))
+                for name, layer in layers.items():
+                    if name in blocks and layer.block is not None:
+                        stack.enter_context(showing(layer.block, blocks[name], masks[name]))
+                model(**{**options, **batch})
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, leaving every module's mode as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def show(
+    observer: Observer, mask: Tensor | None, query: Tensor, context: Block, prefix: Block | None, factor: float
+) -> None:
+    """Call the observer with the rows [B, L] that count: those of real tokens, and those that see one."""
+    lowest = max(HIDDEN, torch.finfo(query.dtype).min) / 2
+    counts = (context.lse > lowest).all(dim=1)  # masks are the same for all heads
+    if mask is not None and tuple(mask.shape) == tuple(counts.shape):
+        counts = counts & mask.bool()
+    observer(query, context, prefix, factor, counts)
+
+
+@contextmanager
+def showing(block: FeedForward, observer: FeedForwardObserver, mask: Tensor | None) -> Iterator[None]:
+    """Call the observer with every input and output of the block, and every output of its layer."""
+
+    def see_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        observer.observe_input(real_tokens(input_of(args, kwargs), mask))
+
+    def see_output(see: Callable[[Tensor], None], module: nn.Module, args: tuple, output: Any) -> None:
+        see(real_tokens(output if isinstance(output, Tensor) else output[0], mask))
+
+    with (
+        block.first.register_forward_pre_hook(see_input, with_kwargs=True),
+        block.last.register_forward_hook(partial(see_output, observer.observe_output)),
+        block.layer.register_forward_hook(partial(see_output, observer.observe_stream)),
+    ):
+        yield
+
+
+def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[N, D] of [..., D]; some families have one dimension for items and tokens."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if mask is None or mask.numel() != len(x) else x[mask.reshape(-1).bool()]
+
+
+def padding_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Tensor | None:
+    """Which queries of the attention module `name` are real tokens: [B, L], or None where all are."""
+    parts = name.split(".")
+    if any("vision" in part for part in parts):
+        return None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder" in parts:
+        if batch.get("decoder_attention_mask") is None and batch.get("labels") is not None:
+            return batch["labels"] != -100
+        return batch.get("decoder_attention_mask")
+    return batch.get("attention_mask")
+
+
+def prefix_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default") -> Tensor:
+    """The share of attention that the active prefixes take: [layers, H], averaged over the real tokens."""
+    layers = adapted_layers(model, adapter_name)
+    sums: dict[str, Any] = dict.fromkeys(layers, 0.0)
+    rows = dict.fromkeys(layers, 0)
+
+    def see(name: str) -> Observer:
+        def add(query: Tensor, context: Block, prefix: Block | None, factor: float, counts: Tensor) -> None:
+            if prefix is not None:
+                share = torch.sigmoid(prefix.lse - context.lse).transpose(0, 1)[:, counts]  # [H, N]
+                sums[name] = sums[name] + share.double().sum(dim=1)
+                rows[name] += share.shape[1]
+
+        return add
+
+    observe(model, layers, batches, {name: see(name) for name in layers})
+    if not all(rows.values()):
+        raise ValueError("no token reached the adapter: is it active, and is the text empty?")
+    return torch.stack([sums[name] / rows[name] for name in layers]).cpu()

@@ -1,0 +1,216 @@
+"""How attention modules of transformers models are found and routed through NTK-Attention.
+
+A routed module gets a copy of its config in which the attention function has our name (see lookup.py). The model keeps
+its own config, so that it still makes the masks of its own implementation: a mask is never dropped, and everything
+outside the attention modules stays as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..ops.attention import (
+    attend,
+    attention_weights,
+    autocast_inputs,
+    check_state_fits,
+    context_block,
+    prefix_blocks,
+    without_autocast,
+)
+from .arguments import refused_arguments, wants_weights
+from .calls import CALLS
+from .geometry import named
+from .lookup import ROUTE, lookup_of, routed_config
+from .masks import FLASH, IMPLEMENTATIONS, visible_tokens
+
+CHILD = "ntk_states"  # name of the NTKAttentionLayer in its attention module
+
+
+def routes(module: nn.Module) -> bool:
+    """Whether the module's forward looks its attention function up in the attention interface."""
+    return lookup_of(type(module)) is not None and getattr(module, "config", None) is not None
+
+
+def check_routes(module: nn.Module, name: str) -> None:
+    """Raise ValueError if a module that was named as a target does not route."""
+    if not routes(module):
+        raise ValueError(
+            f"target {named(module, name)} does not route through the attention interface of transformers: leave "
+            "target_modules out, or name modules that do"
+        )
+
+
+def own_config(module: nn.Module) -> Any:
+    """The config that the module has without us."""
+    config: Any = module.config
+    return getattr(config, "ntk_base", config)
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """Whether an adapted attention module is of a model that looks in both directions and writes nothing."""
+    return getattr(module, CHILD).encodes
+
+
+def check_implementation(module: nn.Module, name: str) -> str:
+    """The attention implementation that the module would use without us.
+
+    Raises:
+        ValueError: if it is not one whose masks we read.
+    """
+    implementation = own_config(module)._attn_implementation
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{name} uses the attention implementation {implementation!r}; NTK-Attention takes the place of one of "
+            f"{IMPLEMENTATIONS}: load the model with attn_implementation='sdpa'"
+        )
+    lookup = lookup_of(type(module))
+    assert lookup is not None
+    own = lookup.interface.get(implementation)
+    if own is not AttentionInterface().get(implementation):
+        raise ValueError(f"{named(module, name)} has a function of its own for {implementation!r}")
+    if implementation == "eager" and lookup.eager is None:
+        raise ValueError(
+            f"{named(module, name)} has no eager attention: load the model with attn_implementation='sdpa'"
+        )
+    if implementation in FLASH and lookup.replaced:
+        raise ValueError(
+            f"{named(module, name)} takes {sorted(lookup.replaced)} in some calls, past its config: load it with "
+            "attn_implementation='sdpa'"
+        )
+    return implementation
+
+
+def attach(module: nn.Module, layer: Any) -> None:
+    """Hang a layer on an attention module and route the module through it."""
+    lookup = lookup_of(type(module))
+    assert lookup is not None
+    layer.eager = lookup.eager
+    layer.refused_arguments = {name: refused_arguments(name, lookup.eager) for name in IMPLEMENTATIONS}
+    module.config = routed_config(module.config, lookup)
+    module.add_module(CHILD, layer)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach`."""
+    getattr(module, CHILD).remove_hooks()
+    module.config = own_config(module)
+    delattr(module, CHILD)
+
+
+def query_scale(module: nn.Module, scaling: float | None, head_dim: int) -> tuple[float, float]:
+    """The scale of the logits that is still to be applied, and the factor that makes phi's input of the query.
+
+    phi sees sqrt(s) * q with the true scale s of the family. OPT, Whisper and others multiply the query by s
+    themselves and pass scaling = 1: there the factor is s^-1/2.
+    """
+    if scaling is None:
+        scaling = head_dim**-0.5
+    own = next((v for n in ("scaling", "scale") if isinstance(v := getattr(module, n, None), float)), scaling)
+    if scaling == 1.0 and own != 1.0:
+        return 1.0, own**-0.5
+    return scaling, scaling**0.5
+
+
+def ntk_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Our entry of the attention interface: query [B, H, L, d], KV heads not repeated; returns [B, L, H, d_v].
+
+    Beside it the weights of the real tokens [B, H, L, S], without gradients, where the model was asked for them and its
+    own function would give them.
+
+    Raises:
+        ValueError: for an argument that changes attention and that we do not handle.
+    """
+    layer = getattr(module, CHILD)
+    is_active = layer.has_active_state()
+    watcher, exact = CALLS.watchers.get(layer), CALLS.exact.get(layer)
+    implementation = own_config(module)._attn_implementation
+    if watcher is None and exact is None and not is_active:
+        base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.eager)
+        # Flash attention reads the name in the config once more.
+        caller: Any = Unrouted(module) if implementation in FLASH else module
+        return base(caller, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    check_call(layer, module, implementation, kwargs)
+    query, key, value = autocast_inputs(query, key, value)
+    scale, factor = query_scale(module, scaling, query.shape[-1])
+    key, value, mask, is_causal = visible_tokens(module, query, key, value, attention_mask, implementation, **kwargs)
+    if query.shape[0] != key.shape[0]:  # learned queries, the same for every item
+        query = query.expand(key.shape[0], -1, -1, -1)
+    options: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sink": sink_of(kwargs)}
+    with without_autocast(query.device.type):
+        states = layer.states(query.shape[0]) if is_active else []
+        for state in states:
+            check_state_fits(
+                state,
+                num_heads=query.shape[1],
+                num_kv_heads=key.shape[1],
+                head_dim=query.shape[3],
+                value_dim=value.shape[-1],
+            )
+        prefix = None
+        if watcher is not None:
+            context = context_block(query, key, value, mask, is_causal, scale, **options)
+            if states or exact is not None:
+                prefix = prefix_blocks(query, states, factor, exact, scale, options["softcap"])
+            watcher(query, context, prefix, factor)
+        if states or exact is not None:
+            options["exact"] = exact
+            out = attend(query, key, value, states, factor, mask, dropout, is_causal, scale, **options)
+        else:
+            out = context.out
+        weights = None
+        if implementation == "eager" and wants_weights(module, kwargs):
+            with torch.no_grad():  # asked for or not, checkpointing must find the same tensors the second time
+                weights = attention_weights(query, key, value, states, factor, mask, is_causal, scale, **options)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+class Unrouted:
+    """A routed module as it was, for functions of transformers that look at its config."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.config = own_config(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def check_call(layer: Any, module: nn.Module, implementation: str, arguments: dict[str, Any]) -> None:
+    """Refuse an implementation whose masks we do not read, and arguments that would be ignored."""
+    refused = layer.refused_arguments.get(implementation)
+    if refused is None:
+        check_implementation(module, type(module).__name__)
+    for name, argument in arguments.items():
+        if argument is not None and name in refused:
+            raise ValueError(
+                f"{type(module).__name__} passes {name!r} to its attention function, which NTK-Attention does not "
+                f"handle under {implementation!r}: {refused[name]}"
+            )
+
+
+def sink_of(arguments: dict[str, Any]) -> Tensor | None:
+    """The logits of a key without value: [H], or [B, H, L] where every token has its own."""
+    if arguments.get("s_aux") is not None:
+        return arguments["s_aux"]
+    sinks = arguments.get("sinks")
+    return None if sinks is None else sinks.squeeze(-1)
+
+
+# At import, since a model that was pickled is never attached again.
+AttentionInterface.register(ROUTE, ntk_attention_forward)

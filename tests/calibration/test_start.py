@@ -1,0 +1,419 @@
+"""The calibrated start: near the frozen model, in its own coordinates, and nothing of it in the files but plain Z."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ntk_attention import NTKAttentionConfig, calibrate
+from ntk_attention.calibration import start as calibration
+from ntk_attention.calibration.start import OWN_LENGTH, OWN_ROWS, other_inputs, whitening, with_random_inputs
+from ntk_attention.tuner.calls import CALLS
+from ntk_attention.tuner.observation import adapted_layers, prefix_shares
+from tests.families import ATTENTION, ENCODERS, FAMILIES, LLAMA, attention_function, naive_attention
+from tests.reference import relative_error
+from tests.tiny import INPUTS, adapted, adapters, logits, loss_of, losses_of_training, tiny, trainable
+
+SHARE = 0.1
+
+
+def repeats(seed, batch=16):
+    """A pattern of three tokens again and again: what comes next is known from the second round on."""
+    pattern = torch.randint(3, 16, (batch, 3), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": pattern.repeat(1, 5)}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tiny Llama that has learned to repeat; weight decay keeps its attention from being all or nothing."""
+    torch.set_num_threads(1)  # the same numbers everywhere, and faster for a model as small as this
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.5)
+    for step in range(300):
+        optimizer.zero_grad()
+        loss_of(model, repeats(step)).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def held_out_loss(model):
+    return loss_of(model, repeats(1000, batch=64)).item()
+
+
+OPTIONS = {
+    "default": {},
+    "rank": {"rank": 4},
+    "kv heads": {"state_heads": "kv"},
+    "taylor": {"feature_map": "taylor"},
+    "positive random": {"feature_map": "positive_random"},
+    "one layer": {"layers_to_transform": [1]},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+
+
+def calibrated(base=None, batches=(INPUTS,), share=SHARE, others=False, **options):
+    model = adapted(base, **{"init_weights": True, **options})
+    calibrate(model, batches, share=share, others=others)
+    return model
+
+
+def saved(model):
+    """What a file would hold of every layer."""
+    return [adapter.state_dict() for adapter in adapters(model)]
+
+
+@every_option
+def test_start_is_near_the_frozen_model(trained, options):
+    model = adapted(copy.deepcopy(trained), init_weights=True, **options)
+    frozen, uncalibrated = held_out_loss(trained), held_out_loss(model)
+    calibrate(model, [repeats(seed) for seed in range(2000, 2008)], share=0.05)
+    assert abs(held_out_loss(model) - frozen) < min(0.15, uncalibrated - frozen)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, None])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_share_of_the_attention_against_naive(name, share):
+    # the mean over the tokens, per head, with every layer seeing what it sees in the frozen model
+    family = FAMILIES[name]
+    inputs = family.inputs()
+    model = get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION)).eval()
+    calibrate(model, [inputs], share=share)
+    share = share or (0.15 if name in ENCODERS else 0.5)
+    shares = {}
+    with attention_function(naive_attention(family, inputs, shares=shares, with_prefix=False)):
+        model(**inputs)
+    assert len(shares) == len(adapters(model))
+    for calls in shares.values():
+        actual = of_real_tokens(calls, inputs).mean(dim=0)
+        torch.testing.assert_close(actual, torch.full_like(actual, share), atol=0, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "share", "step"), [(32, 0.5, 1.0), (64, 0.5, 1.0), (128, 0.3536, 0.7071), (256, 0.25, 0.5)]
+)
+def test_large_heads_start_smaller_and_take_smaller_steps(head_dim, share, step, monkeypatch):
+    """By default the share falls with the root of the size; steps do so with any share, those of log k as well."""
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**LLAMA, "head_dim": head_dim})).eval()
+    model = get_peft_model(copy.deepcopy(base), NTKAttentionConfig(**ATTENTION)).eval()
+    calibrate(model, [INPUTS], others=False)
+    torch.testing.assert_close(prefix_shares(model, [INPUTS])[0].mean().item(), share, atol=1e-3, rtol=0)
+    calibrate(model, [INPUTS], share=SHARE, others=False)
+    monkeypatch.setattr(calibration, "HEAD_DIM", 10**6)  # no head is large
+    even = get_peft_model(base, NTKAttentionConfig(**ATTENTION)).eval()
+    calibrate(even, [INPUTS], share=SHARE, others=False)
+    for own, other in zip(adapters(model), adapters(even), strict=True):
+        torch.testing.assert_close(own.coordinates, step * other.coordinates, rtol=1e-3, atol=1e-6)
+        assert own.unit == pytest.approx(step * other.unit, rel=1e-3)
+
+
+def of_real_tokens(calls, inputs):
+    """From [B, H, L, 1] of every call of one attention module to [N, H]."""
+    masks = {x.shape[1]: x.bool() for name, x in inputs.items() if name.endswith("mask")}
+    rows = []
+    for share in calls:
+        B, _, L, _ = share.shape
+        rows.append(share.squeeze(-1).transpose(1, 2)[masks.get(L, torch.ones(B, L, dtype=torch.bool))])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2", "t5", "clip", "albert"])
+@torch.no_grad()
+def test_prefix_shares_against_naive(name):
+    family = FAMILIES[name]
+    inputs, shares = family.inputs(), {}
+    model = get_peft_model(family.build(), NTKAttentionConfig(init_weights=False, **ATTENTION)).eval()
+    actual = prefix_shares(model, [inputs])
+    with attention_function(naive_attention(family, inputs, shares=shares)):
+        model(**inputs)
+    for layer, of_layer in zip(adapted_layers(model).values(), actual, strict=True):
+        expected = of_real_tokens(shares[layer.get_base_layer()], inputs).mean(dim=0)
+        torch.testing.assert_close(of_layer, expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_start_changes_the_outputs_least():
+    # of the first layer, whose inputs are those of the frozen model
+    model = calibrated(**ATTENTION)
+    attention = model.base_model.model.model.layers[0].self_attn
+    outputs = []
+    hook = attention.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    real = INPUTS["attention_mask"].bool()
+
+    def change(Z=None):
+        if Z is not None:
+            adapters(model)[0].Z.copy_(Z)
+        model(**INPUTS)
+        with model.disable_adapter():
+            model(**INPUTS)
+        frozen, adapted = outputs.pop(), outputs.pop()
+        return (adapted - frozen)[real].square().sum()
+
+    start = adapters(model)[0].Z.clone()
+    least = change()
+    for other in (0 * start, 0.9 * start, 1.1 * start, start.flip(0), start + 0.1 * torch.randn_like(start)):
+        assert change(other) > least
+    assert change(0 * start) > 2 * least
+    hook.remove()
+
+
+def test_whitening_against_the_identity():
+    features = torch.cat(
+        [torch.randn(2, 50, 5, dtype=torch.float64) + 3, torch.ones(2, 50, 1, dtype=torch.float64)], -1
+    )
+    gram = features.mT @ features
+    C = whitening(gram)
+    torch.testing.assert_close(C.mT @ gram @ C, torch.eye(6, dtype=torch.float64).expand(2, 6, 6))
+    assert C[:, :-1, -1].abs().max() == 0  # the constant feature stays itself
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "steps"),
+    [
+        ("vit", {}, [1.0, 0.1]),
+        ("dinov2", {"layers_to_transform": [1]}, [0.1]),
+        ("clip", {}, [1.0, 1.0, 1.0, 0.1]),  # the tower of text first
+        ("bert", {}, [1.0, 1.0]),
+        ("llama", {}, [1.0, 1.0]),
+    ],
+)
+def test_steps_of_pictures_shrink_with_depth(monkeypatch, name, options, steps):
+    """Only the coordinates are smaller: the start is the same."""
+    family = FAMILIES[name]
+
+    def calibrated():
+        model = get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION, **options)).eval()
+        calibrate(model, [family.inputs()])
+        return model
+
+    model = calibrated()
+    monkeypatch.setattr("ntk_attention.calibration.start.LAST_STEP", 1.0)
+    even = calibrated()
+    for adapter, other, step in zip(adapters(model), adapters(even), steps, strict=True):
+        torch.testing.assert_close(adapter.coordinates, step * other.coordinates)
+        torch.testing.assert_close(adapter.state_dict(), other.state_dict())
+
+
+@every_option
+def test_file_holds_plain_values(options, tmp_path):
+    model = calibrated(**options)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("coordinates" in name for name in tensors)
+    trained = [getattr(a, a.leading) for a in adapters(model)]
+    stored = [x for name, x in sorted(tensors.items()) if name.endswith(("ntk_states.Z", "ntk_states.Z_A"))]
+    assert all(not torch.allclose(a, b) for a, b in zip(trained, stored, strict=True))
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert all(a.coordinates is None for a in adapters(loaded))
+    assert relative_error(logits(loaded), expected) < 1e-5
+
+
+@every_option
+def test_loading_into_a_calibrated_model(options):
+    source, target = adapted(**options), calibrated(batches=[repeats(0)], **options)
+    assert relative_error(logits(target), logits(source)) > 1e-2
+    set_peft_model_state_dict(target, get_peft_model_state_dict(source))
+    assert all(a.coordinates is not None for a in adapters(target))
+    assert relative_error(logits(target), logits(source)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("llama", "right"), ("llama", "left"), ("bert", "right"), ("t5", "right"), ("t5", "left")],
+    ids=["llama-right", "llama-left", "bert-right", "t5-right", "t5-left"],
+)
+def test_padded_batch_against_each_item_alone(name, side):
+    family = FAMILIES[name]
+    inputs = family.inputs()
+    for mask in [n for n in inputs if n.endswith("mask")]:
+        inputs[mask][1] = inputs[mask][1].sort(descending=side == "right").values
+    if name == "llama":  # phi sees the query after its rotation, so positions must count from the first real token
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    models = []
+    for batches in ([inputs], [alone(inputs, item) for item in (0, 1)]):
+        models.append(get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION)).eval())
+        calibrate(models[-1], batches, share=SHARE)
+    for padded, single in zip(*map(saved, models), strict=True):
+        torch.testing.assert_close(padded["log_k"], single["log_k"])
+        torch.testing.assert_close(padded["log_scale"], single["log_scale"])
+    with torch.no_grad():
+        padded, single = (family.run(model, inputs) for model in models)
+    assert relative_error(padded, single) < 1e-3
+
+
+def alone(inputs, item):
+    """One item without its padding."""
+    source, target = (inputs.get(m) for m in ("attention_mask", "decoder_attention_mask"))
+    keep = {n: target if n.startswith("decoder") else source for n in inputs}
+    return {n: x[item, keep[n][item].bool()][None] for n, x in inputs.items()}
+
+
+def test_training_after_calibration_lowers_the_loss():
+    model = calibrated().train()
+    assert {name.rsplit(".", 1)[1] for name in trainable(model)} == {"Z_A", "Z_B", "log_k"}
+    losses = losses_of_training(model, 5, 0.03)
+    assert losses[-1] < losses[0]
+
+
+def test_training_goes_on_after_loading_into_a_model_calibrated_alike():
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+
+    whole = calibrated()
+    optimizer = torch.optim.AdamW(trainable(whole).values(), lr=0.03)
+    steps(whole, optimizer, 3)
+    adapter, moments = copy.deepcopy(get_peft_model_state_dict(whole)), copy.deepcopy(optimizer.state_dict())
+    steps(whole, optimizer, 3)
+
+    resumed = calibrated()
+    set_peft_model_state_dict(resumed, adapter)
+    optimizer = torch.optim.AdamW(trainable(resumed).values(), lr=0.03)
+    optimizer.load_state_dict(moments)
+    steps(resumed, optimizer, 3)
+    assert relative_error(logits(resumed), logits(whole)) < 1e-3
+
+
+def test_calibrating_twice_against_once():
+    once, twice = calibrated(), calibrated(batches=[repeats(0)])
+    assert relative_error(logits(twice), logits(once)) > 1e-2
+    calibrate(twice, [INPUTS], share=SHARE)
+    assert relative_error(logits(twice), logits(once)) < 1e-4
+
+
+@pytest.mark.parametrize("rank", [2, "auto"], ids=["another kind", "the same kind"])
+def test_only_the_named_adapter_changes(rank):
+    """Others of its kind train in its coordinates from then on, and compute what they did."""
+    model = adapted(adapter_name="first")
+    model.add_adapter("second", NTKAttentionConfig(rank=rank))
+    function = logits(model)
+    before = {n: x.clone() for n, x in model.state_dict().items()}
+    modes = {}
+    for index, (name, module) in enumerate(model.named_modules()):
+        module.training = modes[name] = index % 2 == 0
+    calibrate(model, iter([INPUTS]), adapter_name="second")
+    changed = {n for n, x in model.state_dict().items() if not torch.equal(x, before[n])}
+    assert changed
+    assert all(".second." in name or (rank == "auto" and ".first." in name) for name in changed)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert model.active_adapters == ["first"]
+    assert relative_error(logits(model.eval()), function) <= (1e-5 if rank == "auto" else 0)
+    assert not CALLS.watchers
+    assert not CALLS.resting
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_dtype_of_the_base_against_float32(dtype):
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
+    for actual, expected in zip(saved(calibrated(tiny(dtype))), saved(calibrated()), strict=True):
+        assert relative_error(actual["log_k"], expected["log_k"]) < tolerance
+        assert relative_error(actual["log_scale"], expected["log_scale"]) < tolerance
+        assert all(x.dtype == torch.float32 and torch.isfinite(x).all() for x in actual.values())
+
+
+def test_copy_keeps_the_coordinates():
+    model = calibrated()
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other), logits(model))
+    for a, b in zip(adapters(other), adapters(model), strict=True):
+        assert torch.equal(a.coordinates, b.coordinates)
+        assert a.coordinates is not b.coordinates
+
+
+NO_TOKENS = {**INPUTS, "attention_mask": torch.zeros_like(INPUTS["attention_mask"])}
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({}, {"batches": []}, "no batches"),
+        ({}, {"batches": [NO_TOKENS]}, "padding"),
+        ({}, {"share": 0.0}, "share"),
+        ({}, {"share": 1.0}, "share"),
+        ({}, {"share": -0.1}, "share"),
+        ({}, {"adapter_name": "other"}, "no NTK-Attention adapter 'other'"),
+        ({"constant_feature": False}, {}, "constant"),
+    ],
+    ids=[
+        "no batches",
+        "padding alone",
+        "share 0",
+        "share 1",
+        "negative share",
+        "no such adapter",
+        "no constant feature",
+    ],
+)
+def test_what_calibrate_refuses(options, arguments, message):
+    model = adapted(**options)
+    before = logits(model)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, **{"batches": [INPUTS], **arguments})
+    assert torch.equal(logits(model), before)
+
+
+def test_model_without_an_adapter_is_refused():
+    with pytest.raises(ValueError, match="call get_peft_model first"):
+        calibrate(tiny(), [INPUTS])
+
+
+def test_random_inputs_stand_beside_text():
+    model = adapted()
+    config = model.config
+    special = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
+    batch = {**INPUTS, "labels": INPUTS["input_ids"]}
+    (found,) = with_random_inputs(model, [batch])
+    places = sum(INPUTS["input_ids"] == token for token in special).bool()
+    assert torch.equal(found["input_ids"][places], INPUTS["input_ids"][places])
+    assert not torch.equal(found["input_ids"], INPUTS["input_ids"])
+    assert found["input_ids"].max() < config.vocab_size
+    assert not set(found["input_ids"][~places].tolist()) & special
+    assert found["labels"] is batch["labels"]
+    picture = {"pixel_values": 3 + 2 * torch.randn(2, 3, 32, 32), "labels": torch.zeros(2)}
+    (found,) = with_random_inputs(model, [picture])
+    assert found["labels"] is picture["labels"]
+    difference = found["pixel_values"] - picture["pixel_values"]
+    assert difference.mean().abs() < 0.2
+    assert 2.5 < difference.std() < 3.2  # 2 sqrt(2): not the same, as wide
+    assert with_random_inputs(model, [{**picture, "input_ids": INPUTS["input_ids"]}]) == []
+
+
+def test_a_language_model_writes_the_other_inputs():
+    model = adapted()
+    state = torch.random.get_rng_state()
+    (found,) = other_inputs(model, [INPUTS])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    ids = found["input_ids"]
+    assert ids.shape == (OWN_ROWS, min(OWN_LENGTH, model.config.max_position_embeddings // 2))
+    assert set(ids[:, 0].tolist()) == {model.config.bos_token_id}
+    assert len({tuple(row) for row in ids.tolist()}) == OWN_ROWS
+    with model.disable_adapter(), torch.no_grad():  # likely under the model itself, unlike tokens drawn at random
+        own, drawn = (
+            model(input_ids=x, labels=x).loss for x in (ids, torch.randint_like(ids, model.config.vocab_size))
+        )
+    assert own < drawn
+    assert torch.equal(other_inputs(model, [INPUTS])[0]["input_ids"], ids)
+    encoder = get_peft_model(FAMILIES["bert"].build(), NTKAttentionConfig())
+    inputs = FAMILIES["bert"].inputs()
+    (found,) = other_inputs(encoder, [inputs])
+    assert found["input_ids"].shape == inputs["input_ids"].shape
+
+
+def test_other_inputs_widen_what_is_whitened(trained):
+    base = copy.deepcopy(trained)
+    base.config.bos_token_id = base.config.eos_token_id = None  # it would write what it has learned
+    narrow, wide = (calibrated(copy.deepcopy(base), [repeats(0)], others=kind) for kind in (False, True))
+    ratios = []
+    for first, second in zip(adapters(narrow), adapters(wide), strict=True):
+        moments = [x.coordinates[:, :-1, :-1].square().sum() for x in (first, second)]
+        ratios.append((moments[1] / moments[0]).item())
+    assert max(ratios) < 1.0  # queries of more kinds vary more, so that coordinates are smaller

@@ -1,0 +1,352 @@
+"""The Triton kernels: outputs and all gradients against the fp64 reference, on a GPU or interpreted on a CPU."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ntk_attention import NTKAttentionConfig
+from ntk_attention.ops import fused
+from ntk_attention.ops.attention import ntk_attention
+from ntk_attention.ops.features import feature_map
+from ntk_attention.ops.state import PrefixState
+from ntk_attention.ops.triton import launch
+
+pytestmark = pytest.mark.skipif(launch.triton is None, reason="needs Triton")
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# |actual - expected| / |expected|: rounding of the output and of P, Z and phi. The interpreter cuts bf16 off instead.
+TOLERANCE = {torch.bfloat16: 8e-3 if ON_GPU else 1.6e-2, torch.float16: 2e-3}
+FULL = {torch.float32: 1e-5, torch.float64: 1e-12}  # in torch's operations
+NAMES = ("out", "query", "key", "value", "Z", "k", "log_scale")
+CASES = {  # B, H, H_kv, H_state, L, S, d, d_v, causal, mask, constant feature
+    "causal": (2, 4, 4, 4, 70, 70, 64, 64, True, None, True),
+    "no constant": (1, 2, 2, 2, 63, 63, 32, 32, True, None, False),
+    "full, grouped": (1, 4, 2, 4, 33, 130, 64, 64, False, None, True),
+    "state per KV head": (2, 4, 2, 2, 65, 65, 64, 64, True, None, True),
+    "more queries than keys": (1, 2, 1, 1, 100, 40, 64, 64, True, None, True),
+    "bool mask, d 80 and 96": (1, 4, 2, 2, 33, 65, 80, 96, False, "random", True),
+    "left padding": (3, 3, 1, 3, 46, 46, 64, 64, False, "left", True),
+    "sliding window": (1, 2, 2, 2, 90, 90, 32, 32, False, "window", False),
+    "d 96": (1, 2, 2, 2, 40, 40, 96, 96, True, None, True),
+    "d 128": (1, 2, 1, 2, 130, 130, 128, 128, True, None, True),
+    "d 256": (1, 2, 1, 2, 40, 40, 256, 256, True, None, True),
+    "three tokens": (2, 4, 4, 4, 3, 3, 64, 64, True, None, True),
+}
+DECODING = {  # the same; without gradients
+    "one program per head": (2, 4, 2, 4, 1, 40, 64, 64, False, None, True),
+    "split": (1, 4, 2, 4, 1, 1000, 64, 64, False, None, True),
+    "split, a short query": (1, 4, 2, 2, 5, 700, 32, 64, False, "random", False),
+    "left padding": (3, 9, 3, 9, 1, 300, 64, 64, False, "left", True),
+    "d 80": (1, 4, 1, 4, 1, 300, 80, 80, False, "random", True),
+    "d 128": (2, 8, 2, 8, 1, 500, 128, 128, False, "left", True),
+    "d 256": (1, 2, 1, 1, 1, 300, 256, 256, False, None, True),
+}
+
+
+RANDOM = {  # the same for positive random features
+    "causal": (2, 4, 2, 4, 70, 70, 64, 64, True, None, False),
+    "state per KV head": (2, 4, 2, 2, 65, 65, 64, 64, True, None, True),
+    "bool mask, d 80 and 96": (1, 4, 2, 2, 33, 65, 80, 96, False, "random", True),
+    "left padding": (3, 3, 1, 3, 46, 46, 64, 64, False, "left", False),
+    "d 128": (1, 2, 1, 2, 130, 130, 128, 128, True, None, True),
+}
+RANDOM_DECODING = {
+    "one program per head": (2, 4, 2, 4, 1, 40, 64, 64, False, None, True),
+    "split, a short query": (1, 4, 2, 2, 5, 700, 32, 64, False, "random", False),
+    "left padding": (3, 9, 3, 9, 1, 300, 80, 80, False, "left", True),
+}
+
+
+def make_mask(kind, B, L, S):
+    keys, rows = torch.arange(S, device=DEVICE), torch.arange(L, device=DEVICE)[:, None] + S - L
+    if kind is None:
+        return None
+    if kind == "random":
+        mask = torch.rand(B, 1, L, S, device=DEVICE) > 0.3
+        mask[:, :, L // 2] = L == 1  # a row that sees nothing
+        return mask
+    if kind == "left":
+        return (keys <= rows) & (keys >= 5 * torch.arange(B, device=DEVICE)[:, None, None, None])
+    return ((keys <= rows) & (keys > rows - 16))[None, None]
+
+
+def make_inputs(case, dtype, random_features=None):
+    B, H, H_kv, H_state, L, S, d, d_v, is_causal, mask, constant = case
+    torch.manual_seed(0)
+    if random_features is None:
+        phi = feature_map("elu", constant=constant)
+    else:
+        phi = feature_map("positive_random", num_features=random_features, constant=constant).bind(d).to(DEVICE)
+    r = phi.num_features(d)
+    inputs = [torch.randn(B, h, n, m).to(DEVICE, dtype) for h, n, m in ((H, L, d), (H_kv, S, d), (H_kv, S, d_v))]
+    state = [torch.randn(H_state, r, d_v), torch.rand(H_state, r) * 0.1 + 0.01, torch.randn(H_state)]
+    options = {"attn_mask": make_mask(mask, B, L, S), "is_causal": is_causal, "enable_gqa": True}
+    return inputs + [x.to(DEVICE) for x in state], phi, options
+
+
+def run(inputs, phi, options, backend, dtype, grad=True):
+    """Output and gradients, the state in float32 next to half precision."""
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = [x.to(dtype if i < 3 else state_dtype).requires_grad_(grad) for i, x in enumerate(inputs)]
+    out = ntk_attention(*leaves[:3], PrefixState(*leaves[3:], phi), backend=backend, **options)
+    torch.manual_seed(1)
+    grad_out = torch.randn(out.shape, device=DEVICE, dtype=torch.float64).to(dtype)
+    return [out.detach(), *(torch.autograd.grad(out, leaves, grad_out) if grad else ())]
+
+
+def skip_uncovered(name, dtype):
+    if "256" in name and dtype == torch.float16:
+        pytest.skip("no kernel for d = 256 in fp16")
+
+
+def check(actual, expected, dtype, Z=None):
+    for name, a, e in zip(NAMES, actual, expected, strict=False):
+        size = e.norm().item()
+        if name == "k":  # delta = rowsum(dout * out), of both signs, has the rounding of every element of out
+            size *= 2
+        if name == "log_scale":  # a sum over Z * dZ, of both signs
+            size = max(size, (Z * expected[4]).norm().item())
+        error = (a.double() - e).norm().item() / size
+        assert error < (TOLERANCE | FULL)[dtype], (name, error)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_fused(name, dtype):
+    skip_uncovered(name, dtype)
+    arguments = make_inputs(CASES[name], dtype)
+    check(run(*arguments, "triton", dtype), run(*arguments, "eager", torch.float64), dtype, arguments[0][3])
+
+
+@pytest.mark.skipif(not (ON_GPU and launch.forward_sm90), reason="elsewhere there is no other kernel")
+@pytest.mark.parametrize("name", ["causal", "full, grouped", "state per KV head", "d 128"])
+def test_fused_on_a_gpu_that_is_not_a_hopper(name, monkeypatch):
+    monkeypatch.setattr(launch, "forward_sm90", None)
+    test_fused(name, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("name", ["causal", "full, grouped", "state per KV head", "d 96", "d 128", "no constant"])
+def test_merged_into_the_library_kernel(name, dtype, monkeypatch):
+    monkeypatch.setattr(fused, "AUTO", ((256, 0),))
+    inputs, phi, options = make_inputs(CASES[name], dtype)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    scale = leaves[0].shape[-1] ** -0.5
+    out = fused.attend_fused(*leaves[:3], PrefixState(*leaves[3:], phi), scale**0.5, None, options["is_causal"], scale)
+    torch.manual_seed(1)
+    grad_out = torch.randn(out.shape, device=DEVICE, dtype=torch.float64).to(dtype)
+    actual = [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+    check(actual, run(inputs, phi, options, "eager", torch.float64), dtype, inputs[3])
+
+
+@pytest.mark.parametrize("dtype", list(FULL), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_in_torch_operations(name, dtype):
+    inputs, phi, options = make_inputs(CASES[name], dtype)
+    assert fused.covers(*inputs[:3], PrefixState(*inputs[3:], phi), options["attn_mask"])
+    actual = run(inputs, phi, options, "auto", dtype)
+    check(actual, run(inputs, phi, options, "eager", torch.float64), dtype, inputs[3])
+    without_gradients = run(inputs, phi, options, "auto", dtype, grad=False)
+    assert torch.equal(without_gradients[0], actual[0])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding(name, dtype):
+    skip_uncovered(name, dtype)
+    arguments = make_inputs(DECODING[name], dtype)
+    actual = run(*arguments, "triton", dtype, grad=False)
+    check(actual, run(*arguments, "eager", torch.float64, grad=False), dtype)
+    again = run(*arguments, "triton", dtype, grad=False)  # finds the counters as they were
+    assert torch.equal(actual[0], again[0])
+
+
+@pytest.mark.parametrize("r", [40, 130])
+@pytest.mark.parametrize("name", RANDOM)
+def test_positive_random_features(name, r):
+    inputs, phi, options = make_inputs(RANDOM[name], torch.bfloat16, r)
+    assert fused.covers(*inputs[:3], PrefixState(*inputs[3:], phi), options["attn_mask"])
+    actual = run(inputs, phi, options, "auto", torch.bfloat16)
+    check(actual, run(inputs, phi, options, "eager", torch.float64), torch.bfloat16, inputs[3])
+
+
+@pytest.mark.parametrize("name", RANDOM_DECODING)
+def test_decoding_with_positive_random_features(name):
+    inputs, phi, options = make_inputs(RANDOM_DECODING[name], torch.bfloat16, 100)
+    out = run(inputs, phi, options, "triton", torch.bfloat16, grad=False)
+    check(out, run(inputs, phi, options, "eager", torch.float64, grad=False), torch.bfloat16)
+
+
+def test_decoding_is_the_same_with_gradients():
+    arguments = make_inputs(DECODING["split"], torch.bfloat16)
+    actual, expected = run(*arguments, "triton", torch.bfloat16), run(*arguments, "eager", torch.float64)
+    check(actual, expected, torch.bfloat16, arguments[0][3])
+
+
+@pytest.mark.parametrize("name", ["causal", "left padding", "full, grouped"])
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_a_prefix_without_weight_is_not_there(name, backend, monkeypatch):
+    monkeypatch.setattr(fused, "AUTO", ((256, 0),))
+    inputs, phi, options = make_inputs(CASES[name], torch.bfloat16)
+    inputs[4] = torch.zeros_like(inputs[4])
+    state = PrefixState.trusted(*inputs[3:], phi)
+    for rows in (slice(None), slice(-1, None)):  # the last one decodes
+        if rows.start == -1 and options["is_causal"]:
+            continue
+        mask = None if options["attn_mask"] is None else options["attn_mask"][..., rows, :]
+        query = inputs[0][:, :, rows]
+        out = ntk_attention(query, *inputs[1:3], state, backend=backend, **{**options, "attn_mask": mask})
+        reference = ntk_attention(
+            *(x.double() for x in (query, *inputs[1:3])), state, backend="eager", **{**options, "attn_mask": mask}
+        )
+        assert (out - reference).norm() < TOLERANCE[torch.bfloat16] * reference.norm()
+
+
+@pytest.mark.parametrize("layout", ["heads outside", "sliced", "one row for all"])
+def test_any_layout(layout):
+    inputs, phi, options = make_inputs(CASES["causal"], torch.bfloat16)
+    expected = run(inputs, phi, options, "triton", torch.bfloat16)
+    if layout == "heads outside":  # as transformers has it: [B, L, H, d] seen as [B, H, L, d]
+        inputs[:3] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3]]
+    elif layout == "sliced":
+        inputs[:3] = [torch.cat([x, x], dim=-1)[..., : x.shape[-1]] for x in inputs[:3]]
+    else:
+        inputs[0] = inputs[0][:, :, :1].expand_as(inputs[0])
+        expected = run([inputs[0].contiguous(), *inputs[1:]], phi, options, "triton", torch.bfloat16)
+    actual = run(inputs, phi, options, "triton", torch.bfloat16)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_gradients_are_deterministic():
+    arguments = make_inputs(CASES["causal"], torch.bfloat16)
+    first, second = (run(*arguments, "triton", torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_only_the_state_trains():
+    inputs, phi, options = make_inputs(CASES["causal"], torch.bfloat16)
+    expected = run(inputs, phi, options, "triton", torch.bfloat16)
+    Z, k, b = (x.clone().requires_grad_() for x in inputs[3:])
+    out = ntk_attention(*inputs[:3], PrefixState(Z, k, b, phi), backend="triton", **options)
+    torch.manual_seed(1)
+    grad_out = torch.randn(out.shape, device=DEVICE, dtype=torch.float64).to(torch.bfloat16)
+    for actual, e in zip(torch.autograd.grad(out, (Z, k, b), grad_out), expected[4:], strict=True):
+        assert torch.equal(actual, e)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["dtype", "map", "many features", "head_dim", "mask", "empty"],
+)
+def test_what_no_kernel_covers_goes_to_the_sdpa_backend(change):
+    dtype = torch.float32 if change == "dtype" else torch.bfloat16
+    d = 12 if change == "head_dim" else 32
+    S = 0 if change == "empty" else 20
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, d, device=DEVICE, dtype=dtype) for n in (20, S, S))
+    maps = {"map": feature_map("taylor"), "many features": feature_map("positive_random", num_features=600)}
+    phi = maps.get(change, feature_map("elu")).bind(d).to(DEVICE)
+    r = phi.num_features(d)
+    state = PrefixState(torch.randn(2, r, d, device=DEVICE), torch.rand(2, r, device=DEVICE) + 0.1, feature_map=phi)
+    mask = torch.randn(20, 20, device=DEVICE, dtype=dtype) if change == "mask" else None
+    assert not (launch.covers(q, v) and fused.covers(q, k, v, state, mask))
+    out, expected = (ntk_attention(q, k, v, state, attn_mask=mask, backend=b) for b in ("triton", "sdpa"))
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_operators(dtype):
+    inputs, _, _ = make_inputs((1, 2, 1, 2, 20, 20, 32, 32, True, None, True), dtype)
+    merges = dtype == torch.float32
+    leaves = [x.requires_grad_() for x in inputs]
+    scale = 32**-0.5
+    torch.library.opcheck(fused.forward_op, (*leaves, None, None, None, True, True, scale, scale**0.5, merges))
+    plain = [x.detach() for x in inputs]
+    out, lse = fused.forward_op(*plain, None, None, None, True, True, scale, scale**0.5, merges)
+    torch.library.opcheck(
+        fused.backward_op, (torch.ones_like(out), *plain, None, None, out, lse, True, True, scale, scale**0.5, True)
+    )
+    if not merges:
+        torch.library.opcheck(
+            fused.decode_op, (plain[0][:, :, :1], *plain[1:], None, None, None, True, scale, scale**0.5)
+        )
+        inputs, phi, _ = make_inputs((1, 2, 1, 2, 20, 20, 32, 32, True, None, True), dtype, 40)
+        W = phi.projection.detach()
+        torch.library.opcheck(fused.forward_op, (*inputs, None, W, None, True, True, scale, scale**0.5, False))
+        out, lse = fused.forward_op(*inputs, None, W, None, True, True, scale, scale**0.5, False)
+        backward = torch.ones_like(out), *inputs, W, None, out, lse, True, True, scale, scale**0.5, True
+        torch.library.opcheck(fused.backward_op, backward)
+
+
+@pytest.mark.parametrize("random_features", [None, 40])
+@pytest.mark.parametrize("name", ["causal", "left padding"])
+def test_compiles_to_one_graph(name, random_features):
+    inputs, phi, options = make_inputs(CASES[name], torch.bfloat16, random_features)
+
+    @torch.compile(fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
+    def compiled(query, key, value, Z, k, b):
+        state = PrefixState.trusted(Z, k, b, phi)
+        return ntk_attention(query, key, value, state, backend="triton", **options)
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    grads = torch.autograd.grad(compiled(*leaves).float().square().sum(), leaves)
+    eager = [x.clone().requires_grad_() for x in inputs]
+    out = ntk_attention(*eager[:3], PrefixState(*eager[3:], phi), backend="triton", **options)
+    for a, e in zip(grads, torch.autograd.grad(out.float().square().sum(), eager), strict=True):
+        assert torch.allclose(a, e, rtol=2e-2, atol=2e-2 * e.abs().max().item())
+    with torch.no_grad():
+        assert torch.equal(compiled(*inputs), out)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_decoding_in_a_cuda_graph():
+    inputs, phi, options = make_inputs(DECODING["left padding"], torch.bfloat16)
+    state = PrefixState(*inputs[3:], phi)
+
+    def step():
+        return ntk_attention(*inputs[:3], state, **options)
+
+    with torch.no_grad():
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = [step() for _ in range(3)]
+        inputs[0].normal_()
+        expected = step()
+        for _ in range(2):
+            graph.replay()
+        assert all(torch.equal(out, expected) for out in outputs)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_left_padded_batches_generate_what_their_rows_do():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=576, intermediate_size=512, num_hidden_layers=4, num_attention_heads=9,
+        num_key_value_heads=3, initializer_range=0.05, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    model = get_peft_model(model, NTKAttentionConfig(task_type="CAUSAL_LM", init_weights=False)).eval()
+    rows = [torch.randint(2, 500, (n,), device="cuda") for n in (3, 17, 40)]
+    ids = torch.stack([torch.nn.functional.pad(row, (40 - len(row), 0)) for row in rows])
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    together = model.generate(input_ids=ids, attention_mask=(ids > 0).long(), **options)
+    for i, row in enumerate(rows):
+        alone = model.generate(input_ids=row[None], attention_mask=torch.ones_like(row[None]), **options)
+        for step in range(4):
+            a, e = together.logits[step][i].float(), alone.logits[step][0].float()
+            assert (a - e).norm() < 0.03 * e.norm(), (i, step)
+            if a.argmax() != e.argmax():  # two near equals: from here on the texts differ
+                break
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION], ids=str)
+def test_each_library_kernel_serves_the_backward_pass(kernel):
+    arguments = make_inputs(CASES["causal"], torch.bfloat16)
+    with sdpa_kernel(kernel):
+        actual = run(*arguments, "auto", torch.bfloat16)
+    check(actual, run(*arguments, "eager", torch.float64), torch.bfloat16, arguments[0][3])

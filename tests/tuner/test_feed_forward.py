@@ -1,0 +1,268 @@
+"""Prefixes of feed-forward blocks: where they go, what they add, how they start, and what files of them hold."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from ntk_attention import NTKAttentionConfig, calibrate
+from ntk_attention.calibration.start import INPUT_UNIT, OUTPUT_UNIT, STREAM_UNIT
+from ntk_attention.tuner.coordinates import solve_by_qr
+from ntk_attention.tuner.feed_forward import FeedForwardPrefix, feed_forwards
+from ntk_attention.tuner.routing import routes
+from ntk_attention.tuner.untrusted import CONFIG, WEIGHTS
+from tests.families import ATTENTION, FAMILIES
+from tests.reference import relative_error
+from tests.tiny import INPUTS, TINY, adapted, adapters, logits, loss_of, tiny
+
+BLOCKS = {"whisper": 4, "t5": 4, "bart": 4, "albert": 1, "clip": 4, "siglip": 4}  # of tiny models; 2 of all others
+
+
+def attention_of(model):
+    return [name for name, module in model.named_modules() if name and routes(module)]
+
+
+def float64(name, **options):
+    family = FAMILIES[name]
+    torch.manual_seed(2)
+    config = NTKAttentionConfig(**{"init_weights": False, "feed_forward_rank": 3, **options})
+    return family, get_peft_model(family.build(), config, autocast_adapter_dtype=False).double().eval()
+
+
+def plain(model):
+    """Z_A and Z_B of every block as a file would hold them, by the name of the attention module."""
+    inside = ".ntk_states.default.feed_forward."
+    found = {}
+    for name, x in model.base_model.model.state_dict().items():
+        if inside in name:
+            module, tensor = name.split(inside)
+            found.setdefault(module, {})[tensor] = x.detach()
+    return found
+
+
+def by_hand(model, tensors):
+    """Take our hooks away and add x Z_A Z_B to the blocks in the plainest way; returns the tensors that count."""
+    base = model.base_model.model
+    blocks = feed_forwards(base, attention_of(base))
+    for module in base.modules():
+        if hasattr(module, "ntk_states"):
+            module.ntk_states.remove_hooks()
+    leaves = {}
+    for name, block in blocks.items():
+        leaf = leaves[name] = {n: x.clone().requires_grad_() for n, x in tensors[name].items()}
+        seen = []
+        block.first.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+
+        def add(module, args, out, seen=seen, leaf=leaf):
+            more = seen.pop() @ (leaf["Z_A"] @ leaf["Z_B"])
+            return (out[0] + more, *out[1:]) if isinstance(out, tuple) else out + more
+
+        block.last.register_forward_hook(add)
+    return leaves
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_of(name):
+    model = FAMILIES[name].build()
+    blocks = feed_forwards(model, attention_of(model))
+    assert len(blocks) == BLOCKS.get(name, 2)
+    assert all(block.width == 32 for block in blocks.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_outputs_and_gradients_against_the_plain_sum(name):
+    """In float64; the parameters in coordinates of their own, so their gradients go through these."""
+    family, model = float64(name)
+    generator = torch.Generator().manual_seed(3)
+    for adapter in (layer["default"] for layer in layers_of(model)):
+        prefix = adapter.feed_forward
+        if prefix is not None:
+            Z_A, Z_B = prefix.Z_A.detach().clone(), prefix.Z_B.detach().clone()
+            prefix.set_coordinates(torch.randn(len(Z_A), len(Z_A), generator=generator, dtype=torch.float64), 0.3)
+            prefix.set_plain(Z_A, Z_B)
+    inputs = family.inputs(padded=False)
+    out = family.run(model, inputs)
+    weights = torch.randn(out.shape, generator=generator, dtype=out.dtype)
+    (out * weights).sum().backward()
+    own = {name: module for name, module in model.base_model.model.named_modules() if name.endswith("feed_forward")}
+    own = {name: module for name, module in own.items() if hasattr(module, "Z_A")}
+    found = {n.removesuffix(".ntk_states.default.feed_forward"): (m, m.Z_A.grad, m.Z_B.grad) for n, m in own.items()}
+
+    leaves = by_hand(model, plain(model))
+    expected = family.run(model, inputs)
+    (expected * weights).sum().backward()
+    assert relative_error(out, expected) < 1e-9
+    assert found.keys() == leaves.keys()
+    for place, (prefix, Z_A, Z_B) in found.items():
+        assert relative_error(Z_A, prefix.coordinates.mT @ leaves[place]["Z_A"].grad) < 1e-9
+        assert relative_error(Z_B, prefix.unit * leaves[place]["Z_B"].grad) < 1e-9
+
+
+def layers_of(model):
+    return [module.ntk_states for module in model.modules() if hasattr(module, "ntk_states")]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt_oss", "bert"])
+@torch.no_grad()
+def test_nothing_is_left_behind(name):
+    family = FAMILIES[name]
+    base, inputs = family.build(), family.inputs()
+    expected = family.run(base, inputs)
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+    model = get_peft_model(base, NTKAttentionConfig(init_weights=False), autocast_adapter_dtype=False)
+    assert not torch.allclose(family.run(model, inputs), expected)
+    with model.disable_adapter():
+        assert torch.equal(family.run(model, inputs), expected)
+    base = model.unload()
+    assert torch.equal(family.run(base, inputs), expected)
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules()) == hooks
+
+
+def test_start_has_no_effect_and_white_inputs():
+    """Calibrated on one batch alone: the mean square of every direction of the inputs is the same, and the unit is that
+    of the median real token."""
+    model = adapted(init_weights=True)
+    seen = {}
+    decoder = model.base_model.model.model.layers
+    with model.disable_adapter(), torch.no_grad():
+        decoder[1].mlp.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+        decoder[1].mlp.register_forward_hook(lambda module, args, out: seen.update(output=out))
+        decoder[1].register_forward_hook(lambda module, args, out: seen.update(stream=out))
+        model(**INPUTS)
+    calibrate(model, [INPUTS], others=False)
+    prefix = adapters(model)[1].feed_forward
+    real = INPUTS["attention_mask"].bool()
+    x = (seen["x"][real] @ prefix.coordinates).double() / INPUT_UNIT
+    stream, output = (seen[place][real].square().mean(dim=1).sqrt().median().item() for place in ("stream", "output"))
+    assert prefix.unit == pytest.approx(min(STREAM_UNIT * stream, OUTPUT_UNIT * output), rel=1e-5)
+    assert (seen["x"][real] @ prefix.plain_leading()).square().mean().item() == pytest.approx(1.0, rel=0.5)
+    assert not prefix.Z_B.any()
+    square = torch.linalg.eigvalsh(x.mT @ x / len(x))[-min(x.shape) // 2 :]  # the rest is under the floor
+    torch.testing.assert_close(square, torch.ones_like(square), rtol=1e-3, atol=0)
+    again = adapted(init_weights=True)
+    calibrate(again, [INPUTS], others=False)
+    assert torch.equal(adapters(again)[1].feed_forward.Z_A, prefix.Z_A)  # the same start in every process
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_unit_of_every_family(name):
+    """Of the residual stream, and at most so much of the block's output: by hooks on both."""
+    family = FAMILIES[name]
+    model = get_peft_model(family.build(), NTKAttentionConfig(feed_forward_rank=3), autocast_adapter_dtype=False).eval()
+    layers = [layer for layer in layers_of(model) if layer["default"].feed_forward is not None]
+    assert len(layers) == BLOCKS.get(name, 2)
+    inputs = family.inputs(padded=False)
+    calibrate(model, [inputs], others=False)
+    sizes = {}
+
+    def keep(module, args, out, place):
+        out = (out if torch.is_tensor(out) else out[0]).flatten(0, -2)
+        sizes.setdefault(place, []).append(out.square().mean(dim=1).sqrt())
+
+    for i, layer in enumerate(layers):
+        layer.block.layer.register_forward_hook(partial(keep, place=(i, "stream")))
+        layer.block.last.register_forward_hook(partial(keep, place=(i, "output")))
+    with model.disable_adapter(), torch.no_grad():
+        family.run(model, inputs)
+    for i, layer in enumerate(layers):
+        stream, output = (torch.cat(sizes[i, kind]).median().item() for kind in ("stream", "output"))
+        expected = min(STREAM_UNIT * stream, OUTPUT_UNIT * output)
+        assert layer["default"].feed_forward.unit == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes(dtype, out_dtype):
+    """The sum keeps the dtype of the block's output, which autocast may make another than that of its input."""
+    prefix = FeedForwardPrefix(16, 3)
+    prefix.reset_parameters(visible=True)
+    x, out = torch.randn(2, 5, 16, dtype=dtype), torch.randn(2, 5, 16, dtype=out_dtype)
+    expected = out.double() + x.double() @ prefix.Z_A.double() @ prefix.Z_B.double()
+    actual = prefix(x, out)
+    assert actual.dtype == out_dtype
+    assert relative_error(actual, expected) < (1e-6 if dtype == out_dtype == torch.float32 else 1e-2)
+
+
+def test_training_moves_it_and_files_hold_it(tmp_path):
+    model = adapted(init_weights=True).train()
+    calibrate(model, [INPUTS])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+    model.eval()
+    assert all(adapter.feed_forward.Z_B.any() for adapter in adapters(model))
+    model.save_pretrained(tmp_path)
+    names = {name.split("ntk_states.")[1] for name in load_file(tmp_path / WEIGHTS)}
+    assert names == {"Z_A", "Z_B", "log_k", "log_scale", "feed_forward.Z_A", "feed_forward.Z_B"}
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert relative_error(logits(loaded), logits(model)) < 1e-5
+
+
+def test_a_file_from_before_there_were_any(tmp_path):
+    model = adapted(**ATTENTION)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config["feed_forward_rank"]
+    config["geometry"]["sizes"] = [size[:4] for size in config["geometry"]["sizes"]]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny(), tmp_path)), logits(model))
+
+
+def test_two_active_adapters_against_their_sum():
+    model = adapted(adapter_name="first")
+    model.add_adapter("second", NTKAttentionConfig(init_weights=False, task_type="CAUSAL_LM", feed_forward_rank=3))
+    model.base_model.set_adapter(["first", "second"])
+    expected = logits(model)
+    model.base_model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "both")
+    assert model.peft_config["both"].feed_forward_rank == 3 + 3
+    model.set_adapter("both")
+    assert relative_error(logits(model), expected) < 1e-4
+    model.base_model.add_weighted_adapter(["first", "second"], [2.0, 0.0], "twice")
+    first, twice = (adapters(model, name)[0].feed_forward for name in ("first", "twice"))
+    assert relative_error(twice.Z_A @ twice.Z_B, 2 * first.Z_A @ first.Z_B) < 1e-6
+
+
+def test_rows_with_and_without():
+    """Rows of one batch whose adapters have blocks of other ranks, or none."""
+    model = adapted(adapter_name="first")
+    options = {"init_weights": False, "task_type": "CAUSAL_LM"}
+    model.add_adapter("second", NTKAttentionConfig(**options, feed_forward_rank=5))
+    model.add_adapter("third", NTKAttentionConfig(**options, feed_forward_rank=None))
+    names = ["third", "second", "__base__", "first"]
+    inputs = {name: x[:1].expand(4, -1) for name, x in TINY.inputs(torch.float32).items()}
+    with torch.no_grad():
+        actual = model(**inputs, adapter_names=names).logits
+        for row, name in enumerate(names):
+            one = {n: x[row : row + 1] for n, x in inputs.items()}
+            if name == "__base__":
+                with model.disable_adapter():
+                    expected = model(**one).logits
+            else:
+                model.set_adapter(name)
+                expected = model(**one).logits
+            assert relative_error(actual[row], expected[0]) < 1e-5
+
+
+def test_a_block_that_is_saved_whole_is_refused():
+    with pytest.raises(ValueError, match=r"overlaps model\.layers\.0\.mlp"):
+        adapted(modules_to_save=["layers.0.mlp.up_proj"])
+
+
+def test_solve_by_qr_with_several_threads():
+    """At a size where torch's LU of a batch goes wrong."""
+    generator = torch.Generator().manual_seed(0)
+    A, X = (torch.randn(4, 257, n, dtype=torch.float64, generator=generator) for n in (257, 3))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert relative_error(solve_by_qr(A, A @ X), X) < 1e-9
+    finally:
+        torch.set_num_threads(threads)

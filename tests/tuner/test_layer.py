@@ -1,0 +1,150 @@
+"""The options of an adapter: what each does to the layer, to training and to the file."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+
+from ntk_attention import NTKAttentionConfig, PrefixState, ntk_attention
+from tests.families import ATTENTION
+from tests.reference import relative_error
+from tests.tiny import adapted, adapters, logits, loss_of, losses_of_training, tiny, trainable
+
+
+@pytest.mark.parametrize(("init_weights", "moves"), [(True, True), ("published", False)], ids=["default", "published"])
+def test_log_k_trains_by_default_and_not_as_published(init_weights, moves):
+    model = adapted(init_weights=init_weights, **ATTENTION)
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=1.0)
+    before = copy.deepcopy(adapters(model))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+    for old, new in zip(before, adapters(model), strict=True):
+        assert (not torch.equal(new.log_k, old.log_k)) == moves
+        assert not torch.equal(new.Z, old.Z)
+
+
+OPTIONS = {
+    "rank": {"rank": 3},
+    "kv heads": {"state_heads": "kv"},
+    "no constant feature": {"constant_feature": False},
+    "one layer": {"layers_to_transform": [1]},
+    "taylor": {"feature_map": "taylor", "feature_map_options": {"degree": 2}},
+    "positive random": {"feature_map": "positive_random", "feature_map_options": {"num_features": 12, "seed": 3}},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+
+
+@every_option
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low cpu mem usage"])
+def test_save_and_load(options, low_cpu_mem_usage, tmp_path):
+    model = adapted(**options)
+    expected = logits(model)
+    assert relative_error(expected, logits(tiny())) > 1e-2
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert relative_error(logits(loaded), expected) < 1e-6
+    assert not trainable(loaded)
+    again = PeftModel.from_pretrained(tiny(), tmp_path, is_trainable=True)
+    assert trainable(again).keys() == trainable(model).keys()
+
+
+@every_option
+def test_training_step_with(options):
+    model = adapted(**{**options, "init_weights": True}).train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    losses = losses_of_training(model, 8, 0.05)
+    assert losses[-1] < losses[0]
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == trainable(model).keys()
+
+
+def test_directions_of_positive_random_come_from_the_file(tmp_path):
+    model = adapted(**OPTIONS["positive random"])
+    with torch.no_grad():
+        for adapter in adapters(model):
+            adapter.feature_map.projection.mul_(0.5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(model), logits(adapted(**OPTIONS["positive random"])))
+
+
+def test_rank_against_the_full_product():
+    model, full = adapted(rank=3, feed_forward_rank=None), adapted(**ATTENTION)
+    with torch.no_grad():
+        for low, adapter in zip(adapters(model), adapters(full), strict=True):
+            assert low.Z_A.shape == (4, 9, 3)
+            assert low.Z_B.shape == (4, 3, 8)
+            adapter.Z.copy_(low.Z_A @ low.Z_B)
+            adapter.log_k.copy_(low.log_k)
+    assert relative_error(logits(model), logits(full)) < 1e-5
+
+
+def test_state_per_kv_head_against_repeated_states():
+    model, full = adapted(state_heads="kv", **ATTENTION), adapted(**ATTENTION)
+    with torch.no_grad():
+        for shared, adapter in zip(adapters(model), adapters(full), strict=True):
+            assert shared.Z.shape == (2, 9, 8)
+            adapter.Z.copy_(shared.Z.repeat_interleave(2, dim=0))
+            adapter.log_k.copy_(shared.log_k.repeat_interleave(2, dim=0))
+    assert relative_error(logits(model), logits(full)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({"layers_to_transform": 1}, [1]),
+        ({"layers_to_transform": [0]}, [0]),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, [0]),
+        ({"exclude_modules": ["layers.0.self_attn"]}, [1]),
+        ({"exclude_modules": r".*\.1\.self_attn"}, [0]),
+        ({"target_modules": r".*\.1\.self_attn"}, [1]),
+        ({"target_modules": ["layers.0.self_attn"]}, [0]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_which_layers(options, layers):
+    model = adapted(**options)
+    decoder = model.base_model.model.model.layers
+    assert [i for i, layer in enumerate(decoder) if hasattr(layer.self_attn, "ntk_states")] == layers
+
+
+def test_default_start_is_a_token_of_value_zero():
+    adapter = adapters(adapted(init_weights=True, constant_feature=False))[0]
+    query = torch.zeros(1, 4, 1, 8)  # phi is 1 in every feature
+    key, value = torch.zeros(1, 4, 1, 8), torch.ones(1, 4, 1, 8)
+    state = adapter.state()
+    out = ntk_attention(query, key, value, PrefixState(state.Z, state.k, state.log_scale, state.feature_map))
+    torch.testing.assert_close(out, torch.full_like(out, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feature_map": "cosine"}, "unknown feature map"),
+        ({"feature_map": "taylor", "feature_map_options": {"degree": 3}}, "even degree"),
+        ({"feature_map": "elu", "feature_map_options": {"degree": 2}}, "does not take"),
+        ({"feature_map": "positive_random", "feature_map_options": {"num_features": 0}}, "num_features"),
+        ({"rank": 0}, "rank"),
+        ({"rank": 2.0}, "rank"),
+        ({"feed_forward_rank": -1}, "feed_forward_rank"),
+        ({"feed_forward_rank": "full"}, "feed_forward_rank"),
+        ({"rank": True}, "rank"),
+        ({"state_heads": "head"}, "state_heads"),
+        ({"init_weights": "gaussian"}, "init_weights"),
+        ({"target_modules": ".*", "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_pattern": "layers"}, "layers_to_transform"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_config_that_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        NTKAttentionConfig(**options)
+
+
+def test_config_survives_its_file(tmp_path):
+    config = NTKAttentionConfig(feature_map="taylor", feature_map_options={"degree": 4}, rank=2, state_heads="kv")
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
