@@ -47,16 +47,15 @@ class _PrefixMerge(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         query, key, value, prefix_key, prefix_value, merged, lse, seed, offset = ctx.saved_tensors
-        options = None, seed, offset, 0.0
         scale = query.shape[-1] ** -0.5
         grad_query, grad_key, grad_value = context_backward(
-            grad_out, query, key, value, merged, lse, *options, True, scale
+            grad_out, merged, lse, seed, offset, query, key, value, None, 0.0, True, scale
         )
         rows, keys, values = align(query, prefix_key, prefix_value)
         if len(rows) != len(query):
             grad_out, merged, lse = fold(grad_out), fold(merged), fold(lse)
         grad_rows, grad_keys, grad_values = context_backward(
-            grad_out, rows, keys, values, merged, lse, *options, False, scale
+            grad_out, merged, lse, seed, offset, rows, keys, values, None, 0.0, False, scale
         )
         grad_query = grad_query + spread(grad_rows, len(query))
         return grad_query, grad_key, grad_value, grad_keys.sum(0, keepdim=True), grad_values.sum(0, keepdim=True)

@@ -8,7 +8,9 @@ from ntk_attention import LayerPrefix, NTKAttentionConfig, adapter_from_prefix, 
 from ntk_attention.convert.distillation import set_coordinates
 from ntk_attention.convert.fitting import AdapterFit, Sums, nonnegative, of_rank, own_variance, ridge_regression
 from ntk_attention.convert.own_text import SOURCES, study
-from ntk_attention.ops.attention import Block, attend, prefix_block
+from ntk_attention.ops.attention import attend
+from ntk_attention.ops.bundles import Prefixes, Tokens
+from ntk_attention.ops.reference import Block, prefix_block
 from ntk_attention.tuner.calls import CALLS, exact_prefix
 from ntk_attention.tuner.geometry import Geometry
 from ntk_attention.tuner.layer import PrefixAdapter
@@ -183,7 +185,8 @@ def test_gradients_of_real_prefix_tokens(weights):
     tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
     def run(query, key, value, *prefix):
-        return attend(query, key, value, [], 1.0, None, 0.0, True, 8**-0.5, exact=LayerPrefix(*prefix))
+        tokens = Tokens(query, key, value, is_causal=True, scale=8**-0.5)
+        return attend(tokens, Prefixes([], 1.0, exact=LayerPrefix(*prefix)))
 
     assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
     if not weights:

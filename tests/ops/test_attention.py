@@ -261,7 +261,7 @@ def test_operators_are_registered_correctly():
     forward = torch.ops.ntk_attention.context_forward
     torch.library.opcheck(forward, (q, k, v, mask, 0.0, False, 0.5), test_utils=OPCHECKS)
     out, lse, seed, offset = forward(q, k, v, mask, 0.0, False, 0.5)
-    arguments = (torch.ones_like(out), q, k, v, out, lse, mask, seed, offset, 0.0, False, 0.5)
+    arguments = (torch.ones_like(out), out, lse, seed, offset, q, k, v, mask, 0.0, False, 0.5)
     torch.library.opcheck(torch.ops.ntk_attention.context_backward, arguments, test_utils=OPCHECKS)
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from ntk_attention.ops.triton import launch
+from ntk_attention.ops.triton import support
 
 COMPILE = """
 import triton
@@ -24,7 +24,7 @@ for head_dim, length, constant, is_causal, mixed in (
     (128, 4096, True, True, False),
     (128, 4096, True, True, True),
 ):
-    sizes = launch.hopper_blocks(head_dim, length)
+    sizes = launch.sm90_sizes(head_dim, length)
     rows, columns = (1, 1, sizes.rows, head_dim), (1, 1, sizes.columns, head_dim)
     blocks = {"Q": rows, "Out": rows, "K": columns, "V": columns, "Z_blocks": columns}
     constants = {
@@ -43,7 +43,7 @@ for head_dim, length, constant, is_causal, mixed in (
 """
 
 
-@pytest.mark.skipif(launch.forward_sm90 is None, reason="needs Triton")
+@pytest.mark.skipif(support.forward_sm90 is None, reason="needs Triton")
 def test_compiles_without_a_gpu(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)

@@ -10,10 +10,13 @@ from ntk_attention import NTKAttentionConfig
 from ntk_attention.ops import fused
 from ntk_attention.ops.attention import ntk_attention
 from ntk_attention.ops.features import feature_map
+from ntk_attention.ops.plan import Path
 from ntk_attention.ops.state import PrefixState
-from ntk_attention.ops.triton import launch
+from ntk_attention.ops.triton import support
 
-pytestmark = pytest.mark.skipif(launch.triton is None, reason="needs Triton")
+from .paths import flat, has_kernels, merge_always, path_of, paths, without_hopper
+
+pytestmark = pytest.mark.skipif(support.triton is None, reason="needs Triton")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # |actual - expected| / |expected|: rounding of the output and of P, Z and phi. The interpreter cuts bf16 off instead.
@@ -120,21 +123,22 @@ def test_fused(name, dtype):
     check(run(*arguments, "triton", dtype), run(*arguments, "eager", torch.float64), dtype, arguments[0][3])
 
 
-@pytest.mark.skipif(not (ON_GPU and launch.forward_sm90), reason="elsewhere there is no other kernel")
+@pytest.mark.skipif(not (ON_GPU and support.forward_sm90), reason="elsewhere there is no other kernel")
 @pytest.mark.parametrize("name", ["causal", "full, grouped", "state per KV head", "d 128"])
 def test_fused_on_a_gpu_that_is_not_a_hopper(name, monkeypatch):
-    monkeypatch.setattr(launch, "forward_sm90", None)
+    without_hopper(monkeypatch)
     test_fused(name, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", ["causal", "full, grouped", "state per KV head", "d 96", "d 128", "no constant"])
 def test_merged_into_the_library_kernel(name, dtype, monkeypatch):
-    monkeypatch.setattr(fused, "AUTO", ((256, 0),))
+    merge_always(monkeypatch)
     inputs, phi, options = make_inputs(CASES[name], dtype)
     leaves = [x.clone().requires_grad_() for x in inputs]
-    scale = leaves[0].shape[-1] ** -0.5
-    out = fused.attend_fused(*leaves[:3], PrefixState(*leaves[3:], phi), scale**0.5, None, options["is_causal"], scale)
+    state = PrefixState(*leaves[3:], phi)
+    assert path_of(*leaves[:3], state, is_causal=options["is_causal"]) is Path.MERGED
+    out = ntk_attention(*leaves[:3], state, enable_gqa=True, is_causal=options["is_causal"])
     torch.manual_seed(1)
     grad_out = torch.randn(out.shape, device=DEVICE, dtype=torch.float64).to(dtype)
     actual = [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
@@ -145,7 +149,7 @@ def test_merged_into_the_library_kernel(name, dtype, monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_in_torch_operations(name, dtype):
     inputs, phi, options = make_inputs(CASES[name], dtype)
-    assert fused.covers(*inputs[:3], PrefixState(*inputs[3:], phi), options["attn_mask"])
+    assert path_of(*inputs[:3], PrefixState(*inputs[3:], phi), options["attn_mask"]) is Path.MERGED_TORCH
     actual = run(inputs, phi, options, "auto", dtype)
     check(actual, run(inputs, phi, options, "eager", torch.float64), dtype, inputs[3])
     without_gradients = run(inputs, phi, options, "auto", dtype, grad=False)
@@ -167,7 +171,7 @@ def test_decoding(name, dtype):
 @pytest.mark.parametrize("name", RANDOM)
 def test_positive_random_features(name, r):
     inputs, phi, options = make_inputs(RANDOM[name], torch.bfloat16, r)
-    assert fused.covers(*inputs[:3], PrefixState(*inputs[3:], phi), options["attn_mask"])
+    assert path_of(*inputs[:3], PrefixState(*inputs[3:], phi), options["attn_mask"]) is Path.FUSED
     actual = run(inputs, phi, options, "auto", torch.bfloat16)
     check(actual, run(inputs, phi, options, "eager", torch.float64), torch.bfloat16, inputs[3])
 
@@ -188,7 +192,7 @@ def test_decoding_is_the_same_with_gradients():
 @pytest.mark.parametrize("name", ["causal", "left padding", "full, grouped"])
 @pytest.mark.parametrize("backend", ["triton", "auto"])
 def test_a_prefix_without_weight_is_not_there(name, backend, monkeypatch):
-    monkeypatch.setattr(fused, "AUTO", ((256, 0),))
+    merge_always(monkeypatch)
     inputs, phi, options = make_inputs(CASES[name], torch.bfloat16)
     inputs[4] = torch.zeros_like(inputs[4])
     state = PrefixState.trusted(*inputs[3:], phi)
@@ -252,7 +256,7 @@ def test_what_no_kernel_covers_goes_to_the_sdpa_backend(change):
     r = phi.num_features(d)
     state = PrefixState(torch.randn(2, r, d, device=DEVICE), torch.rand(2, r, device=DEVICE) + 0.1, feature_map=phi)
     mask = torch.randn(20, 20, device=DEVICE, dtype=dtype) if change == "mask" else None
-    assert not (launch.covers(q, v) and fused.covers(q, k, v, state, mask))
+    assert path_of(q, k, v, state, mask, backend="triton") is Path.SDPA
     out, expected = (ntk_attention(q, k, v, state, attn_mask=mask, backend=b) for b in ("triton", "sdpa"))
     assert torch.equal(out, expected)
 
@@ -260,25 +264,19 @@ def test_what_no_kernel_covers_goes_to_the_sdpa_backend(change):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_operators(dtype):
     inputs, _, _ = make_inputs((1, 2, 1, 2, 20, 20, 32, 32, True, None, True), dtype)
-    merges = dtype == torch.float32
     leaves = [x.requires_grad_() for x in inputs]
-    scale = 32**-0.5
-    torch.library.opcheck(fused.forward_op, (*leaves, None, None, None, True, True, scale, scale**0.5, merges))
     plain = [x.detach() for x in inputs]
-    out, lse = fused.forward_op(*plain, None, None, None, True, True, scale, scale**0.5, merges)
-    torch.library.opcheck(
-        fused.backward_op, (torch.ones_like(out), *plain, None, None, out, lse, True, True, scale, scale**0.5, True)
-    )
-    if not merges:
-        torch.library.opcheck(
-            fused.decode_op, (plain[0][:, :, :1], *plain[1:], None, None, None, True, scale, scale**0.5)
-        )
+    for path in paths(inputs[0], inputs[2]):
+        torch.library.opcheck(fused.forward_op, (*flat(leaves), path))
+        out, lse = fused.forward_op(*flat(plain), path)
+        torch.library.opcheck(fused.backward_op, (torch.ones_like(out), out, lse, *flat(plain), path, True))
+    if has_kernels(inputs[0], inputs[2]):
+        torch.library.opcheck(fused.decode_op, flat([plain[0][:, :, :1], *plain[1:]], is_causal=False))
         inputs, phi, _ = make_inputs((1, 2, 1, 2, 20, 20, 32, 32, True, None, True), dtype, 40)
-        W = phi.projection.detach()
-        torch.library.opcheck(fused.forward_op, (*inputs, None, W, None, True, True, scale, scale**0.5, False))
-        out, lse = fused.forward_op(*inputs, None, W, None, True, True, scale, scale**0.5, False)
-        backward = torch.ones_like(out), *inputs, W, None, out, lse, True, True, scale, scale**0.5, True
-        torch.library.opcheck(fused.backward_op, backward)
+        arguments = *flat(inputs, W=phi.projection.detach()), Path.FUSED.value
+        torch.library.opcheck(fused.forward_op, arguments)
+        out, lse = fused.forward_op(*arguments)
+        torch.library.opcheck(fused.backward_op, (torch.ones_like(out), out, lse, *arguments, True))
 
 
 @pytest.mark.parametrize("random_features", [None, 40])

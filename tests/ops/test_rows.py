@@ -9,11 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from ntk_attention import NTKAttentionConfig, RowStates, ntk_attention
 from ntk_attention.ops import fused
 from ntk_attention.ops.state import PrefixState
-from ntk_attention.ops.triton import launch
+from ntk_attention.ops.triton import launch, support
 from ntk_attention.tuner.layer import NTKAttentionLayer
 from research.benchmarks.timing import captured
 from tests.reference import relative_error
 
+from .paths import flat, has_kernels, merge_always, path_of, paths, without_hopper
 from .test_fused import DEVICE, ON_GPU, TOLERANCE, make_inputs, skip_uncovered
 
 INDEX = [2, -1, 0, 2, 1]
@@ -32,7 +33,7 @@ CASES = {  # as in test_fused: B, H, H_kv, H_state, L, S, d, d_v, causal, mask, 
 }
 MERGED = ["causal", "full, grouped, no constant", "state per KV head", "d 128"]
 RANDOM = ["causal", "state per KV head", "left padding", "split", "split, a short query"]
-needs_triton = pytest.mark.skipif(launch.triton is None, reason="needs Triton")
+needs_triton = pytest.mark.skipif(support.triton is None, reason="needs Triton")
 
 
 def make_rows(case, dtype, random_features=None):
@@ -69,7 +70,7 @@ def check(actual, expected, tolerance):
 
 def by_kernel(inputs, states, options):
     query, key, value = inputs
-    assert fused.covers(query, key, value, states, options["attn_mask"])
+    assert path_of(query, key, value, states, options["attn_mask"], backend="triton").is_fused
     return ntk_attention(query, key, value, states, backend="triton", **options)
 
 
@@ -92,17 +93,17 @@ def test_positive_random_features(name):
 @needs_triton
 @pytest.mark.parametrize("name", MERGED)
 def test_merged_into_the_library_kernel(name, monkeypatch):
-    monkeypatch.setattr(fused, "AUTO", ((256, 0),))
+    merge_always(monkeypatch)
     inputs, states, options = make_rows(CASES[name], torch.bfloat16)
     out = ntk_attention(*inputs, states, **options)
     check(out, rows_alone(inputs, states, options), TOLERANCE[torch.bfloat16])
 
 
 @needs_triton
-@pytest.mark.skipif(not (ON_GPU and launch.forward_sm90), reason="elsewhere there is no other kernel")
+@pytest.mark.skipif(not (ON_GPU and support.forward_sm90), reason="elsewhere there is no other kernel")
 @pytest.mark.parametrize("name", MERGED)
 def test_on_a_gpu_that_is_not_a_hopper(name, monkeypatch):
-    monkeypatch.setattr(launch, "forward_sm90", None)
+    without_hopper(monkeypatch)
     test_kernels(name, torch.bfloat16)
 
 
@@ -111,7 +112,7 @@ def test_on_a_gpu_that_is_not_a_hopper(name, monkeypatch):
 @pytest.mark.parametrize("name", ["causal", "left padding", "left padding, split", "one program per head", "merged"])
 def test_a_row_without_a_state_is_the_same_to_the_last_bit_whatever_the_stack(name, random_features, monkeypatch):
     if name == "merged":
-        monkeypatch.setattr(fused, "AUTO", ((256, 0),))
+        merge_always(monkeypatch)
         name = "causal"
     inputs, states, options = make_rows(CASES[name], torch.bfloat16, random_features)
     without = states.index < 0
@@ -144,17 +145,17 @@ def test_gradients():
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a, e) < 1e-12
     halves = [x.to(torch.bfloat16) for x in leaves[:3]]
-    assert not fused.covers(*halves, states, None)
+    assert not path_of(*halves, states).is_fused
     with torch.no_grad():
-        assert fused.covers(*halves, states, None) == launch.covers(halves[0], halves[2])
+        assert path_of(*halves, states).is_fused == has_kernels(halves[0], halves[2])
 
 
 @needs_triton
 def test_a_stack_too_large_for_the_kernels():
     (query, key, value), states, _ = make_rows(CASES["causal"], torch.bfloat16)
-    assert fused.covers(query, key, value, states, None)
+    assert path_of(query, key, value, states).is_fused
     stack = (x[:1].expand(2**17, *x.shape[1:]) for x in (states.Z, states.k, states.log_scale))
-    assert not fused.covers(query, key, value, RowStates(*stack, states.feature_map, states.index), None)
+    assert not path_of(query, key, value, RowStates(*stack, states.feature_map, states.index)).is_fused
 
 
 @needs_triton
@@ -184,12 +185,11 @@ def test_compiles_to_one_graph(name):
 @needs_triton
 def test_operators():
     inputs, states, _ = make_rows((5, 2, 1, 2, 20, 20, 32, 32, True, None, True), torch.bfloat16)
-    state = states.Z, states.k, states.log_scale, states.index
-    scale = 32**-0.5
-    for merges in (False, True):
-        arguments = (*inputs, *state, None, None, True, True, scale, scale**0.5, merges)
+    tensors = [*inputs, states.Z, states.k, states.log_scale]
+    for path in paths(inputs[0], inputs[2]):
+        arguments = *flat(tensors, states.index), path
         torch.library.opcheck(fused.forward_op, arguments, test_utils=("test_schema", "test_faketensor"))
-    arguments = (inputs[0][:, :, :1], *inputs[1:], *state, None, None, True, scale, scale**0.5)
+    arguments = flat([inputs[0][:, :, :1], *tensors[1:]], states.index, is_causal=False)
     torch.library.opcheck(fused.decode_op, arguments)
 
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ntk_attention import PrefixState, RowStates, feature_map, ntk_attention
-from ntk_attention.ops.triton.launch import INTERPRETED, triton
+from ntk_attention.ops.triton.support import INTERPRETED, triton
 from ntk_attention.ops.triton.token_sums import SPLIT, elu_sums
 from tests.reference import relative_error
 

@@ -15,12 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntk_attention import LayerPrefix, PrefixState, RowStates, feature_map, ntk_attention
 from ntk_attention.ops import fused, sdpa
-from ntk_attention.ops.attention import attend, context_block, exact_block, prefix_block
-from ntk_attention.ops.triton import launch
+from ntk_attention.ops.attention import attend, context_block, exact_block
+from ntk_attention.ops.bundles import Prefixes, Tokens
+from ntk_attention.ops.reference import prefix_block
+from ntk_attention.ops.triton import support
 from tests.reference import relative_error
 
+from .paths import flat, has_kernels, merge_always, paths
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(launch.triton is None, reason="needs Triton")
+needs_triton = pytest.mark.skipif(support.triton is None, reason="needs Triton")
 NAMES = ("query", "key", "value", "Z", "k", "b")
 # In half precision: three rounding units; in our kernels six, and the interpreter cuts bf16 off instead of rounding it.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8, torch.float16: 3 * 2**-11}
@@ -102,7 +106,7 @@ def check(inputs, grad_out, backend="auto", attn_mask=None, **options):
     if attn_mask is not None:
         attn_mask = attn_mask.contiguous() if attn_mask.dtype == torch.bool else attn_mask.double().contiguous()
     expected = outputs_and_gradients(in_double[:6], in_double[6], "eager", attn_mask=attn_mask, **options)
-    tolerance = TOLERANCE[dtype] * (2 if launch.covers(inputs[0], inputs[2]) else 1)
+    tolerance = TOLERANCE[dtype] * (2 if has_kernels(inputs[0], inputs[2]) else 1)
     # A gradient that cancels to nothing is held against the terms that it sums.
     size = grad_out.shape[-1] ** 0.5 * max(1.0, expected[0].abs().max().item()) * (1.0 if dtype.itemsize == 2 else 0.1)
     for name, a, e in zip(("out", *NAMES), actual, expected, strict=False):
@@ -170,10 +174,10 @@ SMALL = {"B": 1, "H": 2, "H_kv": 1, "H_state": 2, "L": 18, "S": 21, "d": 16, "d_
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "every other row", "one number"])
 @pytest.mark.parametrize("case", TRITON)
 def test_kernels(case, layout, which, monkeypatch):
-    monkeypatch.setattr(fused, "AUTO", ((256, 0),))  # "auto" merges
+    merge_always(monkeypatch)
     dtype, sizes, options = TRITON[case]
     inputs, grad_out, options = with_one_in(LAYOUTS[layout], which, (dtype, SMALL | sizes, options))
-    assert launch.covers(inputs[0], inputs[2])
+    assert has_kernels(inputs[0], inputs[2])
     check(inputs, grad_out, **options)
 
 
@@ -332,9 +336,14 @@ def test_what_stands_beside_a_state(beside, layout):
     def run(tensors, backend):
         *leaves, grad_out, sink, keys, values = (x.detach().requires_grad_() for x in tensors)
         states = [PrefixState.trusted(*leaves[3:], feature_map("elu"))] * (2 if beside == "a state" else 1)
-        exact = LayerPrefix(keys[0], values[0])
-        options = {"a softcap": {"softcap": 5.0}, "a sink": {"sink": sink}, "tokens": {"exact": exact}}
-        out = attend(*leaves[:3], states, 0.6, None, 0.0, False, 0.36, backend=backend, **options.get(beside, {}))
+        prefixes = Prefixes(
+            states,
+            0.6,
+            exact=LayerPrefix(keys[0], values[0]) if beside == "tokens" else None,
+            sink=sink if beside == "a sink" else None,
+        )
+        softcap = 5.0 if beside == "a softcap" else None
+        out = attend(Tokens(*leaves[:3], scale=0.36), prefixes, softcap=softcap, backend=backend)
         return [out, *torch.autograd.grad(out, leaves, grad_out)]
 
     for a, e in zip(run(tensors, "auto"), run([x.contiguous() for x in tensors], "eager"), strict=True):
@@ -356,7 +365,7 @@ def test_blocks(layout, dtype):
         yield prefix_block(query, PrefixState.trusted(*state, feature_map("elu")), 0.6)
         yield exact_block(query, prefix, 0.36)
         yield exact_block(query, prefix._replace(log_weights=weights), 0.36)
-        yield context_block(query, key, value, None, False, 0.36)
+        yield context_block(Tokens(query, key, value, scale=0.36))
 
     for actual, expected in zip(blocks(strided), blocks(in_double), strict=True):
         for a, e in zip(actual, expected, strict=True):
@@ -384,17 +393,17 @@ def test_an_expanded_mask_takes_the_memory_of_what_it_repeats():
 
 def operators(inputs, grad_out):
     """Every custom operator with its arguments."""
-    scale, factor = 0.25, 0.5
-    covered = launch.covers(inputs[0], inputs[2])
-    yield sdpa.context_forward, (forward := (*inputs[:3], None, 0.0, False, scale))
-    out, lse, seed, offset = sdpa.context_forward(*forward)
-    yield sdpa.context_backward, (grad_out, *inputs[:3], out, lse, None, seed, offset, 0.0, False, scale)
-    for merges in (True, False) if covered else (True,):
-        yield fused.forward_op, (*inputs, None, None, None, False, False, scale, factor, merges)
-    for needed in (True, False):
-        yield fused.backward_op, (grad_out, *inputs, None, None, out, lse, False, False, scale, factor, needed)
-    if covered:
-        yield fused.decode_op, (*inputs, None, None, None, False, scale, factor)
+    tokens = Tokens(*inputs[:3], scale=0.25)
+    yield sdpa.context_forward, tokens
+    out, lse, seed, offset = sdpa.context_forward(*tokens)
+    yield sdpa.context_backward, (grad_out, out, lse, seed, offset, *tokens)
+    arguments = flat(inputs, is_causal=False, constant=False, scale=0.25)
+    for path in paths(inputs[0], inputs[2]):
+        yield fused.forward_op, (*arguments, path)
+        for needed in (True, False):
+            yield fused.backward_op, (grad_out, out, lse, *arguments, path, needed)
+    if has_kernels(inputs[0], inputs[2]):
+        yield fused.decode_op, arguments
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

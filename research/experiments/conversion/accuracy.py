@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ntk_attention import FeatureMap, PrefixState, feature_map, taylor_error_bound
-from ntk_attention.ops.attention import context_block, exact_block, merge_blocks, prefix_block
+from ntk_attention.ops.attention import context_block, exact_block
+from ntk_attention.ops.bundles import Tokens
 from ntk_attention.ops.exact import LayerPrefix
+from ntk_attention.ops.reference import merge, prefix_block
 
 from .rows import Rows
 
@@ -66,7 +68,7 @@ def measure(d: int, entry_bound: float, L: int, map: str, largest: int, seed: in
     phi: FeatureMap = MAPS[map](d).bind(d).to(device, torch.float64)
     chunk = max(16, CHUNK_BYTES // (8 * phi.num_features(d)))
     scale = d**-0.5
-    context = context_block(query, key, value, None, True, scale)
+    context = context_block(Tokens(query, key, value, is_causal=True, scale=scale))
     degree = int(map.split()[1]) if map.startswith("taylor") else None
     bound = taylor_error_bound(entry_bound, degree, d) if degree else None
     prefix_state = PrefixState.from_prefix(keys[:, :1], values[:, :1], phi, chunk_size=chunk)
@@ -75,8 +77,8 @@ def measure(d: int, entry_bound: float, L: int, map: str, largest: int, seed: in
         prefix_state = prefix_state.update(keys[:, new], values[:, new], chunk_size=chunk)
         m = 2**power
         exact = exact_in_parts(query, keys[:, :m], values[:, :m], scale)
-        with_prefix = merge_blocks(context, exact).out
-        difference = merge_blocks(context, prefix_block(query, prefix_state, math.sqrt(scale))).out - with_prefix
+        with_prefix = merge(context, exact).out
+        difference = merge(context, prefix_block(query, prefix_state, math.sqrt(scale))).out - with_prefix
         yield {
             "m": m,
             "r": phi.num_features(d),
@@ -93,5 +95,5 @@ def exact_in_parts(query: Tensor, keys: Tensor, values: Tensor, scale: float, si
               zip(keys.split(size, dim=1), values.split(size, dim=1), strict=True)]  # fmt: skip
     whole = blocks[0]
     for block in blocks[1:]:
-        whole = merge_blocks(whole, block)
+        whole = merge(whole, block)
     return whole

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ntk_attention.convert.anchors import attention_received
 from ntk_attention.convert.fitting import HeadFit, logit_scale
-from ntk_attention.ops.exact import LayerPrefix, exact_scores
+from ntk_attention.ops.exact import LayerPrefix
+from ntk_attention.ops.reference import exact_scores
 from ntk_attention.tuner.calls import exact_prefix
 from ntk_attention.tuner.observation import adapted_layers, observe
 

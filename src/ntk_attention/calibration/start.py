@@ -30,7 +30,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..ops.attention import Block
+from ..ops.reference import Block
 from ..tuner.calls import without_adapters
 from ..tuner.feed_forward import FeedForwardPrefix
 from ..tuner.layer import NTKAttentionLayer, PrefixAdapter

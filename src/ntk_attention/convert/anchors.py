@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..ops.attention import Block
-from ..ops.exact import LayerPrefix, exact_scores
+from ..ops.exact import LayerPrefix
 from ..ops.features import Anchored
+from ..ops.reference import Block, exact_scores
 from ..tuner.calls import exact_prefix
 from ..tuner.observation import adapted_layers, observe
 from ..tuner.routing import query_scale

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.start import LOG_K_STEP, whitening
-from ..ops.attention import Block, merge_blocks
 from ..ops.exact import LayerPrefix, together
+from ..ops.reference import Block, merge
 from ..progress import Reporter
 from ..tuner.calls import exact_prefix
 from ..tuner.layer import PrefixAdapter
@@ -149,7 +149,7 @@ class Moments:
         H = len(self.gram)
         if prefix is None:
             raise ValueError("the adapter rests: an active one is expected")
-        whole = merge_blocks(Block(context.out.float(), context.lse.float()), prefix)
+        whole = merge(Block(context.out.float(), context.lse.float()), prefix)
         phi, row_scale = self.adapter.feature_map.scaled(query.float() * factor)
         b = self.adapter.log_scale.repeat_interleave(query.shape[1] // H)[:, None]
         g = phi * torch.exp(row_scale + b - whole.lse)[..., None]

@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.attention import Block, exact_block, merge_blocks
+from ..ops.attention import exact_block
 from ..ops.exact import LayerPrefix, together
 from ..ops.features import FeatureMap
+from ..ops.reference import Block, merge
 from ..ops.state import PrefixState
 from ..progress import Reporter
 from ..tuner.calls import exact_prefix
@@ -144,7 +145,7 @@ class Split(NamedTuple):
     def blocks(self, query: Tensor, context: Block) -> tuple[Block, Block]:
         """The block of what stays, and that of what goes."""
         kept, prefix = (exact_block(query, tokens, self.scale) for tokens in (self.kept, self.prefix))
-        return merge_blocks(Block(context.out.to(kept.out), context.lse.to(kept.lse)), kept), prefix
+        return merge(Block(context.out.to(kept.out), context.lse.to(kept.lse)), kept), prefix
 
 
 def logit_scale(layer: NTKAttentionLayer) -> float:
@@ -278,7 +279,7 @@ class AdapterFit(HeadFit):
         if adapter.normaliser_features is not None:
             positive[:] = False
             positive[adapter.normaliser_features.cpu()] = True
-        constant = r - 1 if self.feature_map.constant else 0 if self.feature_map.name == "taylor" else None
+        constant = self.feature_map.constant_index(r)
         super().__init__(H, r, d_v, positive, constant, num_batches, adapter.log_k.device)
 
     def features(self, query: Tensor, factor: float) -> tuple[Tensor, Tensor]:

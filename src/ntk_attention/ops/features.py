@@ -38,7 +38,13 @@ class FeatureMap(nn.Module):
     """
 
     name: str
-    approximates_exp = True  # whether sums over tokens make a state that stands for them
+    stands_for_tokens = True  # whether sums over the tokens of a prefix make a state that stands for it
+    is_signed = False  # whether features may be negative; then `nonnegative` says which are not
+    kernel: str | None = None  # by which name the kernels know the map, if they do; not inherited
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.kernel = cls.__dict__.get("kernel")
 
     def __init__(self, *, constant: bool = False):
         super().__init__()
@@ -55,6 +61,10 @@ class FeatureMap(nn.Module):
         """Which features are >= 0 for every x: bool [r]. Only these may carry the normaliser of a trained state."""
         own = self._nonnegative(head_dim)
         return torch.cat([own, own.new_ones(1)]) if self.constant else own
+
+    def constant_index(self, num_features: int) -> int | None:
+        """Which of the r features is the number 1; None without one."""
+        return num_features - 1 if self.constant else None
 
     def scaled(self, x: Tensor) -> ScaledFeatures:
         """The features of x [..., d] in two parts, in the dtype of x (float32 or float64)."""
@@ -96,10 +106,11 @@ class FeatureMap(nn.Module):
 class Elu(FeatureMap):
     """phi(x) = elu(x) + 1, r = d: the map of the published implementation.
 
-    It is exp(x) for x < 0 and x + 1 above. It does not approximate exp(x.y); it is cheap, positive and trains well.
+    It is exp(x) for x < 0 and x + 1 above. phi(x).phi(y) is far from exp(x.y), so that a state of given tokens stands
+    for them loosely (the published code makes one so); it is cheap, positive and trains well.
     """
 
-    name = "elu"
+    name = kernel = "elu"
 
     def _num_features(self, head_dim: int) -> int:
         return head_dim
@@ -123,6 +134,7 @@ class Taylor(FeatureMap):
     """
 
     name = "taylor"
+    is_signed = True
 
     def __init__(self, degree: int = 2, *, constant: bool = False):
         super().__init__(constant=constant)
@@ -139,6 +151,10 @@ class Taylor(FeatureMap):
 
     def _nonnegative(self, head_dim: int) -> Tensor:
         return self._tables(head_dim, torch.device("cpu")).is_even
+
+    def constant_index(self, num_features: int) -> int:
+        appended = super().constant_index(num_features)
+        return 0 if appended is None else appended  # the monomial of degree 0
 
     def _tables(self, head_dim: int, device: torch.device) -> "Monomials":
         if (head_dim, device) not in self._monomials:
@@ -183,7 +199,7 @@ class PositiveRandom(FeatureMap):
         seed: of the directions.
     """
 
-    name = "positive_random"
+    name = kernel = "positive_random"
 
     def __init__(self, num_features: int | None = None, seed: int = 0, *, constant: bool = False):
         super().__init__(constant=constant)
@@ -231,7 +247,7 @@ class Anchored(PositiveRandom):
     """
 
     name = "anchored"
-    approximates_exp = False
+    stands_for_tokens = False
 
     def _scaled(self, x: Tensor) -> ScaledFeatures:
         projection = cast(Tensor, self.bind(x.shape[-1]).projection)

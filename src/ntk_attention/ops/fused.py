@@ -1,216 +1,204 @@
-"""The backend with the prefix inside: its gradients in closed form, its launches few.
+"""The paths with the prefix inside: their gradients in closed form, their launches few.
 
-For phi(x) = elu(x) + 1 there are two ways to the output: one kernel of ours for everything, and the library's kernel
-with the prefix merged into its output. The backward pass is the library's, fed the merged output and log-sum-exp (see
-sdpa.py), and one more kernel for the prefix. The kernels are Triton's (launch.py) where there are any, and otherwise
-torch's own operations (fused_torch.py).
+The forward pass is one kernel of ours for everything, or the library's kernel with the prefix merged into its output.
+The backward pass is the library's, fed the merged output and log-sum-exp (see sdpa.py), and one more kernel for the
+prefix. Kernels are Triton's (triton/launch.py) where there are any, and otherwise torch's own operations
+(fused_torch.py).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import fused_torch
-from .features import Elu, PositiveRandom
+from .bundles import StateTensors, Tokens
+from .plan import Path, needs_grad
 from .sdpa import additive_mask, empty_output, laid_out_as, library_backward, library_forward
-from .state import PrefixState, RowStates
 from .triton import launch
 
-# How "auto" computes the forward pass with Triton, by measurement on an H100 (results/benchmarks). Up to some length
-# our fused kernel, which reads everything once; from there on the library's kernel, whose products are faster, and one
-# more of ours that merges the prefix. With a mask it is always the fused kernel.
-AUTO = (  # the largest head_dim that the row is for, the query length from which the prefix is merged
-    (64, 8192),
-    (128, 2048),
-    (256, math.inf),
-)
+NUM_TOKENS = len(Tokens._fields)
+Grads = tuple[Tensor | None, ...]
 
 
-def covers(query: Tensor, key: Tensor, value: Tensor, state: PrefixState | RowStates, attn_mask: Tensor | None) -> bool:
-    """What this backend can do; the caller sees to dropout, softcap and sinks, which it cannot."""
-    if query.numel() == 0 or key.numel() == 0 or not (attn_mask is None or attn_mask.dtype == torch.bool):
-        return False
-    if isinstance(state, RowStates) and not (
-        launch.covers(query, value) and state.Z.numel() < 2**31 and not _needs_grad(query, key, value, state)
-    ):
-        return False
-    if type(state.feature_map) is PositiveRandom:
-        return launch.covers_random(query, value, state.num_features)
-    # Without our kernel, sdpa.py knows better how to decode.
-    return type(state.feature_map) is Elu and (launch.covers(query, value) or query.shape[2] > 1)
-
-
-def _needs_grad(query: Tensor, key: Tensor, value: Tensor, state: PrefixState | RowStates) -> bool:
-    tensors = (query, key, value, state.Z, state.k, state.log_scale)
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, prefer="auto"):
-    """Arguments as in `operation.attend`; returns the merged output. `prefer`: "auto", or "triton" for no library."""
-    B, H, L, d = query.shape
-    phi = state.feature_map
-    directions = phi.bind(d).projection if isinstance(phi, PositiveRandom) else None
-    W = None if directions is None else directions.to(query.device, torch.float32)
-    index = state.index if isinstance(state, RowStates) else None
+def attend_fused(path: Path, tokens: Tokens, state: StateTensors) -> Tensor:
+    """The merged output [B, H, L, d_v], by a path of plan.py."""
     compiling = torch.compiler.is_compiling()  # the operators serve torch.compile; without them a call is cheaper
-    inputs = (query, key, value, state.Z, state.k, state.log_scale)
     if not compiling:  # what torch's dispatcher does before it calls an operator
-        query, key, value, Z, k, log_scale = (x.resolve_neg() if x.is_neg() else x for x in inputs)
-        inputs = (query, key, value, Z, k, log_scale)
-    tensors = (*inputs, index, W)
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(B, H, L, key.shape[2])
-    constant = phi.constant
-    needs_grad = _needs_grad(query, key, value, state)
-    if launch.covers(query, value):
-        is_short = H // key.shape[1] * L <= launch.MAX_DECODE_ROWS
-        if not needs_grad and is_short and (L == 1 or not is_causal):
-            decode = decode_op if compiling else launch.decode
-            return decode(*tensors, attn_mask, constant, scale, factor)
-        merge_from = next(length for largest, length in AUTO if max(d, value.shape[-1]) <= largest)
-        merges = prefer == "auto" and W is None and attn_mask is None and merge_from <= L
-    else:
-        merges = True
-    forward = forward_op if compiling else _EagerForward.apply if needs_grad else _forward
-    return forward(*tensors, attn_mask, constant, is_causal, scale, factor, merges)[0]
+        query, key, value = map(resolved, tokens[:3])
+        tokens = tokens._replace(query=query, key=key, value=value)
+        Z, k, log_scale = map(resolved, state[:3])
+        state = state._replace(Z=Z, k=k, log_scale=log_scale)
+    if tokens.attn_mask is not None:
+        shape = (*tokens.query.shape[:3], tokens.key.shape[2])
+        tokens = tokens._replace(attn_mask=tokens.attn_mask.expand(shape))
+    if path is Path.DECODE:
+        return decode_op(*tokens, *state) if compiling else launch.decode(tokens, state)
+    if compiling:
+        return forward_op(*tokens, *state, path.value)[0]
+    if needs_grad(*tokens[:3], *state[:3]):
+        return _Forward.apply(*tokens, *state, path)[0]
+    return forward(tokens, state, path)[0]
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    Z: Tensor,
-    k: Tensor,
-    log_scale: Tensor,
-    index: Tensor | None,
-    W: Tensor | None,
-    attn_mask: Tensor | None,
-    constant: bool,
-    is_causal: bool,
-    scale: float,
-    factor: float,
-    merges: bool,
-) -> tuple[Tensor, Tensor]:
+def resolved(x: Tensor) -> Tensor:
+    """Without a sign that is still to be applied."""
+    return x.resolve_neg() if x.is_neg() else x
+
+
+def forward(tokens: Tokens, state: StateTensors, path: Path) -> tuple[Tensor, Tensor]:
     """out [B, H, L, d_v] and the log-sum-exp of all weights, those of the prefix included, [B, H, L] in float32.
 
     A row that no key is visible to has out = 0 and lse = +inf, which lets no gradient through.
     """
-    state = Z, k, log_scale
-    if not merges:
-        return launch.fused_forward(
-            query, key, value, *state, index, W, attn_mask, constant, is_causal, scale, factor
-        )  # fmt: skip
-    mask = None if attn_mask is None else additive_mask(attn_mask, query)
-    context, lse, _, _ = library_forward(query, key, value, mask, 0.0, is_causal, scale)
-    if launch.covers(query, value):
-        out, lse = launch.merge_prefix(query, context, lse, *state, index, constant, factor)
-    else:
-        out, lse = fused_torch.merge_prefix(query, context, lse, *state, constant, factor)
+    if path in (Path.FUSED, Path.FUSED_SM90):
+        return launch.fused_forward(tokens, state, path is Path.FUSED_SM90)
+    query, value, attn_mask = tokens.query, tokens.value, tokens.attn_mask
+    if attn_mask is not None:
+        tokens = tokens._replace(attn_mask=additive_mask(attn_mask, query))
+    context, lse, _, _ = library_forward(tokens)
+    merge = fused_torch.merge_prefix if path is Path.MERGED_TORCH else launch.merge_prefix
+    out, lse = merge(query, context, lse, state)
     if attn_mask is not None:
         dead = ~attn_mask.any(dim=-1)
         out, lse = out.masked_fill_(dead[..., None], 0.0), lse.masked_fill_(dead, math.inf)
     return laid_out_as(empty_output(query, value), out), lse.contiguous()
 
 
-forward_op = torch.library.custom_op("ntk_attention::forward", _forward, mutates_args=())
-
-
-@forward_op.register_fake
-def _(query, key, value, Z, k, log_scale, index, W, attn_mask, constant, is_causal, scale, factor, merges):
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return empty_output(query, value), query.new_empty(query.shape[:3], dtype=dtype)
-
-
-def _backward(
-    grad_out, query, key, value, Z, k, log_scale, W, attn_mask, out, lse, constant, is_causal, scale, factor,
-    inputs_need_grad,
-):  # fmt: skip
+def backward(
+    grad_out: Tensor, out: Tensor, lse: Tensor, tokens: Tokens, state: StateTensors, path: Path, inputs_need_grad: bool
+) -> tuple[Tensor, ...]:
     """Gradients to query, key, value (empty unless `inputs_need_grad`), Z and k."""
+    query = tokens.query
     grads: tuple[Tensor, ...] = tuple(query.new_empty(0) for _ in range(3))
     grad_out = grad_out.resolve_neg()
     if inputs_need_grad:
         no_seed = torch.empty(0, dtype=torch.long, device=query.device)
-        mask = None if attn_mask is None else additive_mask(attn_mask, query)
-        grads = library_backward(grad_out, query, key, value, out, lse, mask, no_seed, no_seed, 0.0, is_causal, scale)
-    rows = grad_out, query, out, lse, grads[0] if inputs_need_grad else None
-    if launch.covers(query, value):
-        grad_Z, grad_k = launch.prefix_backward(*rows, Z, k, log_scale, W, constant, factor)
-    else:
-        grad_Z, grad_k = fused_torch.prefix_backward(*rows, Z, k, log_scale, constant, factor)
-    return *grads, grad_Z.to(Z.dtype), grad_k.to(k.dtype)
+        if tokens.attn_mask is not None:
+            tokens = tokens._replace(attn_mask=additive_mask(tokens.attn_mask, query))
+        grads = library_backward(grad_out, out, lse, no_seed, no_seed, tokens)
+    prefix_backward = fused_torch.prefix_backward if path is Path.MERGED_TORCH else launch.prefix_backward
+    grad_Z, grad_k = prefix_backward(grad_out, query, out, lse, grads[0] if inputs_need_grad else None, state)
+    return *grads, grad_Z.to(state.Z.dtype), grad_k.to(state.k.dtype)
 
 
-@torch.library.custom_op("ntk_attention::backward", mutates_args=())
-def backward_op(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    Z: Tensor,
-    k: Tensor,
-    log_scale: Tensor,
-    W: Tensor | None,
-    attn_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    constant: bool,
-    is_causal: bool,
-    scale: float,
-    factor: float,
-    inputs_need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *grads, grad_k = _backward(
-        grad_out, query, key, value, Z, k, log_scale, W, attn_mask, out, lse, constant, is_causal, scale, factor,
-        inputs_need_grad,
-    )  # fmt: skip
-    return *grads, grad_k.clone()  # an operator may not return views of one another
+def bundled(inputs: tuple[Any, ...]) -> tuple[Tokens, StateTensors, Path]:
+    """Of the flat list `(*tokens, *state, path)`."""
+    *flat, path = inputs
+    return Tokens(*flat[:NUM_TOKENS]), StateTensors(*flat[NUM_TOKENS:]), Path(path)
 
 
-@backward_op.register_fake
-def _(grad_out, query, key, value, Z, k, log_scale, W, attn_mask, out, lse, constant, is_causal, scale, factor, needed):
-    inputs = (torch.empty_like(x) if needed else query.new_empty(0) for x in (query, key, value))
-    return (*inputs, Z.new_empty(Z.shape), k.new_empty(k.shape))
+# The same as autograd knows it without torch's dispatcher, and as operators for torch.compile.
 
 
-def _setup_context(ctx, inputs, output):
-    query, key, value, Z, k, log_scale, _, W, attn_mask, *options, _ = inputs
-    ctx.save_for_backward(query, key, value, Z, k, log_scale, W, attn_mask, *output)
-    ctx.options = options
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tokens, state, path = bundled(inputs)
+    ctx.save_for_backward(*output, *tokens[:4], *state[:5])
+    ctx.options = tokens[4:], state[5:], path
 
 
-def _gradients(ctx, grad_out, backward):
-    """For each input of `_forward`, by either form of `_backward`."""
-    query, key, value, Z, k, log_scale, W, attn_mask, out, lse = ctx.saved_tensors
-    inputs_need_grad = any(ctx.needs_input_grad[:3])
-    inputs = query, key, value, Z, k, log_scale, W, attn_mask, out, lse
-    *grad_inputs, grad_Z, grad_k = backward(grad_out, *inputs, *ctx.options, inputs_need_grad)
-    grad_log_scale = None
-    if ctx.needs_input_grad[5]:  # Z and k carry the factor e^b
-        grad_log_scale = ((Z * grad_Z).sum(dim=(1, 2)) + (k * grad_k).sum(dim=1)).to(log_scale.dtype)
-    grad_inputs = grad_inputs if inputs_need_grad else (None, None, None)
-    return *grad_inputs, grad_Z, grad_k, grad_log_scale, *(None,) * 8
+def gradients(ctx: Any, grad_out: Tensor, backward: Any) -> Grads:
+    """For each of `(*tokens, *state, path)`."""
+    out, lse, *tensors = ctx.saved_tensors
+    token_options, state_options, path = ctx.options
+    tokens, state = Tokens(*tensors[:4], *token_options), StateTensors(*tensors[4:], *state_options)
+    of_query, of_key, of_value, *_ = ctx.needs_input_grad
+    inputs_need_grad = of_query or of_key or of_value
+    *grad_inputs, grad_Z, grad_k = backward(grad_out, out, lse, tokens, state, path, inputs_need_grad)
+    grad_b = None
+    if ctx.needs_input_grad[NUM_TOKENS + 2]:  # Z and k carry the factor e^b
+        grad_b = ((state.Z * grad_Z).sum(dim=(1, 2)) + (state.k * grad_k).sum(dim=1)).to(state.log_scale.dtype)
+    grad_tokens = *(grad_inputs if inputs_need_grad else (None,) * 3), *(None,) * (NUM_TOKENS - 3)
+    return *grad_tokens, grad_Z, grad_k, grad_b, *(None,) * (len(StateTensors._fields) - 3), None
 
 
-forward_op.register_autograd(
-    lambda ctx, grad_out, _: _gradients(ctx, grad_out, backward_op), setup_context=_setup_context
-)
-
-
-class _EagerForward(torch.autograd.Function):
-    """`_forward` with gradients, without the dispatcher."""
-
+class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = forward(*bundled(inputs))
+        _save(ctx, inputs, output)
         ctx.mark_non_differentiable(output[1])
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, _):
-        return _gradients(ctx, grad_out, _backward)
+    def backward(ctx: Any, grad_out: Tensor, _: Any) -> Grads:
+        return gradients(ctx, grad_out, backward)
+
+
+@torch.library.custom_op("ntk_attention::forward", mutates_args=())
+def forward_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    Z: Tensor,
+    k: Tensor,
+    log_scale: Tensor,
+    index: Tensor | None,
+    W: Tensor | None,
+    constant: bool,
+    factor: float,
+    path: str,
+) -> tuple[Tensor, Tensor]:
+    tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    return forward(tokens, StateTensors(Z, k, log_scale, index, W, constant, factor), Path(path))
+
+
+@forward_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return empty_output(query, value), query.new_empty(query.shape[:3], dtype=dtype)
+
+
+@torch.library.custom_op("ntk_attention::backward", mutates_args=())
+def backward_op(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    Z: Tensor,
+    k: Tensor,
+    log_scale: Tensor,
+    index: Tensor | None,
+    W: Tensor | None,
+    constant: bool,
+    factor: float,
+    path: str,
+    inputs_need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    state = StateTensors(Z, k, log_scale, index, W, constant, factor)
+    *grads, grad_k = backward(grad_out, out, lse, tokens, state, Path(path), inputs_need_grad)
+    return *grads, grad_k.clone()  # type: ignore[return-value]  # an operator may not return views of one another
+
+
+@backward_op.register_fake
+def _(
+    grad_out: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    Z, k, inputs_need_grad = others[4], others[5], others[-1]
+    inputs = (torch.empty_like(x) if inputs_need_grad else query.new_empty(0) for x in (query, key, value))
+    return (*inputs, Z.new_empty(Z.shape), k.new_empty(k.shape))
+
+
+def operator_backward(
+    grad_out: Tensor, out: Tensor, lse: Tensor, tokens: Tokens, state: StateTensors, path: Path, inputs_need_grad: bool
+) -> tuple[Tensor, ...]:
+    return backward_op(grad_out, out, lse, *tokens, *state, path.value, inputs_need_grad)
+
+
+forward_op.register_autograd(lambda ctx, grad_out, _: gradients(ctx, grad_out, operator_backward), setup_context=_save)
 
 
 @torch.library.custom_op("ntk_attention::decode", mutates_args=())
@@ -218,19 +206,22 @@ def decode_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
     Z: Tensor,
     k: Tensor,
     log_scale: Tensor,
     index: Tensor | None,
     W: Tensor | None,
-    attn_mask: Tensor | None,
     constant: bool,
-    scale: float,
     factor: float,
 ) -> Tensor:
-    return launch.decode(query, key, value, Z, k, log_scale, index, W, attn_mask, constant, scale, factor)
+    tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    return launch.decode(tokens, StateTensors(Z, k, log_scale, index, W, constant, factor))
 
 
 @decode_op.register_fake
-def _(query, key, value, Z, k, log_scale, index, W, attn_mask, constant, scale, factor):
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
     return empty_output(query, value)

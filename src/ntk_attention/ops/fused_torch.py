@@ -6,21 +6,21 @@ Few passes over memory and few allocations, which are what takes time on a CPU. 
 import torch
 from torch import Tensor
 
+from .bundles import StateTensors
 
-def merge_prefix(query, context, lse, Z, k, log_scale, constant, factor) -> tuple[Tensor, Tensor]:
+
+def merge_prefix(query: Tensor, context: Tensor, lse: Tensor, state: StateTensors) -> tuple[Tensor, Tensor]:
     """Merge the prefix into plain attention.
 
     Args:
         query: [B, H, L, d].
         context: output of plain attention [B, H, L, d_v].
         lse: of its logits [B, H, L], in float32 or float64; the dtype of the arithmetic.
-        Z, k, log_scale: the state, with H heads or fewer that divide H.
-        constant: whether the last feature is the constant 1.
-        factor: what the query is multiplied by before phi.
 
     Returns:
         The output in the dtype of context, and the lse of all weights.
     """
+    Z, k, log_scale, _, _, constant, factor = state
     H, d = query.shape[1], query.shape[-1]
     Zk = torch.cat([Z, k[..., None]], dim=-1).to(lse.dtype)
     phi_Zk = _by_state(_features(query, factor, lse.dtype), len(Z)) @ Zk[:, :d]
@@ -35,7 +35,9 @@ def merge_prefix(query, context, lse, Z, k, log_scale, constant, factor) -> tupl
     return out.to(context.dtype), lse_all
 
 
-def prefix_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, constant, factor) -> tuple[Tensor, Tensor]:
+def prefix_backward(
+    grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, grad_query: Tensor | None, state: StateTensors
+) -> tuple[Tensor, Tensor]:
     """Gradients to Z and k; what the prefix adds to that of the query is added to `grad_query`, unless that is None.
 
     With w = exp(b - lse) and delta = rowsum(dout * out): dphi = w (dout Z^T - delta k), dZ = phi^T (w dout),
@@ -45,6 +47,7 @@ def prefix_backward(grad_out, query, out, lse, grad_query, Z, k, log_scale, cons
         grad_out, out: [B, H, L, d_v], of the merged output.
         lse: of all weights [B, H, L]; +inf in rows that have no gradient.
     """
+    Z, k, log_scale, _, _, constant, factor = state
     H, d = query.shape[1], query.shape[-1]
     H_state = len(Z)
     phi = _features(query, factor, lse.dtype)

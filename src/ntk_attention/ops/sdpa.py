@@ -7,11 +7,14 @@ a score matrix and without a second Q K^T. What is left, the gradient to the pre
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .bundles import Tokens
+from .reference import Block, scores
 
 aten = torch.ops.aten
 
@@ -35,64 +38,63 @@ def supports_sdpa(query: Tensor, attn_mask: Tensor | None, dropout_p: float) -> 
     return query.device.type == "cuda" or (query.device.type == "cpu" and dropout_p == 0)
 
 
-def attend_sdpa(query, key, value, prefix, attn_mask, dropout_p, is_causal, scale):
-    """Arguments as in `operation.attend_eager`; returns the merged output."""
-    B, H, L, d = query.shape
-    H_kv, d_v = key.shape[1], value.shape[-1]
+def attend_sdpa(tokens: Tokens, prefix: Block) -> Tensor:
+    """The output [B, H, L, d_v] of real tokens merged with the block of the prefix."""
+    query, key, value, attn_mask, _, is_causal, _ = tokens
+    (B, H, L, d), H_kv, d_v = query.shape, key.shape[1], value.shape[-1]
     out, lse = prefix
     packed = L == 1 and H_kv != H and not is_causal
     if packed:  # decoding: the query heads of a KV head become its rows, so that its keys are read once
         G = H // H_kv
-        query, out, lse = query.reshape(B, H_kv, G, d), out.reshape(B, H_kv, G, d_v), lse.reshape(B, H_kv, G)
+        out, lse = out.reshape(B, H_kv, G, d_v), lse.reshape(B, H_kv, G)
         if attn_mask is not None and attn_mask.dim() >= 3 and attn_mask.shape[-3] == H:
             attn_mask = attn_mask.unflatten(-3, (H_kv, -1)).squeeze(-2)
-    merged = _MergedAttention.apply(query, key, value, out, lse, attn_mask, dropout_p, is_causal, scale)
+        tokens = tokens._replace(query=query.reshape(B, H_kv, G, d), attn_mask=attn_mask)
+    merged = _MergedAttention.apply(out, lse, *tokens)
     return merged.reshape(B, H, L, d_v) if packed else merged
 
 
 class _MergedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, prefix_out, prefix_lse, attn_mask, dropout_p, is_causal, scale):
-        dead = None
-        if attn_mask is not None:
-            dead, blank = (rows[..., None] for rows in hidden_rows(attn_mask))
-            attn_mask = additive_mask(attn_mask, query)
-        out, lse, seed, offset = context_forward(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    def forward(ctx: Any, prefix_out: Tensor, prefix_lse: Tensor, *flat: Any) -> Tensor:
+        tokens, dead = Tokens(*flat), None
+        if tokens.attn_mask is not None:
+            dead, blank = (rows[..., None] for rows in hidden_rows(tokens.attn_mask))
+            tokens = tokens._replace(attn_mask=additive_mask(tokens.attn_mask, tokens.query))
+        out, lse, seed, offset = context_forward(*tokens)
         lse_all = torch.logaddexp(lse, prefix_lse)
         # Rows without a prefix keep the kernel's own output and lse.
         alone = prefix_lse == -math.inf
         lse_all = torch.where(alone, lse, lse_all).to(lse.dtype)
         context_share = torch.where(alone, 1.0, torch.exp(lse - lse_all))[..., None]
         prefix_share = torch.where(alone, 0.0, torch.exp(prefix_lse - lse_all))[..., None]
-        merged = (out * context_share + prefix_out * prefix_share).to(query.dtype)
+        merged = (out * context_share + prefix_out * prefix_share).to(tokens.query.dtype)
         if dead is not None:
             merged = merged.masked_fill(blank, 0.0)
             # The weights of a dead row are not to be had from its lse, near HIDDEN: with +inf they are 0.
             lse_all = lse_all.masked_fill(dead.squeeze(-1), math.inf)
-        ctx.save_for_backward(
-            query, key, value, prefix_out, prefix_share, out, context_share, lse_all, attn_mask, dead, seed, offset
-        )
-        ctx.options = dropout_p, is_causal, scale
+        shares = prefix_out, prefix_share, out, context_share
+        ctx.save_for_backward(*shares, lse_all, dead, seed, offset, *tokens[:4])
+        ctx.options = tokens[4:]
         return merged
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out):
-        query, key, value, prefix_out, prefix_share, out, context_share, lse_all, *rest = ctx.saved_tensors
-        attn_mask, dead, seed, offset = rest
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        prefix_out, prefix_share, out, context_share, lse_all, dead, seed, offset, *tensors = ctx.saved_tensors
+        tokens = Tokens(*tensors, *ctx.options)
         if dead is not None:
             grad_out = grad_out.masked_fill(dead, 0.0)
-        grad_query = grad_key = grad_value = grad_prefix_out = grad_prefix_lse = None
-        if any(ctx.needs_input_grad[:3]):
-            merged = (out * context_share + prefix_out * prefix_share).to(query.dtype)
-            grad_query, grad_key, grad_value = context_backward(
-                grad_out, query, key, value, merged, lse_all, attn_mask, seed, offset, *ctx.options
-            )
-        if any(ctx.needs_input_grad[3:5]):
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        grad_prefix_out = grad_prefix_lse = None
+        if any(ctx.needs_input_grad[2:5]):
+            merged = (out * context_share + prefix_out * prefix_share).to(tokens.query.dtype)
+            grads = context_backward(grad_out, merged, lse_all, seed, offset, *tokens)
+        if any(ctx.needs_input_grad[:2]):
             grad_prefix_out = prefix_share * grad_out
             # prefix_out - merged, without the rounding of merged
             grad_prefix_lse = (grad_prefix_out * context_share * (prefix_out - out)).sum(dim=-1)
-        return grad_query, grad_key, grad_value, grad_prefix_out, grad_prefix_lse, None, None, None, None
+        return grad_prefix_out, grad_prefix_lse, *grads, None, None, None, None
 
 
 def additive_mask(attn_mask: Tensor, query: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ def additive_mask(attn_mask: Tensor, query: Tensor) -> Tensor:
     attn_mask = attn_mask[tuple(slice(1 if stride == 0 else None) for stride in attn_mask.stride())]
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, hidden)
-    attn_mask = attn_mask.clamp_min(hidden).to(query.dtype)
+    attn_mask = attn_mask.to(query.dtype).clamp_min(hidden)  # in this order: a narrower dtype has no such number
     return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
 
 
@@ -128,8 +130,9 @@ def hidden_rows(attn_mask: Tensor) -> HiddenRows:
     return HiddenRows(peak <= torch.finfo(attn_mask.dtype).min / 2, peak == -math.inf)
 
 
-def library_forward(query, key, value, attn_mask, dropout_p, is_causal, scale) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def library_forward(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention over real tokens: out [B, H, L, d_v], lse [B, H, L] in float32 (float64), seed and offset."""
+    query, key, value, attn_mask, dropout_p, is_causal, scale = tokens
     B, H, L, _ = query.shape
     d_v = value.shape[-1]
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
@@ -140,7 +143,7 @@ def library_forward(query, key, value, attn_mask, dropout_p, is_causal, scale) -
     inputs = _fit_memory(query, key, value, attn_mask)
     kernel = _choose_kernel(dropout_p, is_causal, scale, *inputs)
     if kernel == MATH:
-        return _math_forward(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return _math_forward(tokens)
     query, key, value, attn_mask = _fit_kernel(kernel, *inputs)
     seed, offset = no_seed, no_seed.clone()
     if query.device.type == "cpu":
@@ -192,79 +195,74 @@ def context_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`library_forward` with outputs as a custom operator must have them: new memory in a layout known beforehand."""
-    out, lse, seed, offset = library_forward(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    out, lse, seed, offset = library_forward(tokens)
     return laid_out_as(empty_output(query, value), out), lse.contiguous(), seed.clone(), offset.clone()
 
 
 @context_forward.register_fake
-def _(query, key, value, attn_mask, dropout_p, is_causal, scale):
+def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, ...]:
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     seed = query.new_empty(0, dtype=torch.long)
     return empty_output(query, value), query.new_empty(query.shape[:3], dtype=lse_dtype), seed, torch.empty_like(seed)
 
 
 def library_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None,
-    seed: Tensor,
-    offset: Tensor,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
+    grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor, tokens: Tokens
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to query, key and value, given the merged out and lse."""
+    given = query, key, value = tokens[:3]
+    attn_mask, dropout_p, is_causal, scale = tokens[3:]
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     fitted = _fit_memory(query, key, value, attn_mask)
     kernel = _choose_kernel(dropout_p, is_causal, scale, *fitted)
     if kernel == MATH:
-        grads = _math_backward(grad_out, query, key, value, out, lse, attn_mask, seed, dropout_p, is_causal, scale)
-        return _laid_out_as_inputs(grads, query, key, value)
-    L, S, d, d_v = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
-    inputs_given = query, key, value
-    query, key, value, attn_mask = _fit_kernel(kernel, *fitted)
-    grad_out, out = (readable(pad_to(x, value.shape[-1])) for x in (grad_out, out))
+        return _laid_out_as_inputs(_math_backward(grad_out, out, lse, seed, tokens), *given)
+    fitted = _fit_kernel(kernel, *fitted)
+    grad_out, out = (readable(pad_to(x, fitted[2].shape[-1])) for x in (grad_out, out))
+    grads = _kernel_backward(kernel, grad_out, out, lse, seed, offset, Tokens(*fitted, dropout_p, is_causal, scale))
+    if grads[1].shape[1] != key.shape[1]:  # the kernel saw repeated KV heads
+        of_key, of_value = (g.unflatten(1, (key.shape[1], -1)).sum(dim=2) for g in grads[1:])
+        grads = grads[0], of_key, of_value
+    return _laid_out_as_inputs(tuple(g[..., : x.shape[-1]] for g, x in zip(grads, given, strict=True)), *given)
+
+
+def _kernel_backward(
+    kernel: int, grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor, tokens: Tokens
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of one of torch's kernels, for inputs that fit it."""
+    query, key, value, attn_mask, dropout_p, is_causal, scale = tokens
+    L, S = query.shape[2], key.shape[2]
     if query.is_cuda:
         # As torch's own outputs lie in memory, which the kernels take for granted: with others cuDNN's gradients were
         # wrong (torch 2.11 on an H200).
         grad_out, out = (laid_out_as(torch.empty_like(query), x) for x in (grad_out, out))
     lse = lse.contiguous()
+    inputs = (grad_out, query, key, value)
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *inputs, out, lse, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+        )
     if query.device.type == "cuda" and dropout_p == 0:  # not read, but asked for
         seed = torch.empty(2, dtype=torch.uint64, device=query.device) if kernel == FLASH else seed.new_empty(())
         offset = torch.empty((), dtype=seed.dtype, device=query.device)
-    inputs = (grad_out, query, key, value)
-    if query.device.type == "cpu":
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *inputs, out, lse, 0.0, is_causal, attn_mask=attn_mask, scale=scale
-        )
-    elif kernel == FLASH:
-        grads = aten._scaled_dot_product_flash_attention_backward(
+    if kernel == FLASH:
+        return aten._scaled_dot_product_flash_attention_backward(
             *inputs, out, lse, None, None, L, S, dropout_p, is_causal, seed, offset, scale=scale
         )
-    elif kernel == EFFICIENT:
+    if kernel == EFFICIENT:
         # What the kernel's own forward makes: rows padded to 32, and out laid out as [B, L, H, d] (in half precision
         # the kernel reads another layout wrongly).
         lse = F.pad(lse, (0, -L % 32), value=math.inf)
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
         wanted = [True, True, True, False]  # query, key, value, mask
-        grads = aten._scaled_dot_product_efficient_attention_backward(
+        return aten._scaled_dot_product_efficient_attention_backward(
             *inputs, attn_mask, out, lse, seed, offset, dropout_p, wanted, is_causal, scale=scale
         )[:3]
-    else:
-        lse = lse[..., None]
-        grads = aten._scaled_dot_product_cudnn_attention_backward(
-            *inputs, out, lse, seed, offset, None, None, None, L, S, dropout_p, is_causal, scale=scale
-        )
-    grad_query, grad_key, grad_value = grads
-    H_kv = inputs_given[1].shape[1]
-    if grad_key.shape[1] != H_kv:  # the kernel saw repeated KV heads
-        grad_key, grad_value = (g.unflatten(1, (H_kv, -1)).sum(dim=2) for g in (grad_key, grad_value))
-    return _laid_out_as_inputs((grad_query[..., :d], grad_key[..., :d], grad_value[..., :d_v]), *inputs_given)
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        *inputs, out, lse[..., None], seed, offset, None, None, None, L, S, dropout_p, is_causal, scale=scale
+    )
 
 
 def _laid_out_as_inputs(grads: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,15 +270,34 @@ def _laid_out_as_inputs(grads: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Ten
     return query, key, value
 
 
-context_backward = torch.library.custom_op("ntk_attention::context_backward", library_backward, mutates_args=())
+@torch.library.custom_op("ntk_attention::context_backward", mutates_args=())
+def context_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`library_backward` as a custom operator."""
+    tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    return library_backward(grad_out, out, lse, seed, offset, tokens)
 
 
 @context_backward.register_fake
-def _(grad_out, query, key, value, out, lse, attn_mask, seed, offset, dropout_p, is_causal, scale):
-    return tuple(torch.empty_like(x) for x in (query, key, value))
+def _(grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor, *tokens: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in tokens[:3])
 
 
-def _choose_kernel(dropout_p, is_causal, scale, query, key, value, attn_mask) -> int:
+def _choose_kernel(
+    dropout_p: float, is_causal: bool, scale: float, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> int:
     """The kernel that torch itself would take, `torch.nn.attention.sdpa_kernel` respected; MATH where it has none.
 
     With a mask it is always the efficient one: with cuDNN, torch's choice on Hopper, left-padded batches were answered
@@ -301,7 +318,9 @@ def _choose_kernel(dropout_p, is_causal, scale, query, key, value, attn_mask) ->
     return choice if choice in (FLASH, EFFICIENT, CUDNN) else MATH
 
 
-def _fit_memory(query, key, value, attn_mask):
+def _fit_memory(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Pad d and d_v to one size that a kernel takes, and copy what no kernel can read where it lies."""
     d_max = max(query.shape[-1], value.shape[-1])
     if query.is_cuda:
@@ -338,7 +357,9 @@ def _readable_mask(attn_mask: Tensor, S: int) -> Tensor:
     return pad_to(rows.new_empty(rows.shape).copy_(rows), S + -S % 16)[..., :S]
 
 
-def _fit_kernel(kernel, query, key, value, attn_mask):
+def _fit_kernel(
+    kernel: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Repeat KV heads and the mask where the kernel asks for it."""
     if kernel == EFFICIENT:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -352,19 +373,7 @@ def pad_to(x: Tensor, size: int) -> Tensor:
     return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
-def _scores(query, key, attn_mask, is_causal, scale):
-    groups = query.shape[1] // key.shape[1]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    logits = scale * query.to(dtype) @ key.to(dtype).repeat_interleave(groups, dim=1).transpose(-1, -2)
-    if attn_mask is not None:
-        logits = logits + attn_mask
-    if is_causal:
-        visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-        logits = logits.masked_fill(~visible, -math.inf)
-    return logits
-
-
-def _keep(weights, dropout_p, seed):
+def _keep(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     """What dropout leaves of the weights; the same for the same seed."""
     if not dropout_p:
         return weights
@@ -373,23 +382,31 @@ def _keep(weights, dropout_p, seed):
     return weights * kept / (1 - dropout_p)
 
 
-def _math_forward(query, key, value, attn_mask, dropout_p, is_causal, scale):
+def _weights(tokens: Tokens, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """exp(scores - lse) [B, H, L, S], and lse; by default that of these scores."""
+    query, key, _, attn_mask, _, is_causal, scale = tokens
+    logits = scores(query, key, scale, mask=attn_mask, is_causal=is_causal)
+    lse = torch.logsumexp(logits, dim=-1) if lse is None else lse
+    return torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]), lse
+
+
+def _math_forward(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where torch has no fused kernel for the inputs (float64 on a GPU): the scores are written out."""
-    logits = _scores(query, key, attn_mask, is_causal, scale)
-    lse = torch.logsumexp(logits, dim=-1)
-    weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    query, value, dropout_p = tokens.query, tokens.value, tokens.dropout_p
+    weights, lse = _weights(tokens)
     values = value.to(weights.dtype).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     seed = torch.randint(2**62, (1 if dropout_p else 0,), device=query.device)
     out = _keep(weights, dropout_p, seed) @ values
     return out.to(query.dtype), lse, seed, torch.empty(0, dtype=torch.long, device=query.device)
 
 
-def _math_backward(grad_out, query, key, value, out, lse, attn_mask, seed, dropout_p, is_causal, scale):
-    logits = _scores(query, key, attn_mask, is_causal, scale)
-    dtype, H_kv = logits.dtype, key.shape[1]
-    weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
-    kept = _keep(weights, dropout_p, seed)
-    q, k, v, dout, o = (x.to(dtype) for x in (query, key, value, grad_out, out))
+def _math_backward(
+    grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, tokens: Tokens
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, _, dropout_p, _, scale = tokens
+    weights, _ = _weights(tokens, lse)
+    kept, H_kv = _keep(weights, dropout_p, seed), key.shape[1]
+    q, k, v, dout, o = (x.to(weights.dtype) for x in (query, key, value, grad_out, out))
     k, v = (x.repeat_interleave(q.shape[1] // H_kv, dim=1) for x in (k, v))
     grad_logits = kept * (dout @ v.transpose(-1, -2)) - weights * (dout * o).sum(dim=-1, keepdim=True)
     grad_query = scale * grad_logits @ k

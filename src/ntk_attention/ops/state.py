@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .features import FeatureMap, feature_map
-from .triton import token_sums as summing
+from .triton import token_sums
 
 CHUNK_BYTES = 2**20, 2**28  # of the features of one chunk: on a CPU, on a GPU
 SMALL = 1e-30  # a sum of features that may have lost tokens
@@ -85,13 +85,13 @@ class PrefixState:
 
         Raises:
             ValueError: if shapes do not fit, a value is not finite, or the map has the constant feature or does not
-                approximate exp.
+                make states that stand for tokens.
         """
         check_tokens(keys, values)
         made = _map(feature_map).bind(keys.shape[-1])
         if made.constant:
             raise ValueError(f"a state of given tokens needs a map without the constant feature, got {made!r}")
-        if not made.approximates_exp:
+        if not made.stands_for_tokens:
             raise ValueError(f"sums over tokens say nothing with the map {made.name!r}: fit the state instead")
         made = copy.deepcopy(made).to(keys.device)
         H, r, d_v = keys.shape[0], made.num_features(keys.shape[-1]), values.shape[-1]
@@ -121,8 +121,8 @@ class PrefixState:
                 f"{self.feature_map.num_features(d)} of keys of size {d}"
             )
         factor = (d**-0.5 if scale is None else scale) ** 0.5
-        if chunk_size is None and summing.covers(keys, values, self.feature_map):
-            Z, k = summing.elu_sums(keys, values, factor)
+        if chunk_size is None and token_sums.covers(keys, values, self.feature_map):
+            Z, k = token_sums.elu_sums(keys, values, factor)
             if (k.amax(dim=1) > SMALL).all():  # else every feature of some head is tiny, and needs its scale
                 return self + self._rebuilt(Z, k, torch.zeros_like(k[:, 0]))
         if chunk_size is None:
@@ -173,7 +173,7 @@ class PrefixState:
 
     def _rebuilt(self, Z: Tensor, k: Tensor, log_scale: Tensor) -> "PrefixState":
         """Sums in float64 as a state of this dtype."""
-        if self.feature_map.name != "taylor":  # a feature that is tiny for all tokens stays positive
+        if not self.feature_map.is_signed:  # a feature that is tiny for all tokens stays positive
             k = k.clamp_min(torch.finfo(self.Z.dtype).tiny)
         Z, k, log_scale = (x.to(self.Z.dtype) for x in (Z, k, log_scale))
         return PrefixState(Z, k, log_scale, self.feature_map)
@@ -216,7 +216,7 @@ class PrefixState:
         for name in ("Z", "k", "log_scale"):
             if not torch.isfinite(getattr(self, name)).all():
                 raise ValueError(f"{name} holds NaN or infinite values")
-        positive = self.k[:, :1] if self.feature_map.name == "taylor" else self.k
+        positive = self.k[:, :1] if self.feature_map.is_signed else self.k
         if not (positive > 0).all():
             raise ValueError(
                 f"k must be positive for the feature map {self.feature_map.name!r}, got a minimum of "

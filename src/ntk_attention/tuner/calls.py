@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..ops.attention import Block
 from ..ops.exact import LayerPrefix
+from ..ops.reference import Block
 from ..ops.state import RowStates
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..ops.attention import Block
+from ..ops.reference import Block
 from ..ops.sdpa import HIDDEN
 from .calls import during_calls
 from .distributed import device_of

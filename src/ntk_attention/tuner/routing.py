@@ -18,11 +18,12 @@ from ..ops.attention import (
     attend,
     attention_weights,
     autocast_inputs,
-    check_state_fits,
     context_block,
-    prefix_blocks,
+    states_block,
     without_autocast,
 )
+from ..ops.bundles import Prefixes, Tokens
+from ..ops.checks import check_state_fits
 from .arguments import refused_arguments, wants_weights
 from .calls import CALLS
 from .geometry import named
@@ -151,7 +152,8 @@ def ntk_attention_forward(
     key, value, mask, is_causal = visible_tokens(module, query, key, value, attention_mask, implementation, **kwargs)
     if query.shape[0] != key.shape[0]:  # learned queries, the same for every item
         query = query.expand(key.shape[0], -1, -1, -1)
-    options: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sink": sink_of(kwargs)}
+    tokens = Tokens(query, key, value, mask, dropout, is_causal, scale)
+    softcap, sink = kwargs.get("softcap"), sink_of(kwargs)
     with without_autocast(query.device.type):
         states = layer.states(query.shape[0]) if is_active else []
         for state in states:
@@ -162,21 +164,18 @@ def ntk_attention_forward(
                 head_dim=query.shape[3],
                 value_dim=value.shape[-1],
             )
+        prefixes = Prefixes(states, factor, exact, sink)
         prefix = None
         if watcher is not None:
-            context = context_block(query, key, value, mask, is_causal, scale, **options)
+            context = context_block(tokens, softcap=softcap, sink=sink)
             if states or exact is not None:
-                prefix = prefix_blocks(query, states, factor, exact, scale, options["softcap"])
+                prefix = states_block(query, prefixes, scale, softcap)
             watcher(query, context, prefix, factor)
-        if states or exact is not None:
-            options["exact"] = exact
-            out = attend(query, key, value, states, factor, mask, dropout, is_causal, scale, **options)
-        else:
-            out = context.out
+        out = attend(tokens, prefixes, softcap=softcap) if states or exact is not None else context.out
         weights = None
         if implementation == "eager" and wants_weights(module, kwargs):
             with torch.no_grad():  # asked for or not, checkpointing must find the same tensors the second time
-                weights = attention_weights(query, key, value, states, factor, mask, is_causal, scale, **options)
+                weights = attention_weights(tokens, prefixes, softcap)
     return out.transpose(1, 2).contiguous(), weights
 
 

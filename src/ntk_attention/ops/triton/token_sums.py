@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..features import FeatureMap
-from .launch import INTERPRETED, triton
+from .support import INTERPRETED, triton
 
 SPLIT = 8192  # tokens of one program
 MAX_HEAD_DIM = 128
@@ -51,7 +51,7 @@ def covers(keys: Tensor, values: Tensor, feature_map: FeatureMap) -> bool:
     return (
         triton is not None
         and keys.is_cuda
-        and feature_map.name == "elu"
+        and feature_map.kernel == "elu"
         and not feature_map.constant
         and keys.dtype != torch.float64 != values.dtype
         and max(keys.shape[-1], values.shape[-1]) <= MAX_HEAD_DIM

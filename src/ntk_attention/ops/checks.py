@@ -1,0 +1,97 @@
+"""What a call of the operation must be; every refusal says what was given and what was expected."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .state import PrefixState, RowStates
+
+BACKENDS = ("auto", "eager", "sdpa", "triton")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: PrefixState | RowStates,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: str,
+) -> None:
+    check_inputs(query, key, value)
+    B, H, L, _ = query.shape
+    H_kv, S, d_v = value.shape[1:]
+    if H_kv != H and (not enable_gqa or H % H_kv):
+        raise ValueError(
+            f"query has {H} heads and key {H_kv}: equal numbers are expected, or enable_gqa=True and a multiple"
+        )
+    check_state_fits(state, num_heads=H, num_kv_heads=H_kv, head_dim=query.shape[-1], value_dim=d_v)
+    if isinstance(state, RowStates) and len(state.index) != B:
+        raise ValueError(f"the state has an index of {len(state.index)} rows for a batch of {B}: expected as many")
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError("attn_mask and is_causal=True exclude each other: put causality into the mask")
+        check_mask(attn_mask, (B, H, L, S))
+    for name, x in (("key", key), ("value", value), ("the state", state.Z), ("attn_mask", attn_mask)):
+        if x is not None and x.device != query.device:
+            raise ValueError(f"all tensors must be on one device, got query on {query.device} and {name} on {x.device}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, got {scale}: phi acts on sqrt(scale) * query")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: expected one of {BACKENDS}")
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, L, d], got {list(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    B, d = query.shape[0], query.shape[3]
+    if key.shape[0] != B or value.shape[0] != B or key.shape[3] != d or value.shape[1:3] != key.shape[1:3]:
+        raise ValueError(
+            f"key must be [{B}, H_kv, S, {d}] and value [{B}, H_kv, S, d_v] for query {list(query.shape)}, "
+            f"got key {list(key.shape)} and value {list(value.shape)}"
+        )
+    same = query.dtype == key.dtype == value.dtype
+    if torch.is_autocast_enabled(query.device.type):  # which makes all but float64 the same
+        same = len({x.dtype == torch.float64 for x in (query, key, value)}) == 1
+    if not same:
+        raise ValueError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    for name, x in (("query", query), ("value", value)):
+        if x.shape[1] == 0 or x.shape[3] == 0:
+            raise ValueError(f"expected at least one head and a size of at least one, got {name} {list(x.shape)}")
+
+
+def check_mask(attn_mask: Tensor, target: tuple[int, ...]) -> None:
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
+    sizes_fit = all(m == 1 or m == n for m, n in zip(reversed(attn_mask.shape), reversed(target), strict=False))
+    if attn_mask.dim() > 4 or not sizes_fit:
+        raise ValueError(f"attn_mask {list(attn_mask.shape)} does not broadcast to [B, H, L, S] = {list(target)}")
+
+
+def check_state_fits(
+    state: PrefixState | RowStates, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int
+) -> None:
+    """Raise ValueError unless the state has the heads, r and d_v that the attention needs."""
+    if state.num_heads not in (num_heads, num_kv_heads):
+        raise ValueError(
+            f"the state has {state.num_heads} heads: expected {num_heads} (one per query head) or {num_kv_heads} "
+            "(one per KV head)"
+        )
+    r = state.feature_map.num_features(head_dim)
+    if state.num_features != r:
+        raise ValueError(
+            f"the state has r = {state.num_features} features, but {state.feature_map.name!r} makes r = {r} of "
+            f"head_dim {head_dim}"
+        )
+    if state.Z.shape[-1] != value_dim:
+        raise ValueError(f"the state has values of size {state.Z.shape[-1]}, the attention has {value_dim}")
