@@ -1,6 +1,6 @@
 """The fused forward pass for Hopper, in Gluon, where the order of loads and products is ours.
 
-The same function as `kernels.fused_forward` for bf16, d = d_v in {64, 128} and no mask. A program of 64 rows is short:
+The same function as `forward.fused_forward` for bf16, d = d_v in {64, 128} and no mask. A program of 64 rows is short:
 nine blocks of keys at L = 1,024. Triton waits for q, for Z and for the first keys one after another; here all are on
 their way at once, and a block's softmax runs while the product of the one before it does.
 """
@@ -49,7 +49,7 @@ def fused_forward(
     D: gl.constexpr, CONSTANT: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Flash attention whose online softmax starts from the block of the prefix; arguments as in `kernels`.
+    """Flash attention whose online softmax starts from the block of the prefix; arguments as in tiles.py.
 
     The blocks of keys go from the last, the only one that hides keys, to the first. Block t is in stage t % STAGES,
     its keys in the buffer 2 stage, its values behind them; Z, in blocks of BN rows, is in the last stage before it.

@@ -13,7 +13,11 @@ from .support import forward_sm90, properties, triton
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from . import kernels
+    from .backward import prefix_backward as prefix_backward_kernel
+    from .backward import random_backward, random_grad_query
+    from .decode import decode as decode_kernel
+    from .forward import fused_forward as forward_kernel
+    from .forward import merge_prefix as merge_kernel
 
 
 class Sizes(NamedTuple):
@@ -97,7 +101,7 @@ def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tens
     sizes = random_sizes() if is_random else forward_sizes(max(d, d_v), L, attn_mask is not None)
     features = sizes.columns if is_random else padded(d)
     mask, mask_strides = _mask_arguments(attn_mask, query)
-    kernels.fused_forward[ceil_div(L, sizes.rows), B * H](
+    forward_kernel[ceil_div(L, sizes.rows), B * H](
         _descriptor(query, sizes.rows), _descriptor(key, sizes.columns), _descriptor(value, sizes.columns),
         Z if W is None else _descriptor(W, features), _descriptor(Z_product, features), Z, k, log_scale, places, mask,
         _descriptor(out, sizes.rows), lse, *mask_strides,
@@ -124,7 +128,7 @@ def merge_prefix(query: Tensor, context: Tensor, lse: Tensor, state: StateTensor
     sizes = merge_sizes(max(d, d_v))
     groups = 1 if index is None else B  # of rows that have the same state
     programs = max(1, sizes.programs * _multiprocessors(query) // (groups * H))
-    kernels.merge_prefix[groups * H, programs](
+    merge_kernel[groups * H, programs](
         _descriptor(query, sizes.rows), _descriptor(context, sizes.rows), _descriptor(Z, padded(d)),
         Z, k, log_scale, places, _descriptor(out, sizes.rows), lse, B // groups, H, H // H_state, L, factor,
         D=d, DV=d_v, CONSTANT=constant, MIXED=index is not None, BM=sizes.rows, BD=padded(d), BDV=padded(d_v),
@@ -158,7 +162,7 @@ def prefix_backward(
     parts = query.new_empty(splits, H_state * r * (d_v + 1), dtype=torch.float32)
     part_Z, part_k = parts.split((H_state * r * d_v, H_state * r), dim=1)
     adds = grad_query is not None
-    kernels.prefix_backward[feature_blocks, H_state, splits](
+    prefix_backward_kernel[feature_blocks, H_state, splits](
         _descriptor(grad_out, sizes.rows), _descriptor(query, sizes.rows, features), _descriptor(out, sizes.rows),
         lse, _descriptor(query if grad_query is None else grad_query, sizes.rows, features),
         _descriptor(Z.contiguous(), features), k.contiguous(), log_scale, part_Z, part_k, parts.stride(0),
@@ -196,12 +200,12 @@ def _random_backward(
         "BDV": padded(d_v),
         "BF": sizes.columns,
     }
-    kernels.random_backward[feature_blocks, H_state, splits](
+    random_backward[feature_blocks, H_state, splits](
         *rows, lse, directions, log_scale, part_Z, part_k, parts.stride(0), B, H, H // H_state, L, factor,
         DV=d_v, STAGES=1, num_warps=warps, **constants,
     )  # fmt: skip
     if grad_query is not None:
-        kernels.random_grad_query[ceil_div(L, sizes.rows), B * H](
+        random_grad_query[ceil_div(L, sizes.rows), B * H](
             *rows, lse, _descriptor(grad_query, sizes.rows), directions, _descriptor(Z.contiguous(), sizes.columns),
             k.contiguous(), log_scale, H, H // H_state, L, factor, num_warps=warps, **constants,
         )  # fmt: skip
@@ -230,7 +234,7 @@ def decode(tokens: Tokens, state: StateTensors) -> Tensor:
     mask, mask_strides = _mask_arguments(attn_mask, query)
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     query = query if query.stride(-1) == 1 else query.contiguous()
-    kernels.decode[splits + (splits > 1), B * H_kv](
+    decode_kernel[splits + (splits > 1), B * H_kv](
         query, key, value, Z if W is None else W.contiguous(), Z, k, log_scale, places, mask, out, partial, counter,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, *out.stride()[:3],
         H_kv, H // H_kv, H // H_state, L, S, keys_per_split, scale, factor,

@@ -1,4 +1,18 @@
-"""What the Triton kernels in `kernels.py` are made of: the features, and attention to a block of keys or features."""
+"""What the Triton kernels are made of: the features, and attention to a block of keys or features.
+
+In all of them: bf16 or fp16 tensors with 4 dimensions [B, H, L, d] come as tensor descriptors, which fill what lies
+outside with zeros; Z [H_state, r, d_v], k [H_state, r] and b [H_state] as pointers to contiguous memory, where r is R,
+or R + 1 with the feature 1 as the last one (CONSTANT). Z_blocks is a descriptor of Z. The map is elu(x) + 1, where
+R = D, or with RANDOM that of positive random features, whose directions W [R, D] are in float32. BD and BDV are D and
+DV rounded up to powers of two, BF is the number of features handled at once. Exponents are to base 2 inside a
+softmax; every stored lse is to base e.
+
+In a batch whose rows have different states (MIXED) Z, k and b are a stack of them, [A H_state, r, d_v] and so on, and
+Index [B] has the place of each row's state in it, or -1. A row without a state is plain attention.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -9,7 +23,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, for test
 SIZES = ["B", "H", "H_kv", "heads_per_kv", "heads_per_state", "L", "S", "head_dim", "keys_per_split", "stride_split"]
 
 
-def compiled(kernel):
+def compiled(kernel: Callable[..., Any]) -> Any:
     return triton.jit(kernel, do_not_specialize=[name for name in SIZES if name in kernel.__code__.co_varnames])
 
 
