@@ -78,17 +78,14 @@ def calibrate(
     batches = checked_batches(batches)
 
     with without_adapters(layers.values()):
-        if others is True:
-            kinds = [batches, own_text(model, batches, settings)]
-        else:
-            kinds = [batches, checked_batches(others or (), least=0)]
+        beside = own_text(model, batches, settings) if others is True else checked_batches(others or (), least=0)
         heads = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
         observe(model, layers, batches, {name: s.observe_scale for name, s in heads.items()})
         layers = reached(layers, heads)
         heads = {name: heads[name] for name in layers}
         for name, s in heads.items():
             s.set_scale(units[name].share)
-        blocks = measure_moments(model, layers, heads, kinds, adapter_name)
+        blocks = measure_moments(model, layers, heads, [batches, beside], adapter_name)
 
     generator = torch.Generator().manual_seed(0)  # every process, and every call, makes the same start
     for name, s in heads.items():
