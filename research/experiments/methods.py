@@ -19,20 +19,13 @@ from torch import nn
 from transformers import DynamicCache
 
 from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.calibration.start import (
-    ENCODER_SHARE,
-    INPUT_UNIT,
-    SHARE,
-    STREAM_UNIT,
-    picture_step,
-    step_of_large_heads,
-    with_random_inputs,
-)
+from ntk_attention.calibration.settings import DEFAULT, CalibrationSettings
 from ntk_attention.tuner.layer import LOG_OF_NOTHING, PrefixAdapter
 from ntk_attention.tuner.observation import adapted_layers, evaluating
 
 from . import budgets
 from .extensions import ExactPrefix, PrefixMemory, extend, start_from_tokens
+from .inputs import with_random_inputs
 from .tasks import Base, Batch, Task
 
 Budget = Callable[[nn.Module], int]
@@ -82,7 +75,7 @@ def ntk(
     context: Context,
     *,
     source: str = "train",
-    share: float | None = None,
+    settings: CalibrationSettings = DEFAULT,
     others: Literal["own", "random", "none"] = "own",
     **options: Any,
 ) -> nn.Module:
@@ -94,7 +87,7 @@ def ntk(
     model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task), **options))
     batches = batches_from(context, source)
     seen = with_random_inputs(model, batches) if others == "random" else others == "own"
-    calibrate(model, batches, share=share, others=seen)
+    calibrate(model, batches, settings=settings, others=seen)
     return model
 
 
@@ -174,48 +167,6 @@ def ntk_divided(
     return ntk(model, context, rank=rank, feed_forward_rank=in_blocks, **options)
 
 
-@torch.no_grad()
-def ntk_even_steps(model: nn.Module, context: Context, *, part: float | None = None, **options: Any) -> nn.Module:
-    """The same steps in all layers of an encoder of pictures."""
-    build = ntk if part is None else partial(ntk_divided, part=part)
-    model = build(model, context, **options)
-    for name, layer in adapted_layers(model).items():
-        adapter = layer["default"]
-        leading, scaled = adapter.plain_leading(), adapter.plain_scaled()
-        adapter.set_coordinates(adapter.coordinates / picture_step(model, name), adapter.unit)
-        adapter.set_plain(leading, scaled)
-    return model
-
-
-@torch.no_grad()
-def ntk_as_small_heads(model: nn.Module, context: Context) -> nn.Module:
-    """Heads of any size start and train as those of SmolLM2 do."""
-    model = ntk(model, context, share=SHARE)
-    for layer in adapted_layers(model).values():
-        adapter, step = layer["default"], step_of_large_heads(layer)
-        leading, scaled = adapter.plain_leading(), adapter.plain_scaled()
-        leading[..., 1:] /= step  # the first direction holds the start, which stays
-        adapter.set_coordinates(adapter.coordinates / step, adapter.unit / step)
-        adapter.set_plain(leading, scaled)
-    return model
-
-
-@torch.no_grad()
-def ntk_output_unit(model: nn.Module, context: Context) -> nn.Module:
-    """A feed-forward block trains in units of its own output, and Z_A in coordinates where inputs are white."""
-    model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task)))
-    for layer in adapted_layers(model).values():
-        if layer.block is not None:  # its output is measured in place of the stream
-            layer.block = replace(layer.block, layer=layer.block.last)
-    calibrate(model, batches_from(context, "train"))
-    for adapter in adapters(model):
-        block = adapter.feed_forward
-        if block is not None:
-            block.set_coordinates(block.coordinates / INPUT_UNIT, block.unit / STREAM_UNIT)
-            block.Z_A.mul_(INPUT_UNIT)
-    return model
-
-
 def without_value(adapter: PrefixAdapter, log_k: float) -> None:
     """A prefix of value zero; what multiplies the zeros is left as calibration has made it."""
     (adapter.Z if adapter.leading == "Z" else adapter.Z_B).zero_()
@@ -293,6 +244,7 @@ def head_only(model: nn.Module, context: Context) -> nn.Module:
 
 # --- the registry ---
 
+HALF = CalibrationSettings(share=0.5)
 ATTENTION_ALONE: dict[str, None] = {"rank": None, "feed_forward_rank": None}  # a full Z, as in the paper
 NTK_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -364,21 +316,25 @@ METHODS: dict[str, Method] = {
         "LoRA, all linear, four times the size", "lora", 3, partial(lora, budget=at_4x), LORA_RATES
     ),
     "attention-alone": ablation(
-        "attention alone, half of it at the start", "feed-forward blocks", share=SHARE, **ATTENTION_ALONE
+        "attention alone, half of it at the start", "feed-forward blocks", settings=HALF, **ATTENTION_ALONE
     ),
     "attention-15": ablation(
-        "attention alone, 15 % at the start", "feed-forward blocks", share=ENCODER_SHARE, **ATTENTION_ALONE,
+        "attention alone, 15 % at the start", "feed-forward blocks", settings=CalibrationSettings(share=0.15),
+        **ATTENTION_ALONE,
         only=writes_text,  # the default of encoders
     ),
     "with-blocks": ablation(
         "as language models: blocks too, half of the attention at the start, even steps", "feed-forward blocks",
-        ntk_even_steps, part=1 / 4, share=SHARE, only=encodes,  # elsewhere the default
+        ntk_divided, part=1 / 4, settings=CalibrationSettings(share=0.5, last_picture_step=1.0),
+        only=encodes,  # elsewhere the default
     ),
     "as-small-heads": ablation(
-        "half of the attention at the start and the steps of small heads", "large heads", ntk_as_small_heads,
-        only=has_large_heads,
+        "half of the attention at the start and the steps of small heads", "large heads",
+        settings=CalibrationSettings(large_head_dim=None), only=has_large_heads,
     ),
-    "even-steps": ablation("the same steps in all layers", "steps", ntk_even_steps, only=sees_pictures),
+    "even-steps": ablation(
+        "the same steps in all layers", "steps", settings=CalibrationSettings(last_picture_step=1.0), only=sees_pictures
+    ),
     "half-in-blocks": ablation(
         "rank d / 4, half of the size in blocks", "feed-forward blocks", ntk_divided, part=1 / 2
     ),
@@ -386,7 +342,8 @@ METHODS: dict[str, Method] = {
         f"rank-{s}": ablation(f"attention alone, rank {s}", "rank of Z", rank=s, feed_forward_rank=None) for s in RANKS
     },
     "output-unit": ablation(
-        "blocks in units of their output", "feed-forward blocks", ntk_output_unit, only=writes_text
+        "blocks in units of their output", "feed-forward blocks",
+        settings=CalibrationSettings(stream_unit=math.inf, output_unit=1.0, input_unit=1.0), only=writes_text,
     ),
     "start-neutral": ablation("neutral start, not calibrated", "start", ntk_neutral),
     "start-scale": ablation("scale only", "start", ntk_scale_only),
@@ -409,12 +366,14 @@ METHODS: dict[str, Method] = {
     "data-unrelated": ablation("calibrated on unrelated data", "calibration data", source="unrelated"),
     "data-noise": ablation("calibrated on random inputs", "calibration data", source="noise"),
     "data-alone": ablation(
-        "calibrated on training data alone", "calibration data", others="none", **ATTENTION_ALONE
+        "calibrated on training data alone", "calibration data", others="none", **ATTENTION_ALONE,
+        only=writes_text,  # the default of encoders
     ),
     "others-random": ablation(
-        "coordinates see random tokens beside the task", "calibration data", others="random", **ATTENTION_ALONE,
-        only=writes_text,  # elsewhere they are the default
+        "coordinates see random tokens beside the task", "calibration data", others="random", **ATTENTION_ALONE
     ),
-    "share-5": ablation("prefix holds 5 % at the start", "share", share=0.05),
-    "share-15": ablation("prefix holds 15 % at the start", "share", share=0.15, only=writes_text),
+    "share-5": ablation("prefix holds 5 % at the start", "share", settings=CalibrationSettings(share=0.05)),
+    "share-15": ablation(
+        "prefix holds 15 % at the start", "share", settings=CalibrationSettings(share=0.15), only=writes_text
+    ),
 }  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from ntk_attention import NTKAttentionConfig
-from ntk_attention.calibration import start as calibration
+from ntk_attention.calibration import CalibrationSettings
 from ntk_attention.tuner.geometry import Geometry
 from ntk_attention.tuner.layer import parameter_shapes
 from research.experiments import assets, budgets, pretraining
@@ -107,21 +108,23 @@ def test_every_method_runs_on_every_task(rows):
     assert ran == set(METHODS) - {"as-small-heads"}  # none of these has large heads
 
 
-def test_large_heads_as_small_ones(tasks, worker, monkeypatch):
+def test_large_heads_as_small_ones(tasks, worker):
     """The same start in the same coordinates as where no head counts as large."""
     task, models = tasks["chain-sum"], []
     base = worker.base(task)
     batch = task.batch(base, task.examples(base, "train", 0)[:4])
     assert METHODS["as-small-heads"].only(registry()["gemma-chain-sum"])
     assert not METHODS["as-small-heads"].only(task)
-    for method, head_dim in (("as-small-heads", 1), ("ntk", 10**6), ("ntk", 1)):
-        monkeypatch.setattr(calibration, "HEAD_DIM", head_dim)
-        models.append(METHODS[method].build(task.fresh(base, 0), Context(task, base, [batch])))
+    none, all_heads = (
+        partial(METHODS["ntk"].build, settings=CalibrationSettings(large_head_dim=size)) for size in (10**6, 1)
+    )
+    for build in (METHODS["as-small-heads"].build, none, all_heads):
+        models.append(build(task.fresh(base, 0), Context(task, base, [batch])))
     for own, other, default in zip(*map(adapters, models), strict=True):
-        assert own.unit == pytest.approx(other.unit)
-        torch.testing.assert_close(own.coordinates, other.coordinates, rtol=1e-4, atol=1e-7)
+        assert own.unit == other.unit
+        assert torch.equal(own.coordinates, other.coordinates)
         for name, parameter in own.named_parameters():
-            torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-4, atol=1e-5)
+            assert torch.equal(parameter, other.get_parameter(name))
         assert not torch.allclose(default.coordinates, other.coordinates, rtol=1e-2)
 
 

@@ -3,7 +3,7 @@
 Importing the package registers the PEFT method NTK_ATTENTION.
 """
 
-from .calibration.start import calibrate
+from .calibration import calibrate
 from .convert.anchors import anchor
 from .convert.distillation import distill
 from .convert.error_bound import choose_degree, taylor_error_bound

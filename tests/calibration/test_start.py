@@ -1,6 +1,7 @@
 """The calibrated start: near the frozen model, in its own coordinates, and nothing of it in the files but plain Z."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.calibration import start as calibration
-from ntk_attention.calibration.start import OWN_LENGTH, OWN_ROWS, other_inputs, whitening, with_random_inputs
+from ntk_attention import NTKAttentionConfig
+from ntk_attention.calibration import CalibrationSettings, calibrate
 from ntk_attention.tuner.calls import CALLS
 from ntk_attention.tuner.observation import adapted_layers, prefix_shares
 from tests.families import ATTENTION, ENCODERS, FAMILIES, LLAMA, attention_function, naive_attention
@@ -19,6 +19,7 @@ from tests.reference import relative_error
 from tests.tiny import INPUTS, adapted, adapters, logits, loss_of, losses_of_training, tiny, trainable
 
 SHARE = 0.1
+SMALL = CalibrationSettings(share=SHARE)
 
 
 def repeats(seed, batch=16):
@@ -57,9 +58,9 @@ OPTIONS = {
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 
 
-def calibrated(base=None, batches=(INPUTS,), share=SHARE, others=False, **options):
+def calibrated(base=None, batches=(INPUTS,), others=False, **options):
     model = adapted(base, **{"init_weights": True, **options})
-    calibrate(model, batches, share=share, others=others)
+    calibrate(model, batches, settings=SMALL, others=others)
     return model
 
 
@@ -72,7 +73,7 @@ def saved(model):
 def test_start_is_near_the_frozen_model(trained, options):
     model = adapted(copy.deepcopy(trained), init_weights=True, **options)
     frozen, uncalibrated = held_out_loss(trained), held_out_loss(model)
-    calibrate(model, [repeats(seed) for seed in range(2000, 2008)], share=0.05)
+    calibrate(model, [repeats(seed) for seed in range(2000, 2008)], settings=CalibrationSettings(share=0.05))
     assert abs(held_out_loss(model) - frozen) < min(0.15, uncalibrated - frozen)
 
 
@@ -84,7 +85,7 @@ def test_share_of_the_attention_against_naive(name, share):
     family = FAMILIES[name]
     inputs = family.inputs()
     model = get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION)).eval()
-    calibrate(model, [inputs], share=share)
+    calibrate(model, [inputs], settings=CalibrationSettings(share=share))
     share = share or (0.15 if name in ENCODERS else 0.5)
     shares = {}
     with attention_function(naive_attention(family, inputs, shares=shares, with_prefix=False)):
@@ -98,16 +99,15 @@ def test_share_of_the_attention_against_naive(name, share):
 @pytest.mark.parametrize(
     ("head_dim", "share", "step"), [(32, 0.5, 1.0), (64, 0.5, 1.0), (128, 0.3536, 0.7071), (256, 0.25, 0.5)]
 )
-def test_large_heads_start_smaller_and_take_smaller_steps(head_dim, share, step, monkeypatch):
+def test_large_heads_start_smaller_and_take_smaller_steps(head_dim, share, step):
     """By default the share falls with the root of the size; steps do so with any share, those of log k as well."""
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**LLAMA, "head_dim": head_dim})).eval()
     model = get_peft_model(copy.deepcopy(base), NTKAttentionConfig(**ATTENTION)).eval()
     calibrate(model, [INPUTS], others=False)
     torch.testing.assert_close(prefix_shares(model, [INPUTS])[0].mean().item(), share, atol=1e-3, rtol=0)
-    calibrate(model, [INPUTS], share=SHARE, others=False)
-    monkeypatch.setattr(calibration, "HEAD_DIM", 10**6)  # no head is large
+    calibrate(model, [INPUTS], settings=SMALL, others=False)
     even = get_peft_model(base, NTKAttentionConfig(**ATTENTION)).eval()
-    calibrate(even, [INPUTS], share=SHARE, others=False)
+    calibrate(even, [INPUTS], settings=replace(SMALL, large_head_dim=None), others=False)
     for own, other in zip(adapters(model), adapters(even), strict=True):
         torch.testing.assert_close(own.coordinates, step * other.coordinates, rtol=1e-3, atol=1e-6)
         assert own.unit == pytest.approx(step * other.unit, rel=1e-3)
@@ -163,16 +163,6 @@ def test_start_changes_the_outputs_least():
     hook.remove()
 
 
-def test_whitening_against_the_identity():
-    features = torch.cat(
-        [torch.randn(2, 50, 5, dtype=torch.float64) + 3, torch.ones(2, 50, 1, dtype=torch.float64)], -1
-    )
-    gram = features.mT @ features
-    C = whitening(gram)
-    torch.testing.assert_close(C.mT @ gram @ C, torch.eye(6, dtype=torch.float64).expand(2, 6, 6))
-    assert C[:, :-1, -1].abs().max() == 0  # the constant feature stays itself
-
-
 @pytest.mark.parametrize(
     ("name", "options", "steps"),
     [
@@ -183,18 +173,16 @@ def test_whitening_against_the_identity():
         ("llama", {}, [1.0, 1.0]),
     ],
 )
-def test_steps_of_pictures_shrink_with_depth(monkeypatch, name, options, steps):
+def test_steps_of_pictures_shrink_with_depth(name, options, steps):
     """Only the coordinates are smaller: the start is the same."""
     family = FAMILIES[name]
 
-    def calibrated():
+    def calibrated(**settings):
         model = get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION, **options)).eval()
-        calibrate(model, [family.inputs()])
+        calibrate(model, [family.inputs()], settings=CalibrationSettings(**settings))
         return model
 
-    model = calibrated()
-    monkeypatch.setattr("ntk_attention.calibration.start.LAST_STEP", 1.0)
-    even = calibrated()
+    model, even = calibrated(), calibrated(last_picture_step=1.0)
     for adapter, other, step in zip(adapters(model), adapters(even), steps, strict=True):
         torch.testing.assert_close(adapter.coordinates, step * other.coordinates)
         torch.testing.assert_close(adapter.state_dict(), other.state_dict())
@@ -239,7 +227,7 @@ def test_padded_batch_against_each_item_alone(name, side):
     models = []
     for batches in ([inputs], [alone(inputs, item) for item in (0, 1)]):
         models.append(get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION)).eval())
-        calibrate(models[-1], batches, share=SHARE)
+        calibrate(models[-1], batches, settings=SMALL)
     for padded, single in zip(*map(saved, models), strict=True):
         torch.testing.assert_close(padded["log_k"], single["log_k"])
         torch.testing.assert_close(padded["log_scale"], single["log_scale"])
@@ -286,7 +274,7 @@ def test_training_goes_on_after_loading_into_a_model_calibrated_alike():
 def test_calibrating_twice_against_once():
     once, twice = calibrated(), calibrated(batches=[repeats(0)])
     assert relative_error(logits(twice), logits(once)) > 1e-2
-    calibrate(twice, [INPUTS], share=SHARE)
+    calibrate(twice, [INPUTS], settings=SMALL)
     assert relative_error(logits(twice), logits(once)) < 1e-4
 
 
@@ -337,18 +325,16 @@ NO_TOKENS = {**INPUTS, "attention_mask": torch.zeros_like(INPUTS["attention_mask
     [
         ({}, {"batches": []}, "no batches"),
         ({}, {"batches": [NO_TOKENS]}, "padding"),
-        ({}, {"share": 0.0}, "share"),
-        ({}, {"share": 1.0}, "share"),
-        ({}, {"share": -0.1}, "share"),
+        ({}, {"settings": 0.1}, "settings must be CalibrationSettings, got 0.1"),
+        ({}, {"settings": CalibrationSettings(max_bytes=2**10)}, "at most 9.54e-07 are expected"),
         ({}, {"adapter_name": "other"}, "no NTK-Attention adapter 'other'"),
         ({"constant_feature": False}, {}, "constant"),
     ],
     ids=[
         "no batches",
         "padding alone",
-        "share 0",
-        "share 1",
-        "negative share",
+        "no settings",
+        "too large",
         "no such adapter",
         "no constant feature",
     ],
@@ -366,54 +352,21 @@ def test_model_without_an_adapter_is_refused():
         calibrate(tiny(), [INPUTS])
 
 
-def test_random_inputs_stand_beside_text():
-    model = adapted()
-    config = model.config
-    special = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
-    batch = {**INPUTS, "labels": INPUTS["input_ids"]}
-    (found,) = with_random_inputs(model, [batch])
-    places = sum(INPUTS["input_ids"] == token for token in special).bool()
-    assert torch.equal(found["input_ids"][places], INPUTS["input_ids"][places])
-    assert not torch.equal(found["input_ids"], INPUTS["input_ids"])
-    assert found["input_ids"].max() < config.vocab_size
-    assert not set(found["input_ids"][~places].tolist()) & special
-    assert found["labels"] is batch["labels"]
-    picture = {"pixel_values": 3 + 2 * torch.randn(2, 3, 32, 32), "labels": torch.zeros(2)}
-    (found,) = with_random_inputs(model, [picture])
-    assert found["labels"] is picture["labels"]
-    difference = found["pixel_values"] - picture["pixel_values"]
-    assert difference.mean().abs() < 0.2
-    assert 2.5 < difference.std() < 3.2  # 2 sqrt(2): not the same, as wide
-    assert with_random_inputs(model, [{**picture, "input_ids": INPUTS["input_ids"]}]) == []
-
-
-def test_a_language_model_writes_the_other_inputs():
-    model = adapted()
-    state = torch.random.get_rng_state()
-    (found,) = other_inputs(model, [INPUTS])
-    assert torch.equal(torch.random.get_rng_state(), state)
-    ids = found["input_ids"]
-    assert ids.shape == (OWN_ROWS, min(OWN_LENGTH, model.config.max_position_embeddings // 2))
-    assert set(ids[:, 0].tolist()) == {model.config.bos_token_id}
-    assert len({tuple(row) for row in ids.tolist()}) == OWN_ROWS
-    with model.disable_adapter(), torch.no_grad():  # likely under the model itself, unlike tokens drawn at random
-        own, drawn = (
-            model(input_ids=x, labels=x).loss for x in (ids, torch.randint_like(ids, model.config.vocab_size))
-        )
-    assert own < drawn
-    assert torch.equal(other_inputs(model, [INPUTS])[0]["input_ids"], ids)
-    encoder = get_peft_model(FAMILIES["bert"].build(), NTKAttentionConfig())
-    inputs = FAMILIES["bert"].inputs()
-    (found,) = other_inputs(encoder, [inputs])
-    assert found["input_ids"].shape == inputs["input_ids"].shape
-
-
-def test_other_inputs_widen_what_is_whitened(trained):
-    base = copy.deepcopy(trained)
-    base.config.bos_token_id = base.config.eos_token_id = None  # it would write what it has learned
-    narrow, wide = (calibrated(copy.deepcopy(base), [repeats(0)], others=kind) for kind in (False, True))
-    ratios = []
+def test_other_inputs_widen_what_is_whitened():
+    """Queries of more kinds vary more, so that coordinates are smaller."""
+    random = {"input_ids": torch.randint(3, 16, (16, 15), generator=torch.Generator().manual_seed(1))}
+    narrow, wide = (calibrated(batches=[repeats(0)], others=kind) for kind in (False, [random]))
     for first, second in zip(adapters(narrow), adapters(wide), strict=True):
-        moments = [x.coordinates[:, :-1, :-1].square().sum() for x in (first, second)]
-        ratios.append((moments[1] / moments[0]).item())
-    assert max(ratios) < 1.0  # queries of more kinds vary more, so that coordinates are smaller
+        before, after = (x.coordinates[:, :-1, :-1].square().sum() for x in (first, second))
+        assert after < before
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "vit", "t5"])
+def test_other_inputs_of_every_kind_of_model(name):
+    """By default a language model also sees what it writes itself, and any other the batches alone."""
+    family, starts = FAMILIES[name], []
+    for others in (True, False):
+        model = get_peft_model(family.build(), NTKAttentionConfig(**ATTENTION)).eval()
+        calibrate(model, [family.inputs()], others=others)
+        starts.append(torch.stack([adapter.coordinates for adapter in adapters(model)]))
+    assert torch.equal(*starts) == (name != "llama")

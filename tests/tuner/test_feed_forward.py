@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.calibration.start import INPUT_UNIT, OUTPUT_UNIT, STREAM_UNIT
+from ntk_attention.calibration.settings import DEFAULT
 from ntk_attention.tuner.coordinates import solve_by_qr
 from ntk_attention.tuner.feed_forward import FeedForwardPrefix, feed_forwards
 from ntk_attention.tuner.routing import routes
@@ -138,9 +138,9 @@ def test_start_has_no_effect_and_white_inputs():
     calibrate(model, [INPUTS], others=False)
     prefix = adapters(model)[1].feed_forward
     real = INPUTS["attention_mask"].bool()
-    x = (seen["x"][real] @ prefix.coordinates).double() / INPUT_UNIT
+    x = (seen["x"][real] @ prefix.coordinates).double() / DEFAULT.input_unit
     stream, output = (seen[place][real].square().mean(dim=1).sqrt().median().item() for place in ("stream", "output"))
-    assert prefix.unit == pytest.approx(min(STREAM_UNIT * stream, OUTPUT_UNIT * output), rel=1e-5)
+    assert prefix.unit == pytest.approx(min(DEFAULT.stream_unit * stream, DEFAULT.output_unit * output), rel=1e-5)
     assert (seen["x"][real] @ prefix.plain_leading()).square().mean().item() == pytest.approx(1.0, rel=0.5)
     assert not prefix.Z_B.any()
     square = torch.linalg.eigvalsh(x.mT @ x / len(x))[-min(x.shape) // 2 :]  # the rest is under the floor
@@ -172,7 +172,7 @@ def test_unit_of_every_family(name):
         family.run(model, inputs)
     for i, layer in enumerate(layers):
         stream, output = (torch.cat(sizes[i, kind]).median().item() for kind in ("stream", "output"))
-        expected = min(STREAM_UNIT * stream, OUTPUT_UNIT * output)
+        expected = min(DEFAULT.stream_unit * stream, DEFAULT.output_unit * output)
         assert layer["default"].feed_forward.unit == pytest.approx(expected, rel=1e-4)
 
 

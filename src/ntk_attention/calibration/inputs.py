@@ -1,11 +1,81 @@
-"""Inputs that a model makes for itself."""
+"""What calibration looks at: the batches of a task, checked, and text that a language model writes itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..tuner.distributed import device_of
 from ..tuner.observation import evaluating
+from .settings import CalibrationSettings
+
+TEXT = {"input_ids", "attention_mask", "position_ids", "labels"}  # what batches of text alone may hold
+SIGNALS = ("pixel_values", "input_features", "input_values")  # pictures and sound
+TENSORS = ("input_ids", "attention_mask", "decoder_input_ids", "labels", *SIGNALS)
+EXPECTED = "a dict of tensors with the arguments of the model's forward, such as input_ids [B, L]"
+
+
+def checked_batches(batches: Iterable[Mapping[str, Any]], least: int = 1) -> list[Mapping[str, Any]]:
+    """The batches as a list.
+
+    Raises:
+        ValueError: if one is not what the model's forward can be called with, or there are fewer than `least`.
+    """
+    if isinstance(batches, str | Mapping | Tensor):
+        raise ValueError(
+            f"calibrate got a {type(batches).__name__} for batches: expected a list, each of which is {EXPECTED}"
+        )
+    found = list(batches)
+    for number, batch in enumerate(found):
+        if not isinstance(batch, Mapping) or not all(isinstance(name, str) for name in batch):
+            raise ValueError(f"batch {number} is a {type(batch).__name__}: expected {EXPECTED}")
+        for name, x in batch.items():
+            if isinstance(x, str | list | tuple) and name in TENSORS:
+                raise ValueError(f"batch {number} holds a {type(x).__name__} under {name!r}: expected {EXPECTED}")
+        if not any(isinstance(x, Tensor) for x in batch.values()):
+            raise ValueError(f"batch {number} holds no tensor, but {sorted(batch)}: expected {EXPECTED}")
+    if len(found) < least:
+        raise ValueError("calibrate got no batches: a few batches of training data are expected")
+    return found
+
+
+def own_text(model: Any, batches: list[Mapping[str, Any]], settings: CalibrationSettings) -> list[Mapping[str, Any]]:
+    """Text that the model writes from its first token, as one batch; no batch where it does not write text.
+
+    Args:
+        model: with or without adapters.
+        batches: of the task. Beside pictures or sound a model writes nothing.
+        settings: `own_rows` and `own_length` of them.
+
+    Warns:
+        UserWarning: if the model has a first token, but does not run on it alone.
+    """
+    start = start_token(model)
+    if start is None or not all("input_ids" in batch and set(batch) <= TEXT for batch in batches):
+        return []
+    base = base_of(model)
+    longest = getattr(text_config(base.config), "max_position_embeddings", None) or 2 * settings.own_length
+    length = min(settings.own_length, longest // 2)  # some count positions from the padding token on
+    try:
+        text = samples(base, torch.full((settings.own_rows, 1), start), length, seed=0)
+        with torch.no_grad(), evaluating(base):
+            base(input_ids=text[:1])  # tokens that stand for pictures or sound would have to come with these
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        warnings.warn(
+            f"calibrate: {type(base).__name__} does not write text from its first token alone "
+            f"({type(error).__name__}: {error}): coordinates see the batches alone",
+            stacklevel=3,  # of `calibrate`
+        )
+        return []
+    return [{"input_ids": text, "attention_mask": torch.ones_like(text)}]
 
 
 @torch.no_grad()
@@ -27,3 +97,27 @@ def samples(model: PreTrainedModel, start: Tensor, length: int, seed: int) -> Te
             repetition_penalty=1.0,
             pad_token_id=0,  # of which none is written: all rows are as long
         )
+
+
+def start_token(model: Any) -> int | None:
+    """What a text begins with, if the model writes texts and has such a token."""
+    base = base_of(model)
+    if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
+        return None
+    text = text_config(base.config)
+    named = [getattr(text, name, None) for name in ("bos_token_id", "eos_token_id")]
+    tokens = [token for value in named for token in (value if isinstance(value, list) else [value])]
+    return next((token for token in tokens if token is not None and token < text.vocab_size), None)
+
+
+def base_of(model: Any) -> Any:
+    """The model of transformers inside a PEFT model; any other one itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def text_config(config: PreTrainedConfig) -> Any:
+    """The part of a config that is about text; the config itself where there are several."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config

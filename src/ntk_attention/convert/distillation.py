@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.start import LOG_K_STEP, whitening
+from ..calibration.moments import SecondMoments, inverse_root, select_rows, whitening
+from ..calibration.settings import CalibrationSettings
 from ..ops.exact import LayerPrefix, together
 from ..ops.reference import Block, merge
 from ..progress import Reporter
@@ -17,7 +18,7 @@ from ..tuner.layer import PrefixAdapter
 from ..tuner.observation import adapted_layers, evaluating, observe
 
 WARMUP_STEPS = 10
-EIGENVALUE_FLOOR = 1e-2  # of the coordinates, relative to the largest
+COORDINATES = CalibrationSettings(eigenvalue_floor=1e-2)
 Batches = Sequence[Mapping[str, Any]]
 
 
@@ -142,37 +143,30 @@ class Moments:
     def __init__(self, adapter: PrefixAdapter):
         self.adapter = adapter
         H, r, _ = getattr(adapter, adapter.leading).shape
-        self.gram = torch.zeros(H, r, r, dtype=torch.float64, device=adapter.log_k.device)
-        self.square, self.share, self.rows = 0.0, 0.0, 0
+        self.moments = SecondMoments((H, r, r), torch.float64, adapter.log_k.device)
+        self.square, self.share = 0.0, 0.0
 
     def observe(self, query: Tensor, context: Block, prefix: Block | None, factor: float, counts: Tensor) -> None:
-        H = len(self.gram)
+        H = len(self.moments.sum)
         if prefix is None:
             raise ValueError("the adapter rests: an active one is expected")
         whole = merge(Block(context.out.float(), context.lse.float()), prefix)
         phi, row_scale = self.adapter.feature_map.scaled(query.float() * factor)
         b = self.adapter.log_scale.repeat_interleave(query.shape[1] // H)[:, None]
         g = phi * torch.exp(row_scale + b - whole.lse)[..., None]
-        g = g.transpose(0, 1)[:, counts].reshape(H, -1, g.shape[-1]).double()
-        self.gram += g.transpose(1, 2) @ g
-        self.square += whole.out.transpose(0, 1)[:, counts].double().square().mean().item() * g.shape[1]
-        self.share += torch.exp(prefix.lse - whole.lse).transpose(0, 1)[:, counts].double().mean().item() * g.shape[1]
-        self.rows += g.shape[1]
+        g, out, share = (select_rows(x, counts, H) for x in (g, whole.out, torch.exp(prefix.lse - whole.lse)))
+        self.moments.add(g.double())
+        self.square += out.double().square().mean().item() * g.shape[1]
+        self.share += share.double().mean().item() * g.shape[1]
 
     @torch.no_grad()
     def set_coordinates(self) -> None:
-        adapter = self.adapter
-        gram = self.gram / self.rows
-        C = whitening(gram, EIGENVALUE_FLOOR) if adapter.feature_map.constant else root(gram)
+        adapter, num_rows = self.adapter, self.moments.num_rows
+        self.moments.end_kind()
+        root = whitening if adapter.feature_map.constant else inverse_root
+        C = root(self.moments.mean(), COORDINATES.eigenvalue_floor)
         plain = adapter.plain_leading().clone()
         log_k = adapter.plain_scaled()
-        share = min(max(self.share / self.rows, 0.01), 1.0)
-        adapter.set_coordinates(C * (self.square / self.rows) ** 0.5, LOG_K_STEP / share)
+        share = min(max(self.share / num_rows, 0.01), 1.0)
+        adapter.set_coordinates(C * (self.square / num_rows) ** 0.5, COORDINATES.log_k_step / share)
         adapter.set_plain(plain, log_k)
-
-
-def root(gram: Tensor) -> Tensor:
-    """C [H, r, r] with C^T gram C = 1, up to the eigenvalue floor."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
-    floor = EIGENVALUE_FLOOR * eigenvalues[:, -1:].clamp_min(torch.finfo(gram.dtype).tiny)
-    return eigenvectors * eigenvalues.clamp_min(floor).rsqrt()[:, None, :]

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..calibration.moments import select_rows
 from ..ops.attention import exact_block
 from ..ops.exact import LayerPrefix, together
 from ..ops.features import FeatureMap
@@ -214,12 +215,7 @@ class HeadFit:
         wanted = share * prefix.out + (1 - share) * context.out
         made = {"g": features * torch.exp(row_scale - lse)[..., None], "share": share}
         made |= {"context": context.out, "wanted": wanted}
-
-        def select(x: Tensor) -> Tensor:
-            per_head = x.transpose(0, 1)[:, counts]  # [H_query, N, ...]
-            return per_head.reshape(H, -1, *per_head.shape[2:])
-
-        return {name: select(x) for name, x in made.items()}
+        return {name: select_rows(x, counts, H) for name, x in made.items()}
 
     def held_out(self, kind: str) -> bool:
         self.seen[kind] += 1
