@@ -1,4 +1,4 @@
-"""The forward pass: tokens and prefix in one kernel, or the prefix merged into what a library's kernel made of the tokens.
+"""The forward pass: tokens and prefix in one kernel, or the prefix merged into the output of a library's kernel.
 
 The arguments are explained in tiles.py.
 """
