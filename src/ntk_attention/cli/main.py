@@ -344,7 +344,3 @@ def theory(
             console.print(f"[bold]{name}[/bold], in {out}: {name}.jsonl, {name}.png")
             for sentence in seen:
                 console.print(f"- {sentence}", markup=False)
-
-
-if __name__ == "__main__":
-    app()
