@@ -120,7 +120,8 @@ def test_fused(name, dtype):
     check(run(*arguments, "triton", dtype), run(*arguments, "eager", torch.float64), dtype, arguments[0][3])
 
 
-@pytest.mark.skipif(not (ON_GPU and launch.forward_sm90), reason="elsewhere there is no other kernel")
+@pytest.mark.gpu
+@pytest.mark.skipif(launch.forward_sm90 is None, reason="there is no other kernel")
 @pytest.mark.parametrize("name", ["causal", "full, grouped", "state per KV head", "d 128"])
 def test_fused_on_a_gpu_that_is_not_a_hopper(name, monkeypatch):
     monkeypatch.setattr(launch, "forward_sm90", None)
@@ -301,7 +302,7 @@ def test_compiles_to_one_graph(name, random_features):
         assert torch.equal(compiled(*inputs), out)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.gpu
 def test_decoding_in_a_cuda_graph():
     inputs, phi, options = make_inputs(DECODING["left padding"], torch.bfloat16)
     state = PrefixState(*inputs[3:], phi)
@@ -321,7 +322,7 @@ def test_decoding_in_a_cuda_graph():
         assert all(torch.equal(out, expected) for out in outputs)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.gpu
 def test_left_padded_batches_generate_what_their_rows_do():
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -343,7 +344,7 @@ def test_left_padded_batches_generate_what_their_rows_do():
                 break
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION], ids=str)
 def test_each_library_kernel_serves_the_backward_pass(kernel):
     arguments = make_inputs(CASES["causal"], torch.bfloat16)

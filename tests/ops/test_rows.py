@@ -99,7 +99,8 @@ def test_merged_into_the_library_kernel(name, monkeypatch):
 
 
 @needs_triton
-@pytest.mark.skipif(not (ON_GPU and launch.forward_sm90), reason="elsewhere there is no other kernel")
+@pytest.mark.gpu
+@pytest.mark.skipif(launch.forward_sm90 is None, reason="there is no other kernel")
 @pytest.mark.parametrize("name", MERGED)
 def test_on_a_gpu_that_is_not_a_hopper(name, monkeypatch):
     monkeypatch.setattr(launch, "forward_sm90", None)

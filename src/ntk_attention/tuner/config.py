@@ -117,7 +117,7 @@ class NTKAttentionConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> NTKAttentionConfig:
         """The config of a saved adapter, in a folder or on the hub, whose weights are compared with the model later.
 
