@@ -112,6 +112,7 @@ def check(actual, expected, dtype, Z=None):
         assert error < (TOLERANCE | FULL)[dtype], (name, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_fused(name, dtype):
@@ -164,6 +165,7 @@ def test_decoding(name, dtype):
     assert torch.equal(actual[0], again[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("r", [40, 130])
 @pytest.mark.parametrize("name", RANDOM)
 def test_positive_random_features(name, r):
@@ -205,6 +207,7 @@ def test_a_prefix_without_weight_is_not_there(name, backend, monkeypatch):
         assert (out - reference).norm() < TOLERANCE[torch.bfloat16] * reference.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["heads outside", "sliced", "one row for all"])
 def test_any_layout(layout):
     inputs, phi, options = make_inputs(CASES["causal"], torch.bfloat16)
@@ -221,6 +224,7 @@ def test_any_layout(layout):
         assert torch.equal(a, e)
 
 
+@pytest.mark.slow
 def test_gradients_are_deterministic():
     arguments = make_inputs(CASES["causal"], torch.bfloat16)
     first, second = (run(*arguments, "triton", torch.bfloat16) for _ in range(2))

@@ -19,6 +19,8 @@ from ntk_attention.ops.attention import attend, context_block, exact_block, pref
 from ntk_attention.ops.triton import launch
 from tests.reference import relative_error
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(launch.triton is None, reason="needs Triton")
 NAMES = ("query", "key", "value", "Z", "k", "b")
