@@ -231,6 +231,7 @@ def test_gradients_are_deterministic():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_only_the_state_trains():
     inputs, phi, options = make_inputs(CASES["causal"], torch.bfloat16)
     expected = run(inputs, phi, options, "triton", torch.bfloat16)
