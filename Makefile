@@ -1,10 +1,10 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Everything on a fresh machine: `make demo`, `make check` while working, `make test` before a change goes in.
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
 RUN ?= runs/demo
 
-.PHONY: demo test test-oldest test-newest lint setup clean
+.PHONY: demo check test test-oldest test-newest lint setup clean
 
 # Installed first, by itself. Where pip would take a CUDA build of torch and a CPU one is wanted:
 # make demo FIRST="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -24,6 +24,10 @@ demo: setup
 	$(VENV)/bin/ntk-attention finetune $(RUN) --overwrite --items 1440 --held-out 96 --max-new-tokens 32
 	$(VENV)/bin/ntk-attention info $(RUN) --text "What is 17 + 25?" --picture $(RUN)/shares.png
 	$(VENV)/bin/ntk-attention generate $(RUN) "State the final answer to the following arithmetic problem: 31 + 46 ="
+
+# A few minutes' worth of everything: the tests that are not marked `slow`.
+check: setup lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2

@@ -53,7 +53,7 @@ ODD: tuple[Any, ...] = (
     ["a"] * 2000, {"x": 1}, {"degree": 64}, {"degree": 2**62}, {"degree": 4}, {"degree": 3},
     {"num_features": 2**40}, {"seed": -1},
     {"constant": 1}, {"self": 1}, {"": {}}, {"parent_library": "antigravity", "base_model_class": "x"},
-    {"num_modules": 2, "sizes": [[4, 2, 8, 8]]}, {"num_modules": 2, "sizes": [[4, 2, 8]]},
+    {"num_modules": 2, "sizes": [[4, 2, 8, 8, 32]]}, {"num_modules": 2, "sizes": [[4, 2, 8, 8]]},
     {"num_modules": [], "sizes": 1},
 )  # fmt: skip
 ODD_FIELDS = ("runtime_config", "__class__", "weights", "self", "cls", "r", "target_parameters", "", "\x00")

@@ -20,6 +20,8 @@ from research.benchmarks.tables import floor
 from research.benchmarks.timing import Prepared, measure
 from tests.reference import relative_error
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {"benchmark", "method", "sizes", "clock", "hardware", "versions", "commit", "seed", "milliseconds", "figures"}
 
 

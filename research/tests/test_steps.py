@@ -21,7 +21,7 @@ def test_numbers_become_tensors_on_the_device():
         assert torch.tensor(7, dtype=torch.int32).dtype == torch.int32
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_recorded_steps_are_ordinary_steps():
     def train(kind):
         torch.manual_seed(0)

@@ -8,10 +8,10 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ntk_attention import save_cache
 from ntk_attention.cli.compression import WORK, Settings, compress, keep, read_source
 from ntk_attention.cli.evaluation import fidelity
 from ntk_attention.cli.models import fast_dtype, load_tokenizer
+from ntk_attention.convert import save_cache
 from ntk_attention.convert.prefixes import prefix_of_cache, prefix_of_text
 from tests.tiny import save_model
 

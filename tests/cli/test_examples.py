@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 from ntk_attention import NTKAttentionConfig
 from tests.tiny import save_letters, skip_unless_transformers_takes_this_peft
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def adapter(model_folder, tmp_path):

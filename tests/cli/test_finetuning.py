@@ -16,6 +16,8 @@ from ntk_attention.cli.run_folder import RECORD
 from ntk_attention.cli.trainer import AdapterTrainer
 from tests.tiny import adapted, save_letters, save_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -19,6 +19,8 @@ from ntk_attention.cli.run_folder import CHECKPOINTS, RECORD
 from ntk_attention.tuner.distributed import inputs_on
 from tests.tiny import save_letters
 
+pytestmark = pytest.mark.slow
+
 FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 OFFLOAD = [*FSDP2, "--fsdp_offload_params", "true"]
 ZERO3 = ["--use_deepspeed", "--zero_stage", "3"]

@@ -95,6 +95,7 @@ def hold(folder, is_held, release):
         release.wait(60)
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder(settings, tmp_path):
     context = multiprocessing.get_context("spawn")
     is_held, release = context.Event(), context.Event()
@@ -120,6 +121,7 @@ def test_a_target_that_cannot_be_written_to(settings, tmp_path, monkeypatch):
         check_folder(tmp_path / "out", {}, resume=False, overwrite=False)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_checkpoint(settings, tmp_path, monkeypatch):
     """The system itself refuses to write more than some bytes of a file; then there is room again."""
     save = AdapterTrainer._save_checkpoint
@@ -146,6 +148,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint(settings, tmp_path, monkeypatch):
     assert finetune(settings, tmp_path / "out", resume=True)["train_loss"] == whole["train_loss"]
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_skipped(settings, tmp_path, monkeypatch):
     """As an interrupted copy of the folder leaves it; and a run that was stopped after its last step."""
     whole = finetune(settings, tmp_path / "whole")
@@ -162,6 +165,7 @@ def test_a_half_written_checkpoint_is_skipped(settings, tmp_path, monkeypatch):
         assert record["after"] == whole["after"]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed():
     """Four kills; `python -m tests.kills` makes thirty."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

@@ -7,7 +7,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ntk_attention import PrefixState, choose_degree, feature_map, ntk_attention, taylor_error_bound
+from ntk_attention import PrefixState, feature_map, ntk_attention
+from ntk_attention.convert import choose_degree, taylor_error_bound
 from ntk_attention.convert.error_bound import log_ratio
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from ntk_attention import LayerPrefix, NTKAttentionConfig, adapter_from_prefix, anchor, by_layer, distill, fit
+from ntk_attention import LayerPrefix, NTKAttentionConfig
+from ntk_attention.convert import adapter_from_prefix, anchor, by_layer, distill, fit
 from ntk_attention.convert.distillation import set_coordinates
 from ntk_attention.convert.fitting import AdapterFit, Sums, nonnegative, of_rank, own_variance, ridge_regression
 from ntk_attention.convert.own_text import SOURCES, study

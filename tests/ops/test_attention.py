@@ -233,6 +233,7 @@ def test_autocast_leaves_float64_alone():
     assert torch.equal(out, operation("auto")(*inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phi", ["elu", "taylor", "positive_random"])
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
 def test_compiles_to_one_graph(backend, phi):

@@ -8,7 +8,7 @@ from ntk_attention.ops.attention import ntk_attention
 from ntk_attention.ops.state import PrefixState
 from tests.reference import relative_error
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 # The bound for bf16: rounding of the inputs is shared with the reference, that of the output and of P is not.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 KERNELS = [

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ntk_attention import FEATURE_MAPS, FeatureMap, feature_map
+from ntk_attention import FeatureMap, feature_map
+from ntk_attention.ops.features import FEATURE_MAPS
 
 MAPS = [
     feature_map("elu"),

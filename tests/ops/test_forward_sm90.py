@@ -11,6 +11,8 @@ import pytest
 
 from ntk_attention.ops.triton import support
 
+pytestmark = pytest.mark.slow
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget

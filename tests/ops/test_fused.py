@@ -115,6 +115,7 @@ def check(actual, expected, dtype, Z=None):
         assert error < (TOLERANCE | FULL)[dtype], (name, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_fused(name, dtype):
@@ -123,7 +124,8 @@ def test_fused(name, dtype):
     check(run(*arguments, "triton", dtype), run(*arguments, "eager", torch.float64), dtype, arguments[0][3])
 
 
-@pytest.mark.skipif(not (ON_GPU and support.forward_sm90), reason="elsewhere there is no other kernel")
+@pytest.mark.gpu
+@pytest.mark.skipif(support.forward_sm90 is None, reason="there is no other kernel")
 @pytest.mark.parametrize("name", ["causal", "full, grouped", "state per KV head", "d 128"])
 def test_fused_on_a_gpu_that_is_not_a_hopper(name, monkeypatch):
     without_hopper(monkeypatch)
@@ -167,6 +169,7 @@ def test_decoding(name, dtype):
     assert torch.equal(actual[0], again[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("r", [40, 130])
 @pytest.mark.parametrize("name", RANDOM)
 def test_positive_random_features(name, r):
@@ -208,6 +211,7 @@ def test_a_prefix_without_weight_is_not_there(name, backend, monkeypatch):
         assert (out - reference).norm() < TOLERANCE[torch.bfloat16] * reference.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["heads outside", "sliced", "one row for all"])
 def test_any_layout(layout):
     inputs, phi, options = make_inputs(CASES["causal"], torch.bfloat16)
@@ -224,12 +228,14 @@ def test_any_layout(layout):
         assert torch.equal(a, e)
 
 
+@pytest.mark.slow
 def test_gradients_are_deterministic():
     arguments = make_inputs(CASES["causal"], torch.bfloat16)
     first, second = (run(*arguments, "triton", torch.bfloat16) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_only_the_state_trains():
     inputs, phi, options = make_inputs(CASES["causal"], torch.bfloat16)
     expected = run(inputs, phi, options, "triton", torch.bfloat16)
@@ -299,7 +305,7 @@ def test_compiles_to_one_graph(name, random_features):
         assert torch.equal(compiled(*inputs), out)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.gpu
 def test_decoding_in_a_cuda_graph():
     inputs, phi, options = make_inputs(DECODING["left padding"], torch.bfloat16)
     state = PrefixState(*inputs[3:], phi)
@@ -319,7 +325,7 @@ def test_decoding_in_a_cuda_graph():
         assert all(torch.equal(out, expected) for out in outputs)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.gpu
 def test_left_padded_batches_generate_what_their_rows_do():
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -341,7 +347,7 @@ def test_left_padded_batches_generate_what_their_rows_do():
                 break
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION], ids=str)
 def test_each_library_kernel_serves_the_backward_pass(kernel):
     arguments = make_inputs(CASES["causal"], torch.bfloat16)

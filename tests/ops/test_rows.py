@@ -74,6 +74,7 @@ def by_kernel(inputs, states, options):
     return ntk_attention(query, key, value, states, backend="triton", **options)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", CASES)
@@ -83,6 +84,7 @@ def test_kernels(name, dtype):
     check(by_kernel(*arguments), rows_alone(*arguments), TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("name", RANDOM)
 def test_positive_random_features(name):
@@ -100,13 +102,15 @@ def test_merged_into_the_library_kernel(name, monkeypatch):
 
 
 @needs_triton
-@pytest.mark.skipif(not (ON_GPU and support.forward_sm90), reason="elsewhere there is no other kernel")
+@pytest.mark.gpu
+@pytest.mark.skipif(support.forward_sm90 is None, reason="there is no other kernel")
 @pytest.mark.parametrize("name", MERGED)
 def test_on_a_gpu_that_is_not_a_hopper(name, monkeypatch):
     without_hopper(monkeypatch)
     test_kernels(name, torch.bfloat16)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("random_features", [None, 40], ids=["elu", "positive random"])
 @pytest.mark.parametrize("name", ["causal", "left padding", "left padding, split", "one program per head", "merged"])

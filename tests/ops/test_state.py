@@ -56,7 +56,7 @@ def test_the_kernel_of_the_sums(m, d, d_v, dtype, layout):
         assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("shift", [0.0, -200.0], ids=["usual", "tiny features"])
 def test_a_gpu_makes_the_same_state(shift):
     """The kernel, and where every feature underflows what takes its place, against float64 on the CPU."""

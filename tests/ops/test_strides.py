@@ -23,6 +23,8 @@ from tests.reference import relative_error
 
 from .paths import flat, has_kernels, merge_always, paths
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(support.triton is None, reason="needs Triton")
 NAMES = ("query", "key", "value", "Z", "k", "b")
@@ -441,7 +443,7 @@ def test_compiled(backend, layout):
         assert relative_error(a, e, 1.0) < 1e-5
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(

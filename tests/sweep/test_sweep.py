@@ -24,6 +24,8 @@ from tests.sweep.report import report
 from tests.sweep.subject import REFUSED, UNCLEAR
 from tests.sweep.workers import run_all
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NAMED = (
     "llama,qwen2,qwen3,mistral,gemma2,gemma3_text,gpt2,gpt_neox,opt,whisper,t5,bart,bert,roberta,distilbert,albert,"

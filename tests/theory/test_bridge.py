@@ -64,6 +64,7 @@ def small(monkeypatch):
     monkeypatch.setattr(run_bridge, "real_layer", lambda load_model, device: layer())
 
 
+@pytest.mark.slow
 def test_bridge(small, tmp_path):
     result = invoke("bridge", "--out", tmp_path)
     assert result.exit_code == 0, result.output

@@ -31,6 +31,7 @@ def small(monkeypatch):
     monkeypatch.setattr(run_scaling, "VARIED", (8, 16, 32, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEEN)
 def test_experiment(name, tmp_path):
     result = invoke(name, "--out", tmp_path, "--largest", 8)

@@ -110,6 +110,7 @@ def test_errors():
         INPUTS["image"](100000, 2, generator)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
 def test_kernel_memory():
     """n=64, d=16, m=2^16: J would take 8 GiB; H takes 8 MiB and a chunk 32 MiB."""

@@ -1,6 +1,5 @@
 """Prefixes of feed-forward blocks: where they go, what they add, how they start, and what files of them hold."""
 
-import json
 from functools import partial
 
 import pytest
@@ -13,8 +12,8 @@ from ntk_attention.calibration.settings import DEFAULT
 from ntk_attention.tuner.coordinates import solve_by_qr
 from ntk_attention.tuner.feed_forward import FeedForwardPrefix, feed_forwards
 from ntk_attention.tuner.routing import routes
-from ntk_attention.tuner.untrusted import CONFIG, WEIGHTS
-from tests.families import ATTENTION, FAMILIES
+from ntk_attention.tuner.untrusted import WEIGHTS
+from tests.families import FAMILIES
 from tests.reference import relative_error
 from tests.tiny import INPUTS, TINY, adapted, adapters, logits, loss_of, tiny
 
@@ -204,16 +203,6 @@ def test_training_moves_it_and_files_hold_it(tmp_path):
     assert names == {"Z_A", "Z_B", "log_k", "log_scale", "feed_forward.Z_A", "feed_forward.Z_B"}
     loaded = PeftModel.from_pretrained(tiny(), tmp_path)
     assert relative_error(logits(loaded), logits(model)) < 1e-5
-
-
-def test_a_file_from_before_there_were_any(tmp_path):
-    model = adapted(**ATTENTION)
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    del config["feed_forward_rank"]
-    config["geometry"]["sizes"] = [size[:4] for size in config["geometry"]["sizes"]]
-    (tmp_path / CONFIG).write_text(json.dumps(config))
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny(), tmp_path)), logits(model))
 
 
 def test_two_active_adapters_against_their_sum():

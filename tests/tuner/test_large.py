@@ -22,6 +22,8 @@ from ntk_attention import NTKAttentionConfig, calibrate
 from tests.reference import relative_error
 from tests.tiny import INPUTS, adapted, adapters, logits, loss_of, losses_of_training, trainable
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where offloaded modules run
 
 

@@ -168,6 +168,7 @@ def test_a_config_can_be_used_again(tmp_path):
     assert torch.equal(logits(loaded.eval()), logits(first))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_compile_fullgraph_against_none(implementation):
     model = adapted(TINY.build(implementation, torch.float32))

@@ -16,6 +16,8 @@ from ntk_attention import NTKAttentionConfig
 from tests.families import BERT, FAMILIES
 from tests.tuner import peft_tester
 
+pytestmark = pytest.mark.slow
+
 DECODERS = ("llama", "gpt2", "qwen3", "gemma3", "opt")
 MODELS = (*DECODERS, "t5", "bert")
 GENERATING = (*DECODERS, "t5")

@@ -24,6 +24,8 @@ from ntk_attention.tuner.observation import adapted_layers
 from tests.reference import relative_error
 from tests.tiny import INPUTS, adapted, adapters, logits, loss_of, tiny, trainable
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     "query": {},
     "kv": {"state_heads": "kv"},

@@ -11,6 +11,8 @@ from peft import get_peft_model
 from ntk_attention import NTKAttentionConfig
 from tests.families import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 CALLS = 200
 # A feed-forward block of one module, and of two; with cross-attention, and with an input that is not text.
 MODELS = ("llama", "opt", "bart", "whisper")

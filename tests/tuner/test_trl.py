@@ -14,6 +14,8 @@ from ntk_attention import NTKAttentionConfig, calibrate
 from tests.reference import relative_error
 from tests.tiny import loss_of, trainable
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 SAME = 1e-4  # relative error of what is computed in float32, in coordinates that may differ
 OPTIONS = {

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from ntk_attention import NTKAttentionConfig
-from ntk_attention.tuner.untrusted import CONFIG, PICKLE, WEIGHTS, AdapterError
+from ntk_attention.tuner.untrusted import CONFIG, FORMAT_VERSION, PICKLE, WEIGHTS, AdapterError
 from tests.fuzz import Fuzzer
 from tests.tiny import adapted, adapters, logits, tiny
 
@@ -46,7 +46,12 @@ def refuse(folder, message):
         ("feature_map", "cosine", "unknown feature map 'cosine'"),
         ("feature_map_options", {"degree": [2]}, "'degree' is a list of 1, expected an integer"),
         ("geometry", {"num_modules": 2}, "geometry must hold num_modules"),
-        ("geometry", {"num_modules": 2, "sizes": [[8, 2, 8, 8]]}, "the adapter was made for a model with"),
+        ("geometry", {"num_modules": 2, "sizes": [[4, 2, 8, 8]]}, "expected lists of five numbers"),
+        ("format_version", 1, "format_version is 1, expected 2: the adapter was saved by another version"),
+        ("format_version", 3, "format_version is 3, expected 2"),
+        ("format_version", True, "format_version is True, expected 2"),
+        ("format_version", None, "format_version is None, expected 2"),
+        ("geometry", {"num_modules": 2, "sizes": [[8, 2, 8, 8, 32]]}, "the adapter was made for a model with"),
         ("auto_mapping", {"parent_library": "antigravity"}, "parent_library is 'antigravity'"),
         ("task_type", "NOTHING", "Invalid task type"),
         ("code", "print(1)", "unknown fields 'code': was the adapter made by a newer version"),
@@ -58,6 +63,19 @@ def test_fields(field, value, message, tmp_path):
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**config, field: value}))
     refuse(tmp_path, f"{CONFIG}.*{message}")
+
+
+def test_a_file_without_a_format_version(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config.pop("format_version") == FORMAT_VERSION
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    refuse(tmp_path, f"{CONFIG}: there is no format_version, expected {FORMAT_VERSION}")
+
+
+def test_a_config_is_of_the_present_format():
+    with pytest.raises(ValueError, match="format_version must be 2, got 1"):
+        NTKAttentionConfig(format_version=1)
 
 
 def test_a_map_of_endless_features_is_refused_before_it_is_made(tmp_path):
@@ -74,7 +92,10 @@ def test_a_map_of_endless_features_is_refused_before_it_is_made(tmp_path):
     [
         (b"\xff\xfe", "is not JSON"),
         (b"[" * 100_000, "is nested too deeply"),
-        (b'{"peft_type": "NTK_ATTENTION", "rank": ' + b"[" * 900 + b"]" * 900 + b"}", "rank must be"),
+        (
+            b'{"peft_type": "NTK_ATTENTION", "format_version": 2, "rank": ' + b"[" * 900 + b"]" * 900 + b"}",
+            "rank must be",
+        ),
         (b'{"peft_type": "NTK_ATTENTION", "rank": NaN}', "NaN is not a JSON number"),
         (b'{"peft_type": "NTK_ATTENTION", "rank": 1, "rank": 2}', "a name stands twice"),
         (b'{"peft_type": "NTK_ATTENTION", "rank": ' + b"1" * 5000 + b"}", "is not JSON"),

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntk_attention import FeatureMap, PrefixState, feature_map, taylor_error_bound
+from ntk_attention import FeatureMap, PrefixState, feature_map
+from ntk_attention.convert import taylor_error_bound
 from ntk_attention.ops.attention import context_block, exact_block
 from ntk_attention.ops.bundles import Tokens
 from ntk_attention.ops.exact import LayerPrefix

@@ -17,8 +17,9 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from ntk_attention import NTKAttentionConfig, adapter_from_prefix, anchor, by_layer, distill, fit, prefix_of_text
+from ntk_attention import NTKAttentionConfig
 from ntk_attention.cli.compression import states_of
+from ntk_attention.convert import adapter_from_prefix, anchor, by_layer, distill, fit, prefix_of_text
 from ntk_attention.convert.distillation import match, teacher_logits
 from ntk_attention.convert.own_text import study
 from ntk_attention.ops.exact import LayerPrefix

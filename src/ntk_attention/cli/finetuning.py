@@ -19,7 +19,15 @@ import transformers
 from accelerate import PartialState
 from peft import get_peft_model
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..calibration.start import calibrate, check_size
 from ..progress import Reporter, Silent
@@ -142,14 +150,23 @@ class ReportToUser(TrainerCallback):
         self.reporter = reporter
         self.figures: dict[str, float] = {}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.reporter.stage("fine-tune", state.max_steps)
         self.reporter.advance(state.global_step)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.reporter.advance(1, **self.figures)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         names = {"loss": "loss", "eval_loss": "validation"}
         self.figures.update({names[k]: v for k, v in (logs or {}).items() if k in names})
 
@@ -315,7 +332,7 @@ def hardware() -> str:
 
 
 def make_trainer(
-    model: Any, rows: dict[str, list], pad_token_id: int, settings: Settings, output: Path, reporter: Reporter
+    model: Any, rows: dict[str, list[Row]], pad_token_id: int, settings: Settings, output: Path, reporter: Reporter
 ) -> Trainer:
     steps = math.ceil(len(rows["train"]) / settings.batch_size * settings.epochs)
     # Both fall on a step that is logged, so that a resumed run logs the same figures.

@@ -154,7 +154,9 @@ def load_adapter(folder: Path, base: str) -> Any:
 def compress(
     output: Annotated[Path, typer.Argument(help="Folder for the adapter and its record.")],
     text: Annotated[Path | None, typer.Option(help="A text of any length.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="A KV cache that `ntk_attention.save_cache` wrote.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="A KV cache that `ntk_attention.convert.save_cache` wrote.")
+    ] = None,
     prefix_tuning: Annotated[Path | None, typer.Option(help="Folder of a prefix-tuning or cartridge adapter.")] = None,
     model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a folder or a name on the hub.")] = DEFAULT_MODEL,
     calibration: Annotated[str | None, typer.Option(help="Text that follows, as --data of finetune.")] = None,
@@ -342,7 +344,3 @@ def theory(
             console.print(f"[bold]{name}[/bold], in {out}: {name}.jsonl, {name}.png")
             for sentence in seen:
                 console.print(f"- {sentence}", markup=False)
-
-
-if __name__ == "__main__":
-    app()

@@ -127,7 +127,7 @@ def seal(checkpoint: Path) -> None:
     (checkpoint / CONTENTS).write_text(json.dumps(contents, indent=1) + "\n")
 
 
-def describe(path: Path) -> list:
+def describe(path: Path) -> list[int | str]:
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 

@@ -212,7 +212,7 @@ def first_broken_module(model: nn.Module, inputs: Mapping[str, Any]) -> str | No
     """The innermost module, and the first, that gets finite numbers and makes others of them."""
     found: list[str] = []
 
-    def look(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def look(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not found and is_finite((args, kwargs)) and not is_finite(output):
             found.append(name)
 

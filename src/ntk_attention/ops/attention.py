@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .bundles import Prefixes, StateTensors, Tokens
-from .checks import check_arguments
+from .checks import check_arguments, check_inputs
 from .exact import LayerPrefix
 from .fused import attend_fused
 from .plan import Path, needs_grad, plan_attention
@@ -67,8 +67,9 @@ def ntk_attention(
         ValueError: if shapes, heads, r, d, dtypes, devices or options do not fit each other; the message gives both
             sides.
     """
-    check_arguments(query, key, value, state, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
+    check_inputs(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    check_arguments(Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale), state, enable_gqa, backend)
     query, key, value = autocast_inputs(query, key, value)
     with without_autocast(query.device.type):
         tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)

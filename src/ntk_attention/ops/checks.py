@@ -5,25 +5,16 @@ import math
 import torch
 from torch import Tensor
 
+from .bundles import Tokens
 from .state import PrefixState, RowStates
 
 BACKENDS = ("auto", "eager", "sdpa", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: PrefixState | RowStates,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    backend: str,
-) -> None:
-    check_inputs(query, key, value)
+def check_arguments(tokens: Tokens, state: PrefixState | RowStates, enable_gqa: bool, backend: str) -> None:
+    """Raise ValueError unless the arguments of `ntk_attention` fit each other; `check_inputs` comes before."""
+    query, key, value, attn_mask, dropout_p, is_causal, scale = tokens
     B, H, L, _ = query.shape
     H_kv, S, d_v = value.shape[1:]
     if H_kv != H and (not enable_gqa or H % H_kv):
@@ -42,13 +33,14 @@ def check_arguments(
             raise ValueError(f"all tensors must be on one device, got query on {query.device} and {name} on {x.device}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+    if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be positive and finite, got {scale}: phi acts on sqrt(scale) * query")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: expected one of {BACKENDS}")
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise ValueError unless these are tensors of attention."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, H, L, d], got {list(x.shape)}")
@@ -71,6 +63,7 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_mask(attn_mask: Tensor, target: tuple[int, ...]) -> None:
+    """Raise ValueError unless the mask broadcasts to [B, H, L, S]."""
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise ValueError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
     sizes_fit = all(m == 1 or m == n for m, n in zip(reversed(attn_mask.shape), reversed(target), strict=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -126,7 +127,7 @@ def certificate(sizes: Sizes, smallest: Tensor, largest: Tensor, m: int, error: 
     return Certificate((smallest > 0) & (drift <= R), R, eta, drift, m * drift / R)
 
 
-def largest_below(rising, limit: Tensor, start: float = 8.0, halvings: int = 80) -> Tensor:
+def largest_below(rising: Callable[[Tensor], Tensor], limit: Tensor, start: float = 8.0, halvings: int = 80) -> Tensor:
     """The largest argument in [0, start] where the rising function stays at or below `limit` [...], by bisection."""
     low, high = torch.zeros_like(limit), torch.full_like(limit, start)
     for _ in range(halvings):

@@ -15,7 +15,7 @@ from peft.config import PeftConfig
 
 from ..ops.features import FeatureMap, feature_map
 from .registration import PEFT_TYPE
-from .untrusted import CONFIG, WEIGHTS, AdapterError, read_config, shown, weights_file
+from .untrusted import CONFIG, FORMAT_VERSION, WEIGHTS, AdapterError, read_config, shown, weights_file
 
 NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # of a module, dotted
 MAX_CHARACTERS = 1000  # of a string
@@ -36,7 +36,7 @@ class NTKAttentionConfig(PeftConfig):
         layers_to_transform: layer index or indices to adapt; all by default.
         layers_pattern: name of the module list that the layer index counts in, where it is not the first one.
         modules_to_save: other modules to train and save, such as a classification head.
-        feature_map: name of the feature map, see `ntk_attention.FEATURE_MAPS`.
+        feature_map: name of the feature map, see `ntk_attention.feature_map`.
         feature_map_options: its options, e.g. ``{"degree": 4}`` or ``{"num_features": 256, "seed": 0}``.
         constant_feature: append the feature 1 to the map; needed by `calibrate`.
         rank: of Z = Z_A Z_B, or None for a full Z. "auto", the default, is an eighth of head_dim, and None where no
@@ -51,6 +51,7 @@ class NTKAttentionConfig(PeftConfig):
             (for tests); "published" as the published demo does: Z and k at zero, so that k does not train.
         geometry: filled when attached: number of attention modules and their sizes. An adapter is refused by a model
             with another geometry.
+        format_version: of the files of an adapter, always the one that this version of the library writes and reads.
     """
 
     target_modules: list[str] | set[str] | str | None = field(default=None)
@@ -66,6 +67,7 @@ class NTKAttentionConfig(PeftConfig):
     state_heads: Literal["query", "kv"] = field(default="query")
     init_weights: bool | Literal["published"] = field(default=True)
     geometry: dict[str, Any] | None = field(default=None)
+    format_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
         # The safetensors file that belongs to a config that was read from a folder.
@@ -111,12 +113,11 @@ class NTKAttentionConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        found = read_config(Path(path_json_file), {f.name for f in fields(cls)})
-        return {"feed_forward_rank": None, **found}  # files from before there was one
+        return read_config(Path(path_json_file), {f.name for f in fields(cls)})
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> NTKAttentionConfig:
         """The config of a saved adapter, in a folder or on the hub, whose weights are compared with the model later.
 
@@ -172,6 +173,8 @@ def check_fields(config: NTKAttentionConfig) -> None:
     Raises:
         ValueError: if one is not what it may be; the message names the field.
     """
+    if type(config.format_version) is not int or config.format_version != FORMAT_VERSION:
+        raise ValueError(f"format_version must be {FORMAT_VERSION}, got {shown(config.format_version)}")
     for name in ("base_model_name_or_path", "revision", "task_type", "peft_version"):
         if getattr(config, name) is not None:
             check_text(name, getattr(config, name))
@@ -249,9 +252,9 @@ def check_geometry(value: Any) -> None:
     if not isinstance(sizes, list) or len(sizes) > MAX_ENTRIES:
         raise ValueError(f"geometry: sizes must be a list, got {shown(sizes)}")
     for size in sizes:
-        if not isinstance(size, list) or len(size) not in (4, 5) or not all(map(is_count, size)):
+        if not isinstance(size, list) or len(size) != 5 or not all(map(is_count, size)):
             raise ValueError(
-                f"geometry: sizes holds {shown(size)}, expected lists of four or five numbers: heads, KV heads, "
+                f"geometry: sizes holds {shown(size)}, expected lists of five numbers: heads, KV heads, "
                 "head_dim, value dim and the width of the feed-forward block"
             )
 

@@ -182,8 +182,6 @@ class NTKAttentionModel(BaseTuner):
         sizes = sorted({tuple(asdict(found).values()) for found, _ in sites.values()})
         geometry = {"num_modules": len(names), "sizes": [list(size) for size in sizes]}
         given = peft_config.geometry
-        if given is not None:  # files from before feed-forward blocks had prefixes hold four numbers
-            given = {**given, "sizes": [[*size, 0][:5] for size in given["sizes"]]}
         if given not in (None, geometry):
             raise ValueError(
                 f"the adapter was made for a model with {describe(given)}, this one has {describe(geometry)}"

@@ -1,6 +1,6 @@
 """The folder of a saved adapter is data, perhaps a stranger's: what is checked before any of it reaches a model.
 
-The configuration is read here as strict JSON, and `config.py` checks its fields; `tuner.py` compares the header of the
+The configuration is read here as strict JSON, and `config.py` checks its fields; `model.py` compares the header of the
 weights with what the model needs, before it allocates or changes anything. Only safetensors files are read: a pickle
 may run code.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+FORMAT_VERSION = 2  # of the two files; 1 is version 0.1.0 of the library, which wrote no number
 MAX_CONFIG_BYTES = 2**20
 MAX_LOG_K = 80.0  # exp of more is too close to the end of float32
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -41,7 +42,8 @@ def read_config(path: Path, fields: set[str]) -> dict[str, Any]:
     """The JSON object in the file; its names are among `fields`, what they hold is not checked yet.
 
     Raises:
-        AdapterError: if the file is no regular file, too large, not strict JSON, nested too deeply, or has other names.
+        AdapterError: if the file is no regular file, too large, not strict JSON, nested too deeply, is of another
+            format, or has other names.
     """
     if not path.is_file():
         raise AdapterError(f"{path} is not there: expected the folder of a saved adapter")
@@ -59,10 +61,27 @@ def read_config(path: Path, fields: set[str]) -> dict[str, Any]:
         raise AdapterError(f"{path} holds {shown(found)}, expected an object")
     if found.get("peft_type") != "NTK_ATTENTION":
         raise AdapterError(f"{path}: peft_type is {shown(found.get('peft_type'))}, expected 'NTK_ATTENTION'")
+    check_format(path, found)
     if unknown := sorted(set(found) - fields):
         names = ", ".join(shown(name) for name in unknown[:5])
         raise AdapterError(f"{path}: unknown fields {names}: was the adapter made by a newer version?")
     return found
+
+
+def check_format(path: Path, found: Mapping[str, Any]) -> None:
+    """There is one format: files of another are made anew, not guessed at.
+
+    Raises:
+        AdapterError: if the number is missing or another.
+    """
+    version = found.get("format_version")
+    if type(version) is int and version == FORMAT_VERSION:
+        return
+    number = f"format_version is {shown(version)}" if "format_version" in found else "there is no format_version"
+    raise AdapterError(
+        f"{path}: {number}, expected {FORMAT_VERSION}: the adapter was saved by another version of ntk-attention; save "
+        "it again with this one, or load it with that one"
+    )
 
 
 def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

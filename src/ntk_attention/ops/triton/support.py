@@ -17,6 +17,8 @@ try:
 except (ImportError, AttributeError):  # Gluon, which changes from version to version
     forward_sm90 = None  # type: ignore[assignment]
 
+__all__ = ["INTERPRETED", "covers", "covers_random", "covers_sm90", "forward_sm90", "properties", "triton"]
+
 MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 128}
 MAX_RANDOM_FEATURES = 512
 MAX_DECODE_ROWS = 64  # query heads of one KV head times query length

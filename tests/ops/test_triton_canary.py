@@ -1,0 +1,81 @@
+"""What the launches use of Triton without a promise: that a descriptor filled by hand is one that Triton makes.
+
+`launch.py` goes around the constructors of tensor descriptors, whose checks cost more than a short kernel, and
+`forward_sm90.py` takes names of Gluon, which is experimental. When one of these tests fails, Triton has changed, and
+its message names the place to change. They need no GPU.
+"""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+from ntk_attention.ops.triton import launch
+
+pytestmark = pytest.mark.skipif(launch.triton is None, reason="needs Triton")
+BLOCK = (1, 1, 16, 64)
+
+
+def x() -> torch.Tensor:
+    return torch.zeros(1, 2, 32, 64, dtype=torch.bfloat16)
+
+
+def gluon():
+    """The module of the kernel for Hopper, imported so that a name that is gone is seen."""
+    try:
+        return importlib.import_module("ntk_attention.ops.triton.forward_sm90")
+    except (ImportError, AttributeError) as error:
+        pytest.fail(f"Triton {launch.triton.__version__} lacks a name that forward_sm90.py uses: {error}")
+
+
+def compare(ours, theirs, place):
+    """Every attribute that Triton's constructor leaves is there in ours, and equal."""
+    version = f"Triton {launch.triton.__version__}"
+    kind = type(theirs)
+    assert hasattr(theirs, "__dict__"), f"{version}: {kind} has slots, {place} fills __dict__"
+    assert type(ours) is kind
+    fields = {f.name for f in dataclasses.fields(theirs)} if dataclasses.is_dataclass(theirs) else set()
+    for name in sorted(fields | set(vars(theirs))):
+        assert hasattr(ours, name), f"{version}: its constructor of {kind} makes {name!r}, {place} does not"
+        mine, given = getattr(ours, name), getattr(theirs, name)
+        same = mine is given if name == "base" else mine == given
+        assert same, f"{version}: {name} of {kind} is {given!r}, {place} makes {mine!r}"
+    unknown = set(vars(ours)) - set(vars(theirs))
+    assert not unknown, f"{version}: {kind} has no {sorted(unknown)}, which {place} fills"
+
+
+def test_descriptor():
+    tensor = x()
+    theirs = launch.TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(BLOCK))
+    compare(launch._descriptor(tensor, 16), theirs, "launch._descriptor")
+
+
+def test_gluon_descriptor():
+    module, tensor = gluon(), x()
+    layout = module.shared_layout(BLOCK)
+    theirs = module.TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(BLOCK), layout)
+    compare(launch._gluon_descriptor(tensor, BLOCK), theirs, "launch._gluon_descriptor")
+
+
+def test_gluon_names():
+    """Names that another version may lack would switch the kernel off without a word: `launch.py` does without it."""
+    assert launch.forward_sm90 is gluon()
+
+
+def test_a_change_is_seen():
+    """A field more, a value that is another, a field less: the comparison must not pass by itself."""
+    tensor = x()
+    theirs = launch.TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(BLOCK))
+    for change, message in (
+        ({"origin": 0}, "makes 'origin', the test does not"),
+        ({"block_shape": [1, 1, 32, 64]}, "block_shape of .* is .*32"),
+    ):
+        changed = launch.TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(BLOCK))
+        changed.__dict__.update(change)
+        with pytest.raises(AssertionError, match=message):
+            compare(launch._descriptor(tensor, 16), changed, "the test")
+    ours = launch._descriptor(tensor, 16)
+    ours.__dict__["gone"] = 0
+    with pytest.raises(AssertionError, match=r"has no \['gone'\]"):
+        compare(ours, theirs, "the test")
