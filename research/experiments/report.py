@@ -12,7 +12,7 @@ from .registry import registry
 from .statistics import Result, collect
 
 ABOUT = (
-    "Made by `python -m experiments report` from `rows.jsonl` beside this file; `python -m experiments run TASK "
+    "Made by `python -m research report` from `rows.jsonl` beside this file; `python -m research run TASK "
     "--method METHOD` runs what is missing of a cell. Every method tries at least four learning rates on a log grid, "
     "and more where the best one is at an end of it; the rate is chosen on validation data with seeds of its own. "
     "Then other seeds train at that rate, and only these see the test data. All methods of a task have the same "

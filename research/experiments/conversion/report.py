@@ -17,9 +17,9 @@ from research.recording import Row, read, table
 COLOURS = ("#1f4e79", "#c0392b", "#2e8b57", "#b8860b", "#7d3c98", "#5d9bd1", "#333333")
 HEAD = """# Prefixes that exist become states
 
-Made by `python -m experiments.conversion report` from the JSON lines beside this file, which
-`python -m experiments.conversion accuracy|documents|prefix-tuning` writes. What is measured, and how, stands in
-`experiments/conversion`; the derivation of the bound and what the tables mean in
+Made by `python -m research conversion report` from the JSON lines beside this file, which
+`python -m research conversion accuracy|documents|prefix-tuning` writes. What is measured, and how, stands in
+`research/experiments/conversion`; the derivation of the bound and what the tables mean in
 [docs/conversion.md](../../docs/conversion.md).
 """
 

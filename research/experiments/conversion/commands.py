@@ -1,4 +1,4 @@
-"""The command line: accuracy, documents, prefix-tuning, report."""
+"""The commands `conversion accuracy`, `documents`, `prefix-tuning` and `report`."""
 
 from __future__ import annotations
 
@@ -120,7 +120,3 @@ def chosen_from(names: str, separator: str, known: dict) -> list[str]:
     if unknown:
         raise typer.BadParameter(f"unknown {unknown[0]!r}: expected some of {list(known)}")
     return chosen
-
-
-if __name__ == "__main__":
-    app()
