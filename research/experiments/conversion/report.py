@@ -214,7 +214,7 @@ def prefix_tuning(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
 
     def cell(m: int, way: str) -> str:
         row = found.get((0 if way == "base" else m, way))
-        return f"{row['exact_match']:.1%}, {row['loss']:.3f}" if row else ""
+        return f"{row['final_number']:.1%}, {row['loss']:.3f}" if row else ""
 
     text = [
         f"{first['task']}, {first['held_out']} held-out items: right final numbers and loss in nats per token. Prefix "
