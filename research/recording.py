@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]  # of the repository
 
 Row = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Adapter folders of a stranger: mutated configurations and weights, loaded into a tiny model.
+"""Untrusted adapters: mutated configurations and weights, loaded into a tiny model.
 
     python -m tests.fuzz --inputs 100000 --seed 0
 

@@ -138,7 +138,7 @@ def start(way: str, folder: Path, device: str) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", *WAYS[way], "benchmarks.processes", way, str(folder)]
+    command = [sys.executable, "-m", *WAYS[way], "research.benchmarks.processes", way, str(folder)]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as run:

@@ -12,9 +12,9 @@ from .tables import TABLES
 
 HEAD = """# Benchmarks
 
-Made by `python -m benchmarks report` from the JSON lines beside this file. `python -m benchmarks NAME` measures what is
-missing for the current commit and hardware. Times are medians; methods in one row of a table ran interleaved unless
-the benchmark says otherwise. What is measured, and how, stands in `benchmarks/NAME.py`.
+Made by `python -m research bench report` from the JSON lines beside this file. `python -m research bench NAME` measures
+what is missing for the current commit and hardware. Times are medians; methods in one row of a table ran interleaved
+unless the benchmark says otherwise. What is measured, and how, stands in `research/benchmarks/NAME.py`.
 """
 
 

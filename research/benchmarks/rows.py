@@ -12,7 +12,7 @@ from research.recording import Row, append, commit, hardware, read, versions
 
 from .timing import Result
 
-SOURCES = ("src", "benchmarks")
+SOURCES = ("src", "research/benchmarks")
 SEED = 0
 
 

@@ -1,4 +1,4 @@
-"""Models and data that need no hub: made once by `python -m experiments prepare`, then read from one folder.
+"""Models and data that need no hub: made once by `python -m research prepare`, then read from one folder.
 
 The folder is NTK_ASSETS, or `.assets` of the repository. It holds models/NAME (a transformers model, or one GGUF file)
 and data/NAME/SPLIT.jsonl (or SPLIT.npz for pictures). Nothing in it is redistributed.
@@ -38,6 +38,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ntk_attention.cli.data import Item, chain_sum, gsm_symbolic_worked
+from research.recording import ROOT
 
 SPLITS = ("train", "validation", "test")
 SECTIONS = (
@@ -50,7 +51,7 @@ Rows = list[dict[str, Any]]
 
 
 def folder() -> Path:
-    return Path(os.environ.get("NTK_ASSETS", Path(__file__).parent.parent / ".assets"))
+    return Path(os.environ.get("NTK_ASSETS", ROOT / ".assets"))
 
 
 def model_folder(name: str) -> Path:
@@ -66,7 +67,7 @@ def split_file(name: str, split: str, suffix: str = "jsonl") -> Path:
 def present(path: Path, what: str) -> Path:
     if not path.exists():
         raise ValueError(
-            f"the {what} is not at {path}: run `python -m experiments prepare` (pictures: and then `pretrain`), or "
+            f"the {what} is not at {path}: run `python -m research prepare` (pictures: and then `pretrain`), or "
             "point NTK_ASSETS to a folder that has it"
         )
     return path

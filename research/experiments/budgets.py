@@ -32,10 +32,10 @@ def ours(model: nn.Module, *, heads: str = "query", size: float = 1.0) -> int:
 
 
 def divided(geometry: Geometry, size: float, part: float) -> tuple[int | None, int | None]:
-    """Ranks of Z and of a feed-forward block that share `size` times the numbers of a full Z; None: full, and none.
+    """Ranks of Z and of a feed-forward block that share `size` times the parameters of a full Z; None: full, and none.
 
     Args:
-        part: of the numbers, in attention; what does not fit into a full Z goes to the block.
+        part: of the parameters, in attention; what does not fit into a full Z goes to the block.
     """
     in_attention = min(1.0, part * size)
     rank = None if in_attention == 1 else max(1, round(in_attention * geometry.head_dim / 2))
@@ -44,7 +44,7 @@ def divided(geometry: Geometry, size: float, part: float) -> tuple[int | None, i
 
 
 def prefix_length(model: nn.Module, budget: int) -> int:
-    """m, with 2 m d numbers per KV head."""
+    """m, with 2 m d parameters per KV head."""
     per_token = sum(g.num_kv_heads * (g.head_dim + g.value_dim) for g in geometries(model))
     return max(1, round(budget / per_token))
 

@@ -1,7 +1,7 @@
 """A small ViT that is really pretrained: on five classes of Fashion-MNIST, each turned four ways (20 classes).
 
 The turns make a task of five easy classes from which general features are learned; the other five classes are never
-seen. `python -m experiments pretrain` writes the model, its head and a record of the run to the assets.
+seen. `python -m research pretrain` writes the model, its head and a record of the run to the assets.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def pretrain(device: str, steps: int = STEPS, progress: Callable[[int, float], N
         "seconds": round(time.time() - started, 1),
         "hardware": hardware(device),
         "versions": versions(),
-        "commit": commit("src", "experiments"),
+        "commit": commit("src", "research/experiments"),
     }
     save(model, record)
     return record

@@ -12,7 +12,7 @@ from .registry import registry
 from .statistics import Result, collect
 
 ABOUT = (
-    "Made by `python -m experiments report` from `rows.jsonl` beside this file; `python -m experiments run TASK "
+    "Made by `python -m research report` from `rows.jsonl` beside this file; `python -m research run TASK "
     "--method METHOD` runs what is missing of a cell. Every method tries at least four learning rates on a log grid, "
     "and more where the best one is at an end of it; the rate is chosen on validation data with seeds of its own. "
     "Then other seeds train at that rate, and only these see the test data. All methods of a task have the same "
@@ -21,8 +21,8 @@ ABOUT = (
 )
 LEGEND = (
     "Test: mean and standard deviation over the seeds. Trainable: without the head of a new classifier, which is the "
-    "same for all; = marks sizes within 5 % of ours. Seeds: with 2 rates, an earlier choice, by fewer seeds, "
-    "had been tested too; the last choice counts. Rate: ↑ or ↓ if it is the largest or the smallest that was tried. "
+    "same for all; = marks sizes within 5 % of ours. Seeds: with 2 rates, test data have been seen at two; "
+    "the one that is best on validation data counts. Rate: ↑ or ↓ if it is the largest or the smallest that was tried. "
     "Forgetting: the loss that the base model was pretrained for, on unrelated data, after minus before; ≠ marks what "
     "was measured, with some seeds or all, on other passages than ours. Step: median of the time of one step, alone "
     "on the device. Memory: allocated at the peak of training, weights included. File: the adapter as safetensors."
@@ -89,5 +89,7 @@ def compose(results: dict[str, dict[str, Result]], rows: list[Row], folder: Path
     if ablations := tables.ablations(results):
         blocks += [Heading("Ablations"), Text("Parts of ours, taken away or changed, one at a time."), *ablations]
     blocks += figure("curves", figures.curves, "Training loss, mean over the seeds.")
-    blocks += [Heading("How it was made"), *tables.provenance(rows)]
+    commits = len({row["commit"] for row in rows})
+    several = [Text(f"The rows are of {commits} commits.")] if commits > 1 else []
+    blocks += [Heading("How it was made"), *several, *tables.provenance(rows)]
     return blocks, pictures

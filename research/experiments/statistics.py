@@ -102,7 +102,7 @@ def collect(rows: Iterable[Row], tasks: dict[str, Task]) -> dict[str, dict[str, 
             result.timed = row
     for row in latest.values():
         result_ = found.get(row["task"], {}).get(row["method"])
-        if row["stage"] != "final" or result_ is None:
+        if row["stage"] != "final" or result_ is None or row["seed"] not in result_.task.final_seeds:
             continue
         if "test" in row:
             result_.tested.add(row["learning_rate"])

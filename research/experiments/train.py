@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -19,9 +19,10 @@ from research.recording import Row
 from . import assets
 from .methods import METHODS, Context
 from .steps import training_on
-from .tasks import Base, Score, Task
+from .tasks import Base, Batch, Score, Task
 
 HEAD_RATE = 5e-3  # of a new classifier, whatever the method's rate is; the method "head" tunes it
+STAGES = ("select", "final", "time")
 CURVE_POINTS = 50
 TIMED_STEPS = 40
 CHECK_EVERY = 50  # steps between looks at whether the loss is finite
@@ -32,41 +33,80 @@ class Cell:
     """What is run once.
 
     Args:
-        stage: "select" scores on validation data only; "final" on test data as well; "time" is a few steps, alone.
+        stage: of STAGES; "select" scores on validation data only, "final" on test data as well, "time" is a few
+            steps, alone.
     """
 
     task: str
     method: str
     learning_rate: float
     seed: int
-    stage: Literal["select", "final", "time"]
+    stage: str
 
 
 def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
     """Everything that a row holds but where it was made. A loss that is not finite becomes the row's error."""
-    method = METHODS[cell.method]
     started = time.perf_counter()
     torch.manual_seed(cell.seed)
     torch.set_float32_matmul_precision("high")
-    if device == "cuda":
-        torch.cuda.synchronize()
-        gc.collect()  # what the cell before has left would be counted as held, and be gone in the peak
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
-        held_before = torch.cuda.memory_allocated()
-
-    examples = cached_examples(task, base, "train", cell.seed)
-    order = training_order(len(examples), task.steps * task.batch_size, cell.seed)
-    chosen = [order[i : i + task.batch_size] for i in range(0, len(order), task.batch_size)]
-    first = [task.batch(base, [examples[i] for i in part]) for part in chosen[: task.calibration_batches]]
-
+    held_before = clean_memory(device)
+    data = TrainingData(task, base, cell.seed)
+    first = [data.batch(i) for i in range(min(task.calibration_batches, len(data)))]
     model = task.fresh(base, cell.seed)
     with precision(task, device):
         unrelated_before = task.unrelated_loss(base, model) if cell.stage == "final" else None
-    model = method.build(model, Context(task, base, first)).to(device)
+    model = METHODS[cell.method].build(model, Context(task, base, first)).to(device)
+    row: Row = {**asdict(cell), **sizes(model, task, base)}
+
+    steps = TIMED_STEPS if cell.stage == "time" else task.steps
+    losses, times, row["training_seconds"] = train(model, data, cell, steps, device)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # recorded steps hold much memory, which other processes on the GPU can use
+    if cell.stage == "time":
+        row["step_milliseconds"] = round(1e3 * sorted(times[steps // 4 :])[len(times[steps // 4 :]) // 2], 3)
+    row["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - held_before if device == "cuda" else None
+    row["curve"] = thinned(losses)
+    if not all(torch.isfinite(torch.tensor(losses))):
+        row["error"] = f"the loss is not finite at step {len(losses)} of {steps}"
+    elif cell.stage != "time":
+        with precision(task, device):
+            row |= scores(cell, task, base, model, unrelated_before)
+    row["seconds"] = round(time.perf_counter() - started, 2)
+    return row
+
+
+def clean_memory(device: str) -> int:
+    """Bytes that are held on the GPU; what the cell before has left would be counted, and be gone in the peak."""
+    if device != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+
+
+class TrainingData:
+    """The batches of a cell in order, the same for every method."""
+
+    def __init__(self, task: Task, base: Base, seed: int):
+        self.task, self.base = task, base
+        self.examples = cached_examples(task, base, "train", seed)
+        order = training_order(len(self.examples), task.steps * task.batch_size, seed)
+        self.chosen = [order[i : i + task.batch_size] for i in range(0, len(order), task.batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def batch(self, step: int) -> Batch:
+        """Of a step; from the front again after the last one."""
+        return self.task.batch(self.base, [self.examples[i] for i in self.chosen[step % len(self)]])
+
+
+def sizes(model: nn.Module, task: Task, base: Base) -> Row:
+    """What is trained, and on what."""
     adapter, head = trainable(model)
-    row: Row = {
-        **asdict(cell),
+    return {
         "steps": task.steps,
         "batch_size": task.batch_size,
         "data_digest": assets.digest(task.data),
@@ -75,50 +115,45 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
         "adapter_bytes": adapter_bytes(model, base),
     }
 
+
+def train(
+    model: nn.Module, data: TrainingData, cell: Cell, steps: int, device: str
+) -> tuple[list[float], list[float], float]:
+    """The loss and the seconds of every step, and the seconds of all; it ends early if a loss is not finite."""
+    adapter, head = trainable(model)
     groups = [{"params": adapter, "lr": cell.learning_rate}, {"params": head, "lr": HEAD_RATE}]
     if not adapter:
         groups[1]["lr"] = cell.learning_rate
-    groups = [group for group in groups if group["params"]]
-    steps = TIMED_STEPS if cell.stage == "time" else task.steps
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of training alone, without calibration and scoring
-    training = training_on(device)(model, groups, steps, lambda: precision(task, device))
+    wanted = [group for group in groups if group["params"]]
+    training = training_on(device)(model, wanted, steps, lambda: precision(data.task, device))
     losses: list[Tensor] = []
     times: list[float] = []
     model.train()
-    trained_from = time.perf_counter()
+    started = time.perf_counter()
     for step in range(steps):
-        batch = task.batch(base, [examples[i] for i in chosen[step % len(chosen)]])
+        batch = data.batch(step)
         begun = clock(device, cell.stage == "time")
         losses.append(training.step(batch))
         times.append(clock(device, cell.stage == "time") - begun)
         if step % CHECK_EVERY == 0 and not torch.isfinite(losses[-1]):
             break
     curve = torch.stack(losses).float().tolist()  # waits for the device
-    row["training_seconds"] = round(time.perf_counter() - trained_from, 2)
-    del training  # recorded steps hold much memory, which other processes on the GPU can use during the scoring
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    if cell.stage == "time":
-        row["step_milliseconds"] = round(1e3 * sorted(times[steps // 4 :])[len(times[steps // 4 :]) // 2], 3)
-    row["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - held_before if device == "cuda" else None
-    row["curve"] = thinned(curve)
-    if not all(torch.isfinite(torch.tensor(curve))):
-        row["error"] = f"the loss is not finite at step {len(curve)} of {steps}"
-    elif cell.stage != "time":
-        with precision(task, device):
-            valid = task.score(base, model, cached_examples(task, base, "validation", cell.seed), with_answers=False)
-            row["validation"] = figures(valid)
-            if cell.stage == "final":  # the only place that sees test data
-                test = task.score(base, model, cached_examples(task, base, "test", cell.seed), with_answers=True)
-                row["test"] = figures(test)
-                row["test_correct"] = packed(test.correct)
-                if unrelated_before is not None:
-                    unrelated_after = task.unrelated_loss(base, model)
-                    assert unrelated_after is not None
-                    row["unrelated_loss_before"] = unrelated_before
-                    row["forgetting"] = unrelated_after - unrelated_before
-    row["seconds"] = round(time.perf_counter() - started, 2)
+    return curve, times, round(time.perf_counter() - started, 2)
+
+
+def scores(cell: Cell, task: Task, base: Base, model: nn.Module, unrelated_before: float | None) -> Row:
+    """On validation data; of a final run also on test data, and what it forgot."""
+    valid = task.score(base, model, cached_examples(task, base, "validation", cell.seed), with_answers=False)
+    if cell.stage != "final":
+        return {"validation": figures(valid)}
+    test = task.score(base, model, cached_examples(task, base, "test", cell.seed), with_answers=True)
+    row: Row = {"validation": figures(valid), "test": figures(test), "test_correct": packed(test.correct)}
+    if unrelated_before is not None:
+        unrelated_after = task.unrelated_loss(base, model)
+        assert unrelated_after is not None
+        row |= {"unrelated_loss_before": unrelated_before, "forgetting": unrelated_after - unrelated_before}
     return row
 
 

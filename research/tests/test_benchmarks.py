@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from typer.testing import CliRunner
 
-from research.benchmarks.__main__ import app
+from research.__main__ import app
 from research.benchmarks.attention import lower_bounds
 from research.benchmarks.grouping import fastest, median
 from research.benchmarks.models import TINY, llama
@@ -26,7 +26,7 @@ FIELDS = {"benchmark", "method", "sizes", "clock", "hardware", "versions", "comm
 
 
 def command(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from research.experiments.conversion import methods
-from research.experiments.conversion.__main__ import app
+from research.experiments.conversion.commands import app
 from research.experiments.conversion.methods import METHODS
 from research.experiments.conversion.texts import TEXTS
 from research.recording import read

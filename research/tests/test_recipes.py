@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import AutoTokenizer, ViTConfig, ViTModel
 from typer.testing import CliRunner
 
+from research.__main__ import app
 from research.experiments import assets, recipes
-from research.experiments.__main__ import app
 from research.experiments.language import as_item, encoded
 from research.experiments.registry import registry
 from research.experiments.runner import Worker

@@ -1,6 +1,6 @@
 """A training run that is killed again and again must end as the run that is not.
 
-    python -m tests.kills --kills 30 --seed 0
+    python -m tests.cli.kills --kills 30 --seed 0
 
 One undisturbed run, then runs with `resume` that get SIGKILL at random moments, from the first write to the last. After
 the kills the last run ends by itself. Compared are all figures of the record, the whole loss curve bit by bit, and the

@@ -1,6 +1,6 @@
 """Fine-tune a tiny model in several processes: what `accelerate launch` starts in test_processes.py.
 
-    accelerate launch --num_processes 2 -m tests.processes OUT MODEL DATA
+    accelerate launch --num_processes 2 -m tests.cli.processes OUT MODEL DATA
 
 In float32, so that runs agree to its rounding.
 """

@@ -52,7 +52,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(model_folder, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("alone") / "out"
-    start("-m", "tests.processes", output, model_folder, data)
+    start("-m", "tests.cli.processes", output, model_folder, data)
     return output
 
 
@@ -71,7 +71,7 @@ def test_two_processes_against_one(kind, alone, model_folder, data, tmp_path):
     if kind == ZERO3 and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     output = tmp_path / "out"
-    command = [*LAUNCH, *kind, "-m", "tests.processes"]
+    command = [*LAUNCH, *kind, "-m", "tests.cli.processes"]
     if kind != ["--multi_gpu"]:  # stopped before step 8, and resumed from its shards
         start(*command, output, model_folder, data, 7, status=3)
         assert (output / CHECKPOINTS / "checkpoint-7").is_dir()

@@ -167,9 +167,9 @@ def test_a_half_written_checkpoint_is_skipped(settings, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_and_resumed():
-    """Four kills; `python -m tests.kills` makes thirty."""
+    """Four kills; `python -m tests.cli.kills` makes thirty."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kills", "--kills", "4", "--seed", "3"]
+    command = [sys.executable, "-m", "tests.cli.kills", "--kills", "4", "--seed", "3"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "every end bit-equal" in result.stdout

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,73 +15,63 @@ import torch
 from ntk_attention.cli.evaluation import fidelity
 from ntk_attention.cli.models import load_model
 
-from .methods import METHODS, Job, Kept, synchronize
+from .methods import METHODS, Job, Kept, Setting, synchronize
 from .rows import Rows
 from .texts import Document, load_document, questions, score, text_of
 
 DECODED = 16
 
 
-def run(
-    out: Path,
-    work: Path,
-    texts: Sequence[str],
-    methods: Sequence[str],
-    *,
-    model: str,
-    held_out: int,
-    limit: int,
-    steps: int,
-    rows: int,
-    length: int,
-    batch_size: int,
-    source: str,
-    rates: dict[str, float],
-    seed: int,
-) -> None:
+def run(out: Path, work: Path, texts: Sequence[str], methods: Sequence[str], setting: Setting) -> None:
     """One row per text and method; those that stand in the folder are skipped, calibration texts are kept in `work`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     written = Rows(out / "documents.jsonl")
-    sizes = {"held_out": held_out, "limit": limit, "steps": steps, "rows": rows, "length": length,
-             "batch_size": batch_size, "source": source, "rates": rates, "seed": seed, "model": model}  # fmt: skip
-    base: Any = None
+    loaded: Any = None
     for text in texts:
-        named = {"text": Path(text).stem, **sizes}
+        named = {"text": Path(text).stem, **asdict(setting)}
         missing = [name for name in methods if not written.has({"method": name, **named})]
         if not missing:
             continue
-        if base is None:
-            base, tokenizer = load_model(model)
-            base.to(device).eval().requires_grad_(False)
-        document = load_document(text, tokenizer, held_out, limit, seed)
-        job = Job(base, tokenizer, document.tokens, steps, rows, length, batch_size, source, rates, seed, work)
-        digest = hashlib.sha256(text_of(text).encode()).hexdigest()[:16]
-        identity = {"tokens": len(document.tokens), "sha256": digest}
+        loaded = loaded or load(setting.model)
+        document = load_document(text, loaded[1], setting.held_out, setting.limit, setting.seed)
+        job = Job(*loaded, document.tokens, setting, work)
+        named["tokens"] = len(document.tokens)
+        named["sha256"] = hashlib.sha256(text_of(text).encode()).hexdigest()[:16]
         _ = job.targets, job.budget  # made before any method has the model
         full = METHODS["full cache"](job)
-        expected = measure(full, document, tokenizer, None)["logits"]
+        expected = measure(full, document, job.tokenizer, None)["logits"]
         full.model.unload()
-        shared = {"study_seconds": job.studied["seconds"], "budget_tokens": job.budget}
+        named |= {"study_seconds": job.studied["seconds"], "budget_tokens": job.budget}
         for name in missing:
-            started = time.time()
-            try:
-                kept = METHODS[name](job)
-            except ValueError as error:  # sums that are no state, a divergence that is NaN
-                job.strip()
-                written.add({"method": name, **named, **identity, **shared, "error": str(error)})
-                continue
-            synchronize()
-            seconds = time.time() - started
-            try:
-                figures = measure(kept, document, tokenizer, expected)
-                figures.pop("logits")
-                figures |= {"numbers": kept.numbers, "bytes": 2 * kept.numbers, "made_in_seconds": round(seconds, 2)}
-                figures["prefill_seconds"] = round(job.prefill_seconds, 3)
-                if kept.curve:
-                    figures["kl_curve"] = [round(x, 4) for x in kept.curve[:: max(1, len(kept.curve) // 20)]]
-            finally:
-                kept.model.unload()
-            written.add({"method": name, **named, **identity, **shared, **figures})
+            written.add({"method": name, **named, **result(name, job, document, expected)})
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """A frozen model and its tokenizer."""
+    base, tokenizer = load_model(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return base.to(device).eval().requires_grad_(False), tokenizer
+
+
+def result(name: str, job: Job, document: Document, expected: torch.Tensor) -> dict[str, Any]:
+    """Of one method: its figures, or the error that it ends with. The model is as it was afterwards."""
+    started = time.time()
+    try:
+        kept = METHODS[name](job)
+    except ValueError as error:  # sums that are no state, a divergence that is NaN
+        job.strip()
+        return {"error": str(error)}
+    synchronize()
+    seconds = time.time() - started
+    try:
+        figures = measure(kept, document, job.tokenizer, expected)
+        figures.pop("logits")
+        figures |= {"numbers": kept.numbers, "bytes": 2 * kept.numbers, "made_in_seconds": round(seconds, 2)}
+        figures["prefill_seconds"] = round(job.prefill_seconds, 3)
+        if kept.curve:
+            figures["kl_curve"] = [round(x, 4) for x in kept.curve[:: max(1, len(kept.curve) // 20)]]
+    finally:
+        kept.model.unload()
+    return figures
 
 
 @torch.no_grad()

@@ -30,6 +30,33 @@ from ntk_attention.tuner.routing import CHILD, detach
 from .shortened import shorten
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a row depends on beside its document and its method.
+
+    Args:
+        model: a name or a folder.
+        held_out: tokens of the continuation.
+        limit: of the tokens of a document, before the needles.
+        steps: of distillation.
+        rows, length, source: of the calibration text.
+        batch_size: rows of a step.
+        rates: learning rates of states and of caches.
+        seed: of the needles, the calibration text and the methods.
+    """
+
+    model: str
+    held_out: int
+    limit: int
+    steps: int
+    rows: int
+    length: int
+    batch_size: int
+    source: str
+    rates: dict[str, float]
+    seed: int
+
+
 @dataclass
 class Job:
     """A document and what every method may use of it."""
@@ -37,13 +64,7 @@ class Job:
     base: Any
     tokenizer: Any
     document: Tensor
-    steps: int
-    rows: int
-    length: int
-    batch_size: int
-    source: str  # of the calibration text
-    rates: dict[str, float]  # learning rates of states and of caches
-    seed: int
+    setting: Setting
     work: Path  # where the calibration text is kept
     prefill_seconds: float = 0.0
 
@@ -59,8 +80,12 @@ class Job:
     @cached_property
     def studied(self) -> dict[str, Any]:
         """The calibration text and the seconds that it took; kept in the work folder."""
-        options: dict[str, Any] = {"rows": self.rows, "length": self.length, "batch_size": self.batch_size}
-        options |= {"seed": self.seed, "source": self.source}
+        options: dict[str, Any] = {
+            "rows": self.setting.rows,
+            "length": self.setting.length,
+            "batch_size": self.setting.batch_size,
+        }
+        options |= {"seed": self.setting.seed, "source": self.setting.source}
         name = json.dumps([self.base.config.name_or_path.split("/")[-1], self.document.tolist(), options])
         path = self.work / f"calibration-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
         if not path.exists():
@@ -93,7 +118,7 @@ class Job:
             model.unload()
 
     def adapt(self, **options: Any) -> Any:
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.setting.seed)
         return get_peft_model(self.base, NTKAttentionConfig(task_type="CAUSAL_LM", **options).for_given_prefix()).eval()
 
     def strip(self) -> None:
@@ -177,7 +202,7 @@ def train_cache(job: Job, model: Any, start: Mapping[str, LayerPrefix]) -> Kept:
     parameters = [x for tokens in trained.values() for x in tokens if x is not None]
     layers = adapted_layers(model)
     with exact_prefix(layers, trained, resting=layers):
-        curve = match(model, job.batches, job.targets, parameters, job.steps, job.rates["cache"])
+        curve = match(model, job.batches, job.targets, parameters, job.setting.steps, job.setting.rates["cache"])
     done = {name: LayerPrefix(*(None if x is None else x.detach() for x in t)) for name, t in trained.items()}
     return Kept(model, done, curve=curve)
 
@@ -201,7 +226,12 @@ def distilled(job: Job, model: Any, named: Mapping, kept: Mapping, learned: bool
     if learned:
         for layer in adapted_layers(model).values():
             layer["default"].feature_map.projection.requires_grad_(True)
-    options = {"steps": job.steps, "learning_rate": job.rates["state"], "kept": kept, "targets": job.targets}
+    options = {
+        "steps": job.setting.steps,
+        "learning_rate": job.setting.rates["state"],
+        "kept": kept,
+        "targets": job.targets,
+    }
     return Kept(model, kept, rests=False, curve=distill(model, named, job.batches, **options))
 
 

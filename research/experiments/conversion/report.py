@@ -17,9 +17,9 @@ from research.recording import Row, read, table
 COLOURS = ("#1f4e79", "#c0392b", "#2e8b57", "#b8860b", "#7d3c98", "#5d9bd1", "#333333")
 HEAD = """# Prefixes that exist become states
 
-Made by `python -m experiments.conversion report` from the JSON lines beside this file, which
-`python -m experiments.conversion accuracy|documents|prefix-tuning` writes. What is measured, and how, stands in
-`experiments/conversion`; the derivation of the bound and what the tables mean in
+Made by `python -m research conversion report` from the JSON lines beside this file, which
+`python -m research conversion accuracy|documents|prefix-tuning` writes. What is measured, and how, stands in
+`research/experiments/conversion`; the derivation of the bound and what the tables mean in
 [docs/conversion.md](../../docs/conversion.md).
 """
 
@@ -214,7 +214,7 @@ def prefix_tuning(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
 
     def cell(m: int, way: str) -> str:
         row = found.get((0 if way == "base" else m, way))
-        return f"{row['exact_match']:.1%}, {row['loss']:.3f}" if row else ""
+        return f"{row['final_number']:.1%}, {row['loss']:.3f}" if row else ""
 
     text = [
         f"{first['task']}, {first['held_out']} held-out items: right final numbers and loss in nats per token. Prefix "

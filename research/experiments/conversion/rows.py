@@ -15,7 +15,11 @@ class Rows:
         self.path = path
         self.rows = read(path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.made = {"hardware": hardware(device), "versions": versions(), "commit": commit("src", "experiments")}
+        self.made = {
+            "hardware": hardware(device),
+            "versions": versions(),
+            "commit": commit("src", "research/experiments"),
+        }
 
     def has(self, wanted: dict[str, Any]) -> bool:
         wanted = {**wanted, "hardware": self.made["hardware"]}

@@ -1,4 +1,4 @@
-"""The command line: accuracy, documents, prefix-tuning, report."""
+"""The commands `conversion accuracy`, `documents`, `prefix-tuning` and `report`."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def documents(
 ) -> None:
     """What is lost when a document's KV cache makes room for something small."""
     from .documents import run
-    from .methods import METHODS
+    from .methods import METHODS, Setting
     from .texts import TEXTS
 
     files = {name: None for name in texts.split(",") if Path(name).is_file()}
     chosen = chosen_from(texts, ",", {**TEXTS, **files}), chosen_from(methods, ";", METHODS)
-    sizes = {"held_out": held_out, "limit": limit, "steps": steps, "rows": rows, "length": length}
     if source not in SOURCES:
         raise typer.BadParameter(f"unknown source {source!r}: expected one of {SOURCES}")
     rates = {"state": state_rate, "cache": cache_rate}
-    run(out, work, *chosen, model=model, batch_size=batch_size, seed=seed, rates=rates, source=source, **sizes)
+    setting = Setting(model, held_out, limit, steps, rows, length, batch_size, source, rates, seed)
+    run(out, work, *chosen, setting)
 
 
 @app.command()
@@ -87,23 +87,12 @@ def prefix_tuning(
     seed: int = 0,
 ) -> None:
     """Prefix-tuning adapters, trained and converted."""
-    from .prefix_tuning import run
+    from .prefix_tuning import Setting, run
 
-    run(
-        out,
-        work,
-        [int(m) for m in tokens.split(",")],
-        model=model,
-        task=task,
-        train_steps=train_steps,
-        batch_size=batch_size,
-        train_rates=[float(rate) for rate in train_rates.split(",")],
-        calibration_batches=calibration_batches,
-        steps=steps,
-        learning_rate=learning_rate,
-        held_out=held_out,
-        seed=seed,
-    )
+    rates = tuple(float(rate) for rate in train_rates.split(","))
+    training = model, task, train_steps, batch_size, rates
+    setting = Setting(*training, calibration_batches, steps, learning_rate, held_out, seed)
+    run(out, work, [int(m) for m in tokens.split(",")], setting)
 
 
 @app.command()
@@ -120,7 +109,3 @@ def chosen_from(names: str, separator: str, known: dict) -> list[str]:
     if unknown:
         raise typer.BadParameter(f"unknown {unknown[0]!r}: expected some of {list(known)}")
     return chosen
-
-
-if __name__ == "__main__":
-    app()

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks."""
+"""The command `bench`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ from rich.table import Table
 from .registry import BENCHMARKS
 from .rows import Recorder
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False)
 RESULTS, TINY_RESULTS = Path("results/benchmarks"), Path("runs/benchmarks-tiny")
 
 
-@app.command(no_args_is_help=True)
-def main(
+def bench(
     names: Annotated[list[str], typer.Argument(help="Benchmarks to run; or `list`, or `report`.", metavar="NAME...")],
     out: Annotated[Path | None, typer.Option(help=f"Folder of rows and report; {RESULTS}, or {TINY_RESULTS}.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Tiny sizes, which test the code.")] = False,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; a GPU where there is one.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure again what has a row already.")] = False,
 ) -> None:
-    """Run benchmarks, one row of JSON per measurement; a run that was killed goes on where it stopped."""
+    """Measure speed and memory, one row of JSON per measurement; a run that was killed goes on where it stopped."""
     out = out or (TINY_RESULTS if tiny else RESULTS)
     if names == ["list"]:
         table = Table("name", "what it measures")
@@ -69,7 +67,3 @@ def run(names: list[str], out: Path, tiny: bool, device: str, again: bool) -> No
                 case.run(recorder, target)
                 progress.advance(task)
             progress.update(task, case=str(recorder.path))
-
-
-if __name__ == "__main__":
-    app()

@@ -1,7 +1,8 @@
-"""The command line of the comparison."""
+"""The commands of the comparison."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -23,12 +24,15 @@ from . import assets, recipes
 from .methods import METHODS
 from .plan import belongs, is_result, next_cells, pairs, timing_cells
 from .registry import registry
-from .runner import Job, run_inline, run_jobs
+from .runner import Job, Worker, run_inline, run_jobs
 from .tasks import Task
+from .train import STAGES, Cell
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+ABOUT = "What is measured: ours against other methods at equal size and tuned learning rates, and how fast it is."
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=ABOUT)
 console = Console(highlight=False)
+SOURCES = ("src", "research/experiments")
 RESULTS = Path("results/experiments")
 ROWS = "rows.jsonl"
 
@@ -105,7 +109,7 @@ def run(
     """
     device = device_or_default(device)
     tasks, todo = chosen_pairs(names, method, max_tier, steps)
-    own_commit, path = commit("src", "experiments"), out / ROWS
+    own_commit, path = commit(*SOURCES), out / ROWS
     rows = rows_so_far(path, own_commit if again else None)
 
     def planner() -> list[Job]:
@@ -135,13 +139,38 @@ def time_(
     """Measure the step time of every method on every task, with nothing beside it on the device."""
     device = device_or_default(device)
     _, todo = chosen_pairs(names, method, max_tier, None)
-    own_commit, path = commit("src", "experiments"), out / ROWS
+    own_commit, path = commit(*SOURCES), out / ROWS
     rows = rows_so_far(path, own_commit if again else None)
 
     def planner() -> list[Job]:
         return [(cell, task) for task, name in todo for cell in timing_cells(rows, task, name)]
 
     execute(planner, rows, path, own_commit, device, 1, minutes, len(planner()))
+
+
+@app.command()
+def cell(
+    name: Annotated[str, typer.Argument(help="A task.", metavar="TASK")],
+    method: Annotated[str, typer.Argument(help="A method.", metavar="METHOD")],
+    rate: Annotated[float, typer.Option(min=0, help="The learning rate.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the data and of what is random in the method.")],
+    stage: Annotated[str, typer.Option(help=f"{', '.join(STAGES)}: only final sees test data.")] = "final",
+    steps: Steps = None,
+    out: Out = RESULTS,
+    device: Device = None,
+) -> None:
+    """Run one cell, whether it has a row or not, and print the row that it adds. The exit status is 1 if it fails."""
+    if stage not in STAGES:
+        raise typer.BadParameter(f"unknown stage {stage!r}: expected one of {', '.join(STAGES)}")
+    device = device_or_default(device)
+    _, [(task, _)] = chosen_pairs([name], [method], 0, steps)
+    own_commit = commit(*SOURCES)  # of the code that runs, whatever is edited meanwhile
+    task.warm_up()
+    row = Worker(device)(Cell(name, method, rate, seed, stage), task) | where_made(device, own_commit, 1)
+    append(out / ROWS, row)
+    print(json.dumps(row))
+    if not is_result(row):
+        raise typer.Exit(1)
 
 
 def rows_so_far(path: Path, only_of: str | None) -> list[Row]:
@@ -162,7 +191,7 @@ def execute(
 ) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    made = {"hardware": hardware(device), "versions": versions(), "commit": own_commit, "jobs": jobs}
+    made = where_made(device, own_commit, jobs)
     failed = []
     columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[last]}"), console=console) as progress:
@@ -185,6 +214,11 @@ def execute(
     if failed:
         console.print(f"{len(failed)} failed, which the next run tries again; the last: {failed[-1]}", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def where_made(device: str, own_commit: str, jobs: int) -> Row:
+    """What every row says beside its result."""
+    return {"hardware": hardware(device), "versions": versions(), "commit": own_commit, "jobs": jobs}
 
 
 def in_short(row: Row) -> str:
@@ -245,7 +279,7 @@ def chosen_pairs(
     if not (todo := pairs(tasks, chosen_methods)):
         raise typer.BadParameter(
             f"{', '.join(chosen_methods)} cannot run on {', '.join(task.name for task in tasks) or 'any task here'}: "
-            "`python -m experiments list` shows what there is"
+            "`python -m research list` shows what there is"
         )
     return tasks, todo
 
@@ -275,7 +309,3 @@ def device_or_default(device: str | None) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch finds no GPU here: expected --device cpu, or none")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-if __name__ == "__main__":
-    app()
