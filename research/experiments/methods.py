@@ -28,7 +28,7 @@ from ntk_attention.calibration.start import (
     step_of_large_heads,
     with_random_inputs,
 )
-from ntk_attention.tuner.layer import LOG_OF_NOTHING, PrefixAdapter
+from ntk_attention.tuner.adapter import LOG_OF_NOTHING, PrefixAdapter
 from ntk_attention.tuner.observation import adapted_layers, evaluating
 
 from . import budgets
@@ -218,7 +218,7 @@ def ntk_output_unit(model: nn.Module, context: Context) -> nn.Module:
 
 def without_value(adapter: PrefixAdapter, log_k: float) -> None:
     """A prefix of value zero; what multiplies the zeros is left as calibration has made it."""
-    (adapter.Z if adapter.leading == "Z" else adapter.Z_B).zero_()
+    (adapter.Z_B if adapter.is_factored else adapter.Z).zero_()
     adapter.log_k.fill_(log_k / adapter.unit)
 
 

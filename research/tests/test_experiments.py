@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from ntk_attention import NTKAttentionConfig
 from ntk_attention.calibration import start as calibration
+from ntk_attention.tuner.adapter import parameter_shapes
 from ntk_attention.tuner.geometry import Geometry
-from ntk_attention.tuner.layer import parameter_shapes
 from research.experiments import assets, budgets, pretraining
 from research.experiments.__main__ import app
 from research.experiments.classification import classifier_of

@@ -9,9 +9,9 @@ from ntk_attention.convert.distillation import set_coordinates
 from ntk_attention.convert.fitting import AdapterFit, Sums, nonnegative, of_rank, own_variance, ridge_regression
 from ntk_attention.convert.own_text import SOURCES, study
 from ntk_attention.ops.attention import Block, attend, prefix_block
+from ntk_attention.tuner.adapter import PrefixAdapter
 from ntk_attention.tuner.calls import CALLS, exact_prefix
 from ntk_attention.tuner.geometry import Geometry
-from ntk_attention.tuner.layer import PrefixAdapter
 from ntk_attention.tuner.observation import adapted_layers
 
 from .test_prefixes import TEXT, M, error, filled_cache, llama, prefix_of_cache, with_the_text

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from ntk_attention import NTKAttentionConfig
+from ntk_attention.tuner.adapter import ranks_of, settled_ranks
 from ntk_attention.tuner.calls import during_calls
 from ntk_attention.tuner.geometry import Geometry
-from ntk_attention.tuner.layer import ranks_of, settle_ranks
 from ntk_attention.tuner.observation import adapted_layers
 from ntk_attention.tuner.untrusted import AdapterError
 from tests.families import ATTENTION, BERT, ENCODERS, FAMILIES, LLAMA
@@ -255,10 +255,9 @@ def test_ranks_by_default(tmp_path, name):
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 64)])
 def test_ranks_that_no_number_fits_stay(sizes):
     geometries = [Geometry(4, 2, d, d, width) for d, width in zip(sizes, (32, 0), strict=True)]
-    config = NTKAttentionConfig()
-    settle_ranks(config, geometries)
-    assert config.rank == ("auto" if sizes == (8, 64) else 1)
-    assert config.feed_forward_rank == ranks_of(NTKAttentionConfig(), geometries[0])[1] == 3  # the other has no block
+    settled = settled_ranks(NTKAttentionConfig(), geometries)
+    assert settled["rank"] == ("auto" if sizes == (8, 64) else 1)
+    assert settled["feed_forward_rank"] == ranks_of(NTKAttentionConfig(), geometries[0])[1] == 3  # one has no block
 
 
 @pytest.mark.parametrize(

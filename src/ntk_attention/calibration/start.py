@@ -26,15 +26,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..ops.attention import Block
+from ..tuner.adapter import PrefixAdapter
 from ..tuner.calls import without_adapters
 from ..tuner.feed_forward import FeedForwardPrefix
-from ..tuner.layer import NTKAttentionLayer, PrefixAdapter
-from ..tuner.observation import adapted_layers, evaluating, observe
+from ..tuner.layer import NTKAttentionLayer
+from ..tuner.observation import adapted_layers, base_model_of, evaluating, observe
 from ..tuner.routing import CHILD
 from .inputs import samples
 
@@ -194,7 +194,7 @@ def other_inputs(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[s
     """What the model might see apart from these batches: text that it writes itself, random tokens, noise."""
     start = start_token(model)
     if start is not None and all("input_ids" in batch and set(batch) <= TEXT for batch in batches):
-        base = base_of(model)
+        base = base_model_of(model)
         longest = getattr(text_config(base.config), "max_position_embeddings", None) or 2 * OWN_LENGTH
         length = min(OWN_LENGTH, longest // 2)  # some count positions from the padding token on
         try:
@@ -213,13 +213,9 @@ def other_inputs(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[s
     return with_random_inputs(model, batches)
 
 
-def base_of(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def start_token(model: Any) -> int | None:
     """What a text begins with, if the model writes texts and has such a token."""
-    base = base_of(model)
+    base = base_model_of(model)
     if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
         return None
     text = text_config(base.config)
@@ -270,9 +266,9 @@ def special_tokens(config: Any) -> list[int]:
 
 def check_size(layers: Mapping[str, NTKAttentionLayer], adapter_name: str = "default") -> None:
     """Raise ValueError if the moments and coordinates, r x r for every head, would not fit into memory."""
-    sizes = (getattr(layer[adapter_name], layer[adapter_name].leading).shape for layer in layers.values())
-    size = sum(12 * H * r**2 for H, r, _ in sizes)
-    blocks = (layer[adapter_name].feed_forward for layer in layers.values())
+    adapters = [layer[adapter_name] for layer in layers.values()]
+    size = sum(12 * len(adapter.log_k) * adapter.num_features**2 for adapter in adapters)
+    blocks = (adapter.feed_forward for adapter in adapters)
     size += sum(12 * len(block.Z_A) ** 2 for block in blocks if block is not None)
     if size > MAX_BYTES:
         raise ValueError(
@@ -307,7 +303,7 @@ class HeadStatistics:
 
     def __init__(self, adapter: PrefixAdapter):
         self.adapter = adapter
-        H, r = adapter.num_heads, getattr(adapter, adapter.leading).shape[1]
+        H, r = adapter.num_heads, adapter.num_features
         zeros = partial(torch.zeros, dtype=torch.float64, device=adapter.log_k.device)
         self.num_rows = 0
         self.sum_lse, self.sum_square = zeros(H), zeros(H)
@@ -386,7 +382,7 @@ class HeadStatistics:
         adapter.set_coordinates(whitening(moments) * self.output_rms * step, unit)
         Z = torch.zeros_like(moments[..., :1]).expand(-1, -1, value.shape[-1]).clone()
         Z[:, -1] = value
-        if adapter.leading == "Z_A":  # the first direction holds the start, the others are free to train
+        if adapter.is_factored:  # the first direction holds the start, the others are free to train
             H, r, rank = adapter.Z_A.shape
             noise = adapter.part_of(torch.randn(H, r, rank, dtype=Z.dtype, generator=generator, device="cpu").to(Z))
             assert adapter.coordinates is not None

@@ -12,8 +12,8 @@ from ..calibration.start import LOG_K_STEP, whitening
 from ..ops.attention import Block, merge_blocks
 from ..ops.exact import LayerPrefix, together
 from ..progress import Reporter
+from ..tuner.adapter import PrefixAdapter
 from ..tuner.calls import exact_prefix
-from ..tuner.layer import PrefixAdapter
 from ..tuner.observation import adapted_layers, evaluating, observe
 
 WARMUP_STEPS = 10
@@ -141,7 +141,7 @@ class Moments:
 
     def __init__(self, adapter: PrefixAdapter):
         self.adapter = adapter
-        H, r, _ = getattr(adapter, adapter.leading).shape
+        H, r = adapter.num_heads, adapter.num_features
         self.gram = torch.zeros(H, r, r, dtype=torch.float64, device=adapter.log_k.device)
         self.square, self.share, self.rows = 0.0, 0.0, 0
 

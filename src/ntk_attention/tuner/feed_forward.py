@@ -89,7 +89,7 @@ def sizes_of(block: nn.Module) -> set[int]:
 class FeedForwardPrefix(Coordinated):
     """Z_A [D, rank] and Z_B [rank, D] of one block; see `Coordinated` for how they train."""
 
-    leading, scaled, placements = "Z_A", "Z_B", ON_ALL
+    leading_name, scaled_name, placements = "Z_A", "Z_B", ON_ALL
 
     def __init__(self, width: int, rank: int):
         super().__init__()

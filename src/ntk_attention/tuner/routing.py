@@ -23,7 +23,7 @@ from ..ops.attention import (
     prefix_blocks,
     without_autocast,
 )
-from .arguments import refused_arguments, wants_weights
+from .arguments import wants_weights
 from .calls import CALLS
 from .geometry import named
 from .lookup import ROUTE, lookup_of, routed_config
@@ -90,8 +90,6 @@ def attach(module: nn.Module, layer: Any) -> None:
     """Hang a layer on an attention module and route the module through it."""
     lookup = lookup_of(type(module))
     assert lookup is not None
-    layer.eager = lookup.eager
-    layer.refused_arguments = {name: refused_arguments(name, lookup.eager) for name in IMPLEMENTATIONS}
     module.config = routed_config(module.config, lookup)
     module.add_module(CHILD, layer)
 
@@ -140,7 +138,7 @@ def ntk_attention_forward(
     watcher, exact = CALLS.watchers.get(layer), CALLS.exact.get(layer)
     implementation = own_config(module)._attn_implementation
     if watcher is None and exact is None and not is_active:
-        base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.eager)
+        base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.own.eager)
         # Flash attention reads the name in the config once more.
         caller: Any = Unrouted(module) if implementation in FLASH else module
         return base(caller, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -193,7 +191,7 @@ class Unrouted:
 
 def check_call(layer: Any, module: nn.Module, implementation: str, arguments: dict[str, Any]) -> None:
     """Refuse an implementation whose masks we do not read, and arguments that would be ignored."""
-    refused = layer.refused_arguments.get(implementation)
+    refused = layer.own.refused.get(implementation)
     if refused is None:
         check_implementation(module, type(module).__name__)
     for name, argument in arguments.items():
