@@ -206,7 +206,7 @@ def ntk_output_unit(model: nn.Module, context: Context) -> nn.Module:
     model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task)))
     for layer in adapted_layers(model).values():
         if layer.block is not None:  # its output is measured in place of the stream
-            layer.block = replace(layer.block, layer=layer.block.last)
+            layer.look_after(replace(layer.block, layer=layer.block.last))
     calibrate(model, batches_from(context, "train"))
     for adapter in adapters(model):
         block = adapter.feed_forward

@@ -128,7 +128,7 @@ def test_supported_families_route(family):
     ],
 )
 def test_peft_asks_the_tuner(name):
-    expect(hasattr(BaseTuner, name), f"PEFT's tuners have no `{name}` any more.", "tuner.py")
+    expect(hasattr(BaseTuner, name), f"PEFT's tuners have no `{name}` any more.", "tuner/model.py")
 
 
 def test_peft_hands_adapter_names_to_the_tuner():
@@ -136,10 +136,12 @@ def test_peft_hands_adapter_names_to_the_tuner():
     expect(
         "self.base_model._enable_peft_forward_hooks" in source,
         "PEFT does not hand `adapter_names` to the tuner any more: mixed batches would use one adapter, silently.",
-        "tuner.py",
+        "tuner/model.py",
     )
 
 
 @pytest.mark.parametrize("name", ["_save_checkpoint", "_load_from_checkpoint", "training_step", "evaluate"])
 def test_trainer_has_what_we_override(name):
-    expect(hasattr(Trainer, name), f"`Trainer` has no `{name}` any more: checkpoints would be ordinary.", "trainer.py")
+    expect(
+        hasattr(Trainer, name), f"`Trainer` has no `{name}` any more: checkpoints would be ordinary.", "cli/trainer.py"
+    )

@@ -82,6 +82,7 @@ def bring_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
 
 
 def whole(x: Tensor) -> Tensor:
+    """All of a tensor, on every process, however it is spread; a collective call where it is."""
     if is_partitioned(x):
         with gathered([x]):
             return x.detach().clone()
@@ -89,6 +90,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def local(x: Tensor) -> Tensor:
+    """What this process has of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 

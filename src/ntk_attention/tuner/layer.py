@@ -54,7 +54,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self.own = own
         self.mesh = mesh
         self.encodes = encodes
-        self.block: FeedForward | None = None  # from the first adapter on that looks after one
+        self._block: FeedForward | None = None
         self._hooks: list[RemovableHandle] = []
 
     @property
@@ -92,13 +92,22 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             adapter.become_twin(*self.in_memory([twin]))
         self[name] = adapter
         if block is not None and not self._hooks:
-            self.hook(block)
+            self.look_after(block)
         BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
 
-    def hook(self, block: FeedForward) -> None:
-        """Add to the block's output from here on. Where one module is the block, no state is kept between the hooks,
-        which torch.compile could not put into one graph with activation checkpointing."""
-        self.block = block
+    @property
+    def block(self) -> FeedForward | None:
+        """The feed-forward block that adapters of this layer look after as well; None until one does."""
+        return self._block
+
+    def look_after(self, block: FeedForward) -> None:
+        """Add to this block's output from here on, and to that of no other.
+
+        Where one module is the block, no state is kept between the hooks, which torch.compile could not put into one
+        graph with activation checkpointing.
+        """
+        self.remove_hooks()
+        self._block = block
         if block.first is block.last:
             self._hooks = [block.last.register_forward_hook(self.after_block, with_kwargs=True)]
             return
@@ -108,12 +117,15 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         ]
 
     def before_first(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Keep the input of a block that begins and ends in two modules."""
         CALLS.inputs[self] = input_of(args, kwargs)
 
     def after_last(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """The output of such a block, with what its prefixes add."""
         return self.add_to_block(CALLS.inputs.pop(self), output)
 
     def after_block(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """The output of a block that is one module, with what its prefixes add."""
         return self.add_to_block(input_of(args, kwargs), output)
 
     def add_to_block(self, x: Tensor, output: Any) -> Any:
