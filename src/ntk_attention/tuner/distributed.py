@@ -110,7 +110,9 @@ def inputs_on(device: torch.device, model: Any) -> Iterator[None]:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def send(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def send(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return send_to_device((args, kwargs), device)
 
     hook = base.register_forward_pre_hook(send, with_kwargs=True)

@@ -116,15 +116,15 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             block.last.register_forward_hook(self.after_last),
         ]
 
-    def before_first(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the input of a block that begins and ends in two modules."""
         CALLS.inputs[self] = input_of(args, kwargs)
 
-    def after_last(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def after_last(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The output of such a block, with what its prefixes add."""
         return self.add_to_block(CALLS.inputs.pop(self), output)
 
-    def after_block(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def after_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output of a block that is one module, with what its prefixes add."""
         return self.add_to_block(input_of(args, kwargs), output)
 
@@ -246,6 +246,6 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         return super().state_dict(*args, **kwargs)
 
 
-def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states [..., D] that a block was called with."""
     return args[0] if args else next(iter(kwargs.values()))

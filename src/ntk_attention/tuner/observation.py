@@ -116,10 +116,10 @@ def show(
 def showing(block: FeedForward, observer: FeedForwardObserver, mask: Tensor | None) -> Iterator[None]:
     """Call the observer with every input and output of the block, and every output of its layer."""
 
-    def see_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observer.observe_input(real_tokens(input_of(args, kwargs), mask))
 
-    def see_output(see: Callable[[Tensor], None], module: nn.Module, args: tuple, output: Any) -> None:
+    def see_output(see: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         see(real_tokens(output if isinstance(output, Tensor) else output[0], mask))
 
     with (
