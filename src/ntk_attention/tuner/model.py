@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.functional import delete_adapter
@@ -39,6 +39,13 @@ logger = logging.getLogger(__name__)
 INPUTS = ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values", "input_values")
 
 
+class MadeAdapter(NamedTuple):
+    """What the model remembers of an adapter that it has."""
+
+    settled: dict[str, Any]  # the fields of its config that the model filled in; another model may fill in others
+    coverage: Coverage
+
+
 class NTKAttentionModel(BaseTuner):
     """Hangs a prefix state on every attention module of a frozen model; use it through `peft.get_peft_model`.
 
@@ -51,8 +58,7 @@ class NTKAttentionModel(BaseTuner):
     tuner_layer_cls = NTKAttentionLayer
 
     def __init__(self, *args: Any, **kwargs: Any):
-        # By adapter: the fields of its config that the model filled in, and what it covers.
-        self.made: dict[str, tuple[dict[str, Any], Coverage]] = {}
+        self.made: dict[str, MadeAdapter] = {}  # by name
         self._plan: AdapterPlan | None = None  # of the adapter that is being made, between the steps of PEFT
         self.targets: set[str] = set()  # names of all attention modules that have adapters
         super().__init__(*args, **kwargs)
@@ -82,7 +88,8 @@ class NTKAttentionModel(BaseTuner):
                 if isinstance(module, BaseTunerLayer) and not isinstance(module, NTKAttentionLayer):
                     module.requires_grad_(False)
         self.targets |= coverage.attention.keys()
-        self.made[adapter_name] = ({name: getattr(peft_config, name) for name in peft_config.asked}, coverage)
+        settled = {name: getattr(peft_config, name) for name in peft_config.asked}
+        self.made[adapter_name] = MadeAdapter(settled, coverage)
         report = warnings.warn if coverage.is_partial() else logger.info
         report(str(coverage))
 
@@ -95,11 +102,14 @@ class NTKAttentionModel(BaseTuner):
 
         Args:
             adapter_name: of the adapter; by default the active one.
+
+        Raises:
+            ValueError: if there is no such adapter.
         """
         name = self.active_adapters[0] if adapter_name is None else adapter_name
         if name not in self.made:
             raise ValueError(f"there is no adapter {name!r}: expected one of {sorted(self.made)}")
-        return str(self.made[name][1])
+        return str(self.made[name].coverage)
 
     def _prepare_adapter_config(self, peft_config: NTKAttentionConfig, model_config: Any) -> NTKAttentionConfig:
         """Everything that can be refused is refused here, before the model or the config is touched."""
@@ -139,7 +149,7 @@ class NTKAttentionModel(BaseTuner):
         plain coordinates also where ZeRO-3 made the state dict."""
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, cls):  # another model may have filled the same config in since
-            config.settle(**tuner.made[adapter_name][0])
+            config.settle(**tuner.made[adapter_name].settled)
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         own = f".{CHILD}.{adapter_name}."  # PEFT gives those of other methods, too
         tensors = {name: whole(x) for name, x in tensors.items() if own in f".{name}"}
