@@ -42,31 +42,18 @@ FLAT = {
 }
 
 # What is too large, and why it stays. An entry that is not needed any more fails: take it out.
-TO_MEND = "from before there was a limit: to be cut"
 OPTIONS = "public: what goes with it are options, by keyword, each with a default and a line in the docstring"
 CASE = "a test's case: sizes and options by keyword"
 OPERATION = "the arguments of scaled_dot_product_attention, and the prefix"
-LARGE_FILES = {
-    "research/tests/test_experiments.py": TO_MEND,
-    "src/ntk_attention/tuner/model.py": TO_MEND,
-    "tests/ops/test_strides.py": TO_MEND,
-    "tests/tuner/test_peft.py": TO_MEND,
-}
+LARGE_FILES = {}
 LONG_FUNCTIONS = {
-    "research/experiments/conversion/prefix_tuning.py::run": TO_MEND,
-    "research/experiments/train.py::run_cell": TO_MEND,
     "src/ntk_attention/ops/triton/forward_sm90.py::fused_forward": "a kernel whose order of loads is its point",
     "src/ntk_attention/ops/triton/decode.py::decode": "a kernel; its parts that can be apart are in tiles.py",
-    "src/ntk_attention/tuner/masks.py::visible_tokens": TO_MEND,
 }
 MANY_PARAMETERS = {
-    "research/experiments/conversion/documents.py::run": TO_MEND,
-    "research/experiments/conversion/prefix_tuning.py::run": TO_MEND,
     "src/ntk_attention/convert/distillation.py::distill": OPTIONS,
     "src/ntk_attention/convert/own_text.py::study": OPTIONS,
     "src/ntk_attention/ops/attention.py::ntk_attention": OPERATION,
-    "src/ntk_attention/ops/sdpa.py::_MergedAttention.forward": "torch hands tensors of an autograd function one by one",
-    "src/ntk_attention/tuner/masks.py::flash_mask": "as transformers calls its mask functions",
     "tests/ops/test_attention.py::make_case": CASE,
     "tests/ops/test_strides.py::make_inputs": CASE,
     "tests/reference.py::in_logarithms": OPERATION,

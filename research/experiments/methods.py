@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.calibration.settings import DEFAULT, CalibrationSettings
-from ntk_attention.tuner.layer import LOG_OF_NOTHING, PrefixAdapter
+from ntk_attention.tuner.adapter import LOG_OF_NOTHING, PrefixAdapter
 from ntk_attention.tuner.observation import adapted_layers, evaluating
 
 from . import budgets
@@ -169,7 +169,7 @@ def ntk_divided(
 
 def without_value(adapter: PrefixAdapter, log_k: float) -> None:
     """A prefix of value zero; what multiplies the zeros is left as calibration has made it."""
-    (adapter.Z if adapter.leading == "Z" else adapter.Z_B).zero_()
+    (adapter.Z_B if adapter.is_factored else adapter.Z).zero_()
     adapter.log_k.fill_(log_k / adapter.unit)
 
 

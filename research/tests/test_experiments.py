@@ -8,8 +8,8 @@ import torch
 
 from ntk_attention import NTKAttentionConfig
 from ntk_attention.calibration import CalibrationSettings
+from ntk_attention.tuner.adapter import parameter_shapes
 from ntk_attention.tuner.geometry import Geometry
-from ntk_attention.tuner.layer import parameter_shapes
 from research.experiments import budgets
 from research.experiments.classification import classifier_of
 from research.experiments.methods import METHODS, Context, adapters

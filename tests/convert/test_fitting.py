@@ -12,9 +12,9 @@ from ntk_attention.convert.own_text import SOURCES, study
 from ntk_attention.ops.attention import attend
 from ntk_attention.ops.bundles import Prefixes, Tokens
 from ntk_attention.ops.reference import Block, prefix_block
+from ntk_attention.tuner.adapter import PrefixAdapter
 from ntk_attention.tuner.calls import CALLS, exact_prefix
 from ntk_attention.tuner.geometry import Geometry
-from ntk_attention.tuner.layer import PrefixAdapter
 from ntk_attention.tuner.observation import adapted_layers
 
 from .test_prefixes import TEXT, M, error, filled_cache, llama, prefix_of_cache, with_the_text

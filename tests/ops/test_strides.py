@@ -10,18 +10,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntk_attention import LayerPrefix, PrefixState, RowStates, feature_map, ntk_attention
-from ntk_attention.ops import fused, sdpa
+from ntk_attention.ops import sdpa
 from ntk_attention.ops.attention import attend, context_block, exact_block
 from ntk_attention.ops.bundles import Prefixes, Tokens
 from ntk_attention.ops.reference import prefix_block
 from ntk_attention.ops.triton import support
 from tests.reference import relative_error
 
-from .paths import flat, has_kernels, merge_always, paths
+from .paths import has_kernels, merge_always
 
 pytestmark = pytest.mark.slow
 
@@ -391,56 +390,6 @@ def test_an_expanded_mask_takes_the_memory_of_what_it_repeats():
     for mask in (torch.ones(7, 9, dtype=torch.bool), torch.zeros(7, 9)):
         assert sdpa.additive_mask(mask.expand(2, 4, 7, 9), query).shape == (1, 1, 7, 9)
         assert sdpa.additive_mask(mask[:, :1].expand(2, 4, 7, 9), query).shape == (1, 1, 7, 1)
-
-
-def operators(inputs, grad_out):
-    """Every custom operator with its arguments."""
-    tokens = Tokens(*inputs[:3], scale=0.25)
-    yield sdpa.context_forward, tokens
-    out, lse, seed, offset = sdpa.context_forward(*tokens)
-    yield sdpa.context_backward, (grad_out, out, lse, seed, offset, *tokens)
-    arguments = flat(inputs, is_causal=False, constant=False, scale=0.25)
-    for path in paths(inputs[0], inputs[2]):
-        yield fused.forward_op, (*arguments, path)
-        for needed in (True, False):
-            yield fused.backward_op, (grad_out, out, lse, *arguments, path, needed)
-    if has_kernels(inputs[0], inputs[2]):
-        yield fused.decode_op, arguments
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_operators_promise_the_strides_that_they_return(layout, dtype):
-    inputs, grad_out = make_inputs(dtype, **SMALL)
-    tensors = [laid_out(x, LAYOUTS[layout]) for x in (*inputs, grad_out)]
-    for operator, arguments in operators(tensors[:6], tensors[6]):
-        real = operator(*arguments)
-        with FakeTensorMode() as mode:
-            promised = operator(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments))
-        real, promised = ((x,) if isinstance(x, torch.Tensor) else x for x in (real, promised))
-        for a, p in zip(real, promised, strict=True):
-            assert (a.shape, a.stride(), a.dtype) == (p.shape, p.stride(), p.dtype), operator
-
-
-@pytest.mark.parametrize("layout", ["transposed", "one for all, sliced"])
-@pytest.mark.parametrize("backend", ["sdpa", "auto"])
-def test_compiled(backend, layout):
-    inputs, grad_out = make_inputs(torch.float32)
-    tensors = [laid_out(x, LAYOUTS[layout]) for x in (*inputs, grad_out)]
-    mask = laid_out(make_mask((2, 4, 7, 9), torch.bool), LAYOUTS[layout])
-    torch._dynamo.reset()
-
-    @torch.compile(fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
-    def run(query, key, value, Z, k, b, mask):
-        state = PrefixState.trusted(Z, k, b, feature_map("elu"))
-        return ntk_attention(query, key, value, state, attn_mask=mask, enable_gqa=True, backend=backend)
-
-    leaves = [x.detach().requires_grad_() for x in tensors[:6]]
-    actual = [out := run(*leaves, mask), *torch.autograd.grad(out, leaves, tensors[6])]
-    contiguous = [x.contiguous() for x in tensors]
-    expected = outputs_and_gradients(contiguous[:6], contiguous[6], "eager", attn_mask=mask.contiguous())
-    for a, e in zip(actual, expected, strict=True):
-        assert relative_error(a, e, 1.0) < 1e-5
 
 
 @pytest.mark.gpu

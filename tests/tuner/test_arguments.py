@@ -10,7 +10,7 @@ from transformers.models.llama import modeling_llama
 from ntk_attention import NTKAttentionConfig
 from ntk_attention.ops.attention import attend, attend_eager, sink_block
 from ntk_attention.ops.state import PrefixState
-from ntk_attention.tuner.masks import flash_mask
+from ntk_attention.tuner.masks import FlashArguments, flash_mask
 from ntk_attention.tuner.routing import CHILD, ntk_attention_forward
 from tests.families import FAMILIES
 from tests.reference import relative_error
@@ -88,13 +88,16 @@ def test_one_sink_per_head_is_that_of_every_token():
 
 def test_packed_texts_with_keys_of_earlier_tokens():
     """Two texts of 2 and 3 new tokens beside 4 and 0 cached ones, then padding, against each text alone."""
-    visible, _ = flash_mask(
-        7, 10, torch.device("cpu"), None, True,
-        cu_seq_lens_q=torch.tensor([0, 2, 5]), cu_seq_lens_k=torch.tensor([0, 6, 9]), sliding_window=3,
-    )  # fmt: skip
+    packed = FlashArguments(
+        causal=True,
+        sliding_window=3,
+        cu_seq_lens_q=torch.tensor([0, 2, 5]),
+        cu_seq_lens_k=torch.tensor([0, 6, 9]),
+    )
+    visible, _ = flash_mask(7, 10, torch.device("cpu"), packed)
     expected = torch.zeros(7, 10, dtype=torch.bool)
     for new, start, first_key, keys in ((2, 0, 0, 6), (3, 2, 6, 3)):
-        alone, _ = flash_mask(new, keys, torch.device("cpu"), None, True, sliding_window=3)
+        alone, _ = flash_mask(new, keys, torch.device("cpu"), FlashArguments(causal=True, sliding_window=3))
         if alone is None:
             alone = torch.ones(1, 1, new, keys, dtype=torch.bool).tril()
         expected[start : start + new, first_key : first_key + keys] = alone[0, 0]

@@ -142,4 +142,6 @@ def test_peft_hands_adapter_names_to_the_tuner():
 
 @pytest.mark.parametrize("name", ["_save_checkpoint", "_load_from_checkpoint", "training_step", "evaluate"])
 def test_trainer_has_what_we_override(name):
-    expect(hasattr(Trainer, name), f"`Trainer` has no `{name}` any more: checkpoints would be ordinary.", "trainer.py")
+    expect(
+        hasattr(Trainer, name), f"`Trainer` has no `{name}` any more: checkpoints would be ordinary.", "cli/trainer.py"
+    )

@@ -60,7 +60,7 @@ def test_training_step_with(options):
     assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == trainable(model).keys()
 
 
-def test_directions_of_positive_random_come_from_the_file(tmp_path):
+def test_projection_of_positive_random_comes_from_the_file(tmp_path):
     model = adapted(**OPTIONS["positive random"])
     with torch.no_grad():
         for adapter in adapters(model):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from ntk_attention import calibrate
-from ntk_attention.tuner import model as tuner
+from ntk_attention.tuner import plan
 from ntk_attention.tuner.calls import exact_prefix
 from ntk_attention.tuner.distributed import whole
 from ntk_attention.tuner.observation import adapted_layers
@@ -155,7 +155,7 @@ def test_heads_that_do_not_divide_are_refused(monkeypatch):
         def size(self):
             return 3
 
-    monkeypatch.setattr(tuner, "head_mesh", lambda model, name: Three())
+    monkeypatch.setattr(plan, "head_mesh", lambda model, name: Three())
     base = tiny()
     with pytest.raises(ValueError, match="has 4 heads and 2 KV heads: expected multiples of tp_size = 3"):
         adapted(base)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.reference import Block
-from ..tuner.layer import PrefixAdapter
+from ..tuner.adapter import PrefixAdapter
 from .moments import SecondMoments, select_rows, whitening
 
 BISECTIONS = 60  # halve any bracket of logits to the rounding of float64
@@ -43,7 +43,7 @@ class HeadStatistics:
 
     def __init__(self, adapter: PrefixAdapter):
         self.adapter = adapter
-        H, r, device = adapter.num_heads, getattr(adapter, adapter.leading).shape[1], adapter.log_k.device
+        H, r, device = adapter.num_heads, adapter.num_features, adapter.log_k.device
         zeros = torch.zeros(H, dtype=torch.float64, device=device)
         self.num_rows = 0
         self.sum_lse, self.sum_square = zeros, zeros
@@ -128,7 +128,7 @@ class HeadStatistics:
         adapter.set_coordinates(whitening(moments, floor) * self.output_rms * units.step, units.log_k)
         Z = torch.zeros_like(moments[..., :1]).expand(-1, -1, value.shape[-1]).clone()
         Z[:, -1] = value
-        if adapter.leading == "Z_A":  # the first direction holds the start, the others are free to train
+        if adapter.is_factored:  # the first direction holds the start, the others are free to train
             H, r, rank = adapter.Z_A.shape
             noise = adapter.part_of(torch.randn(H, r, rank, dtype=Z.dtype, generator=generator, device="cpu").to(Z))
             assert adapter.coordinates is not None

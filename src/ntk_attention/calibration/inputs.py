@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..tuner.distributed import device_of
-from ..tuner.observation import evaluating
+from ..tuner.observation import base_model_of, evaluating
 from .settings import CalibrationSettings
 
 TEXT = {"input_ids", "attention_mask", "position_ids", "labels"}  # what batches of text alone may hold
@@ -59,7 +58,7 @@ def own_text(model: Any, batches: list[Mapping[str, Any]], settings: Calibration
     start = start_token(model)
     if start is None or not all("input_ids" in batch and set(batch) <= TEXT for batch in batches):
         return []
-    base = base_of(model)
+    base = base_model_of(model)
     longest = getattr(text_config(base.config), "max_position_embeddings", None) or 2 * settings.own_length
     length = min(settings.own_length, longest // 2)  # some count positions from the padding token on
     try:
@@ -101,18 +100,13 @@ def samples(model: PreTrainedModel, start: Tensor, length: int, seed: int) -> Te
 
 def start_token(model: Any) -> int | None:
     """What a text begins with, if the model writes texts and has such a token."""
-    base = base_of(model)
+    base = base_model_of(model)
     if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
         return None
     text = text_config(base.config)
     named = [getattr(text, name, None) for name in ("bos_token_id", "eos_token_id")]
     tokens = [token for value in named for token in (value if isinstance(value, list) else [value])]
     return next((token for token in tokens if token is not None and token < text.vocab_size), None)
-
-
-def base_of(model: Any) -> Any:
-    """The model of transformers inside a PEFT model; any other one itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def text_config(config: PreTrainedConfig) -> Any:

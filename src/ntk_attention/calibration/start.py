@@ -100,9 +100,9 @@ def check_size(
     layers: Mapping[str, NTKAttentionLayer], adapter_name: str = "default", max_bytes: int = DEFAULT.max_bytes
 ) -> None:
     """Raise ValueError if the moments and coordinates, r x r for every head, would not fit into so many bytes."""
-    sizes = (getattr(layer[adapter_name], layer[adapter_name].leading).shape for layer in layers.values())
-    size = sum(12 * H * r**2 for H, r, _ in sizes)
-    blocks = (layer[adapter_name].feed_forward for layer in layers.values())
+    adapters = [layer[adapter_name] for layer in layers.values()]
+    size = sum(12 * len(adapter.log_k) * adapter.num_features**2 for adapter in adapters)
+    blocks = (adapter.feed_forward for adapter in adapters)
     size += sum(12 * len(block.Z_A) ** 2 for block in blocks if block is not None)
     if size > max_bytes:
         raise ValueError(

@@ -123,11 +123,11 @@ def sync(path: Path) -> None:
 def seal(checkpoint: Path) -> None:
     """List what is in a checkpoint: the last file that is written into it."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != CONTENTS]
-    contents = {str(path.relative_to(checkpoint)): describe(path) for path in files}
+    contents = {str(path.relative_to(checkpoint)): size_and_hash(path) for path in files}
     (checkpoint / CONTENTS).write_text(json.dumps(contents, indent=1) + "\n")
 
 
-def describe(path: Path) -> list[int | str]:
+def size_and_hash(path: Path) -> list[int | str]:
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
@@ -135,7 +135,7 @@ def describe(path: Path) -> list[int | str]:
 def is_whole(checkpoint: Path) -> bool:
     try:
         contents = json.loads((checkpoint / CONTENTS).read_text())
-        return bool(contents) and all(describe(checkpoint / name) == found for name, found in contents.items())
+        return bool(contents) and all(size_and_hash(checkpoint / name) == found for name, found in contents.items())
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -13,8 +13,8 @@ from ..calibration.settings import CalibrationSettings
 from ..ops.exact import LayerPrefix, together
 from ..ops.reference import Block, merge
 from ..progress import Reporter
+from ..tuner.adapter import PrefixAdapter
 from ..tuner.calls import exact_prefix
-from ..tuner.layer import PrefixAdapter
 from ..tuner.observation import adapted_layers, evaluating, observe
 
 WARMUP_STEPS = 10
@@ -142,7 +142,7 @@ class Moments:
 
     def __init__(self, adapter: PrefixAdapter):
         self.adapter = adapter
-        H, r, _ = getattr(adapter, adapter.leading).shape
+        H, r = adapter.num_heads, adapter.num_features
         self.moments = SecondMoments((H, r, r), torch.float64, adapter.log_k.device)
         self.square, self.share = 0.0, 0.0
 

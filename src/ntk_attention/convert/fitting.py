@@ -37,9 +37,10 @@ from ..ops.features import FeatureMap
 from ..ops.reference import Block, merge
 from ..ops.state import PrefixState
 from ..progress import Reporter
+from ..tuner.adapter import PrefixAdapter
 from ..tuner.calls import exact_prefix
 from ..tuner.coordinates import solve_by_qr
-from ..tuner.layer import NTKAttentionLayer, PrefixAdapter
+from ..tuner.layer import NTKAttentionLayer
 from ..tuner.observation import adapted_layers, observe
 from ..tuner.routing import query_scale
 
@@ -126,8 +127,7 @@ def grouped(adapters: Mapping[str, PrefixAdapter]) -> list[dict[str, PrefixAdapt
     groups: list[dict[str, PrefixAdapter]] = [{}]
     size = 0
     for name, adapter in adapters.items():
-        H, r, _ = getattr(adapter, adapter.leading).shape
-        own = 8 * 6 * H * r**2  # two sums and what their solution needs
+        own = 8 * 6 * adapter.num_heads * adapter.num_features**2  # two sums and what their solution needs
         if groups[-1] and size + own > MAX_BYTES:
             groups.append({})
             size = 0
@@ -269,8 +269,7 @@ class AdapterFit(HeadFit):
     def __init__(self, adapter: PrefixAdapter, num_batches: int):
         self.adapter = adapter
         self.feature_map: FeatureMap = adapter.feature_map
-        H, r, _ = getattr(adapter, adapter.leading).shape
-        d_v = adapter.Z.shape[2] if adapter.leading == "Z" else adapter.Z_B.shape[2]
+        H, r, d_v = adapter.num_heads, adapter.num_features, adapter.value_dim
         positive = torch.ones(r, dtype=torch.bool)
         if adapter.normaliser_features is not None:
             positive[:] = False
@@ -282,7 +281,7 @@ class AdapterFit(HeadFit):
         return self.feature_map.scaled(query.double() * factor)
 
     def solve_values(self, rank: int | None = None) -> None:
-        super().solve_values(self.adapter.Z_A.shape[2] if self.adapter.leading == "Z_A" else rank)
+        super().solve_values(self.adapter.rank if self.adapter.is_factored else rank)
 
     def state(self) -> PrefixState:
         """In units in which the largest entry of k is 1."""

@@ -1,9 +1,10 @@
-"""Keyword arguments that modules pass to their attention function: which are handled, and which are refused."""
+"""The attention functions that ours takes the place of: which of their keyword arguments we handle, which we refuse."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.utils import output_capturing
 
-from .masks import FLASH, FLEX
+from .lookup import lookup_of
+from .masks import FLASH, FLEX, IMPLEMENTATIONS
 
 HANDLED = {
     "module", "query", "key", "value", "query_states", "key_states", "value_states", "attention_mask", "scaling",
@@ -34,6 +36,27 @@ HINTS |= dict.fromkeys(("indices", "block_indices"), SPARSE)
 UNKNOWN = "expected none that changes attention; leave the module out with exclude_modules"
 
 
+@dataclass(frozen=True)
+class OwnAttention:
+    """What an attention module would call without us.
+
+    Args:
+        eager: its own function for "eager", as each modeling file of transformers has one.
+        refused: for every implementation that we take the place of, the arguments that its function reads and we do
+            not handle, with a way out of each.
+    """
+
+    eager: Callable[..., Any] | None
+    refused: Mapping[str, Mapping[str, str]]
+
+
+def own_attention(module: nn.Module) -> OwnAttention:
+    """What a module that routes its attention calls for it, see `lookup`."""
+    lookup = lookup_of(type(module))
+    assert lookup is not None
+    return OwnAttention(lookup.eager, {name: refused_arguments(name, lookup.eager) for name in IMPLEMENTATIONS})
+
+
 def refused_arguments(implementation: str, eager: Callable[..., Any] | None) -> dict[str, str]:
     """Arguments that the function of an implementation would read and that we do not handle, with a way out of each."""
     read: set[str] = set()
@@ -49,6 +72,7 @@ def refused_arguments(implementation: str, eager: Callable[..., Any] | None) -> 
 
 
 def parameters(function: Callable[..., Any]) -> set[str]:
+    """Their names."""
     return set(inspect.signature(function).parameters)
 
 

@@ -43,6 +43,7 @@ def stop(names: Iterable[str], model: nn.Module) -> None:
 
 
 def call_with_gradients(checkpoint: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a checkpointing function of torch, with an input that asks for a gradient where none does."""
     if torch.is_grad_enabled() and not any(isinstance(x, Tensor) and x.requires_grad for x in args):
         place = next((i for i, x in enumerate(args) if isinstance(x, Tensor) and x.is_floating_point()), None)
         if place is not None:

@@ -42,7 +42,7 @@ class NTKAttentionConfig(PeftConfig):
         rank: of Z = Z_A Z_B, or None for a full Z. "auto", the default, is an eighth of head_dim, and None where no
             feed-forward block has a prefix.
         feed_forward_rank: of the prefix of the feed-forward block in the same layer. "auto", the default, gives it as
-            many numbers as the low rank of Z saves: with both defaults an adapter is about as large as with a full Z
+            many parameters as the low rank of Z saves: with both defaults an adapter is about as large as with a full Z
             in attention alone. None leaves the blocks alone, and those that are not found stay so; "auto" leaves
             those of encoders alone too (BERT, ViT and their like): from few examples texts were learned better then,
             pictures no worse.
@@ -155,12 +155,12 @@ class NTKAttentionConfig(PeftConfig):
         """The rank of Z in heads of this size, beside feed-forward blocks with a prefix; None for a full Z."""
         return max(1, head_dim // 8) if self.rank == "auto" else self.rank
 
-    def feed_forward_rank_for(self, numbers: int, width: int) -> int | None:
-        """The rank beside a full Z of so many numbers, all heads together, in a block of this width; None for none."""
+    def feed_forward_rank_for(self, num_parameters: int, width: int) -> int | None:
+        """The rank beside a full Z of so many parameters, of all heads, in a block of this width; None for none."""
         if not width or self.feed_forward_rank is None:
             return None
         if self.feed_forward_rank == "auto":  # three quarters of a full Z, over Z_A and Z_B
-            return max(1, round(3 * numbers / (8 * width)))
+            return max(1, round(3 * num_parameters / (8 * width)))
         return self.feed_forward_rank
 
     def make_feature_map(self) -> FeatureMap:
@@ -183,10 +183,10 @@ def check_fields(config: NTKAttentionConfig) -> None:
             raise ValueError(f"{name} must be True or False, got {shown(getattr(config, name))}")
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
-        check_regex(name, value) if isinstance(value, str) else check_names(name, value)
-    check_names("modules_to_save", config.modules_to_save)
+        check_regex(name, value) if isinstance(value, str) else check_module_names(name, value)
+    check_module_names("modules_to_save", config.modules_to_save)
     pattern = config.layers_pattern
-    check_names("layers_pattern", [pattern] if isinstance(pattern, str) else pattern)
+    check_module_names("layers_pattern", [pattern] if isinstance(pattern, str) else pattern)
     check_layers(config.layers_to_transform)
     if not isinstance(config.feature_map, FeatureMap):
         check_text("feature_map", config.feature_map)
@@ -200,7 +200,7 @@ def check_text(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a string of at most {MAX_CHARACTERS} characters, got {shown(value)}")
 
 
-def check_names(name: str, value: Any) -> None:
+def check_module_names(name: str, value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, list | tuple | set) or len(value) > MAX_ENTRIES:

@@ -15,14 +15,15 @@ from .untrusted import check_shape, check_values
 
 
 class Coordinated(nn.Module):
-    """A module whose parameter `leading`, [..., r, n], trains as X' in X = C X', and `scaled` as x' in x = unit x'.
+    """A module whose leading parameter X, [..., r, n], trains as X' in X = C X', and the scaled one as x' in
+    x = unit x'.
 
     Calibration sets `coordinates`, C [..., r, r], and `unit`. State dicts always hold the plain X and x, and loading
     one takes them.
     """
 
-    leading: str
-    scaled: str
+    leading_name: str  # of X
+    scaled_name: str  # of x
     constants: tuple[str, ...] = ()  # buffers that are saved, spread as parameters are
     placements: Sequence[Placement] = BY_HEAD  # of the parameters on a mesh
 
@@ -32,9 +33,19 @@ class Coordinated(nn.Module):
         self.unit = 1.0
         self.mesh: DeviceMesh | None = None  # of a tensor-parallel model
 
+    @property
+    def leading(self) -> Tensor:
+        """X', as it trains; see `plain_leading` for X."""
+        return getattr(self, self.leading_name)
+
+    @property
+    def scaled(self) -> Tensor:
+        """x', as it trains; see `plain_scaled` for x."""
+        return getattr(self, self.scaled_name)
+
     def set_coordinates(self, coordinates: Tensor | None, unit: float) -> None:
         """Train in these coordinates from here on; the parameters must be given anew."""
-        like = getattr(self, self.scaled)
+        like = self.scaled
         self.coordinates = None if coordinates is None else coordinates.to(like.device, like.dtype)
         self.unit = unit
 
@@ -49,6 +60,7 @@ class Coordinated(nn.Module):
             self._buffers[name] = spread(constant, mesh, self.placements, source=0)
 
     def own_constants(self) -> dict[str, Tensor]:
+        """The buffers that go into files, without those of children."""
         return {name: x for name in self.constants if (x := self._buffers[name]) is not None}
 
     def part(self, name: str) -> Tensor:
@@ -57,25 +69,26 @@ class Coordinated(nn.Module):
         return parameter if self.mesh is None else parameter.to_local()
 
     def plain_leading(self) -> Tensor:
-        """The leading parameter in plain coordinates."""
-        X = self.part(self.leading)
+        """X in plain coordinates, of this process's part."""
+        X = self.part(self.leading_name)
         return X if self.coordinates is None else self.coordinates.to(X.dtype) @ X
 
     def plain_scaled(self) -> Tensor:
-        x = self.part(self.scaled)
+        """x in plain units, of this process's part."""
+        x = self.part(self.scaled_name)
         return x if self.unit == 1.0 else self.unit * x  # a kernel less in each layer, when all wait for launches
 
     @torch.no_grad()
     def set_plain(self, leading: Tensor, scaled: Tensor) -> None:
         """Give both by their plain values."""
-        X = self.part(self.leading)
+        X = self.part(self.leading_name)
         X.copy_(self._to_coordinates(leading.to(X)))
-        self.part(self.scaled).copy_(scaled / self.unit)
+        self.part(self.scaled_name).copy_(scaled / self.unit)
 
     @torch.no_grad()
     def follow(self, other: Coordinated) -> None:
         """Train in the coordinates of another one of the same shapes, with the values that are there."""
-        if getattr(self, self.scaled).is_meta:  # a state dict follows, with plain values
+        if self.scaled.is_meta:  # a state dict follows, with plain values
             self.set_coordinates(other.coordinates, other.unit)
             return
         leading, scaled = self.plain_leading().clone(), self.plain_scaled().clone()
@@ -86,17 +99,18 @@ class Coordinated(nn.Module):
         """Bring the trained values in a state dict, whose names start so, into plain coordinates."""
         if self.coordinates is not None:
             C = self.coordinates
-            tensors[prefix + self.leading] = self._on_whole(tensors[prefix + self.leading], lambda X: C.to(X) @ X)
-            tensors[prefix + self.scaled] = self.unit * tensors[prefix + self.scaled]
+            leading, scaled = prefix + self.leading_name, prefix + self.scaled_name
+            tensors[leading] = self._on_whole(tensors[leading], lambda X: C.to(X) @ X)
+            tensors[scaled] = self.unit * tensors[scaled]
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # ZeRO-3 makes state dicts of its parameters without asking: there all hold them as they are trained, and the
         # tuner takes the plain ones of them.
-        if not is_partitioned(getattr(self, self.scaled)):
+        if not is_partitioned(self.scaled):
             self.make_plain(destination, prefix)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own_names = {*self._parameters, *self.constants}
         for name, parameter in [*self.named_parameters(), *self.own_constants().items()]:
             given = state_dict.get(prefix + name)
@@ -107,11 +121,12 @@ class Coordinated(nn.Module):
             own = name in own_names  # a child with other placements sees to its own
             if own and self.mesh is not None and isinstance(parameter, DTensor) and not isinstance(given, DTensor):
                 state_dict[prefix + name] = spread(given.to(self.mesh.device_type), self.mesh, self.placements)
-        if self.coordinates is not None and not is_partitioned(getattr(self, self.scaled)):
-            if prefix + self.leading in state_dict:
-                state_dict[prefix + self.leading] = self._to_coordinates(state_dict[prefix + self.leading])
-            if prefix + self.scaled in state_dict:
-                state_dict[prefix + self.scaled] = state_dict[prefix + self.scaled] / self.unit
+        if self.coordinates is not None and not is_partitioned(self.scaled):
+            leading, scaled = prefix + self.leading_name, prefix + self.scaled_name
+            if leading in state_dict:
+                state_dict[leading] = self._to_coordinates(state_dict[leading])
+            if scaled in state_dict:
+                state_dict[scaled] = state_dict[scaled] / self.unit
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _to_coordinates(self, plain: Tensor) -> Tensor:

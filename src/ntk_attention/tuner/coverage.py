@@ -38,6 +38,7 @@ class Coverage:
     left_out: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def is_partial(self) -> bool:
+        """Whether something that mixes tokens has no prefix."""
         return bool(self.left_out or self.without_block)
 
     def __str__(self) -> str:
@@ -56,6 +57,7 @@ class Coverage:
 
 
 def listed(counts: Mapping[str, int]) -> str:
+    """ "2 LlamaAttention, 1 SiglipAttention" of counts by class."""
     return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 

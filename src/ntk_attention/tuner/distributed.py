@@ -82,6 +82,7 @@ def bring_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
 
 
 def whole(x: Tensor) -> Tensor:
+    """All of a tensor, on every process, however it is spread; a collective call where it is."""
     if is_partitioned(x):
         with gathered([x]):
             return x.detach().clone()
@@ -89,6 +90,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def local(x: Tensor) -> Tensor:
+    """What this process has of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
@@ -108,7 +110,9 @@ def inputs_on(device: torch.device, model: Any) -> Iterator[None]:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def send(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def send(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return send_to_device((args, kwargs), device)
 
     hook = base.register_forward_pre_hook(send, with_kwargs=True)

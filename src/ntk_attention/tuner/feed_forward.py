@@ -63,6 +63,7 @@ def feed_forwards(model: nn.Module, attention: Iterable[str]) -> dict[str, FeedF
 
 
 def feed_forward_of(model: nn.Module, attention: str) -> FeedForward | None:
+    """The block in the transformer layer of an attention module, by its name; None where it is not found in PLACES."""
     width = width_of(model.get_submodule(attention))
     parts = attention.split(".")
     for level in range(1, min(LEVELS, len(parts)) + 1):
@@ -89,7 +90,7 @@ def sizes_of(block: nn.Module) -> set[int]:
 class FeedForwardPrefix(Coordinated):
     """Z_A [D, rank] and Z_B [rank, D] of one block; see `Coordinated` for how they train."""
 
-    leading, scaled, placements = "Z_A", "Z_B", ON_ALL
+    leading_name, scaled_name, placements = "Z_A", "Z_B", ON_ALL
 
     def __init__(self, width: int, rank: int):
         super().__init__()
@@ -98,6 +99,7 @@ class FeedForwardPrefix(Coordinated):
 
     @property
     def rank(self) -> int:
+        """Of Z."""
         return self.Z_A.shape[1]
 
     @torch.no_grad()
@@ -128,7 +130,7 @@ class FeedForwardPrefix(Coordinated):
 
 @dataclass(frozen=True)
 class FeedForwardRows:
-    """A prefix for every row of a batch: Z_A [A, D, rank], Z_B [A, rank, D], and the place of each row's, or -1."""
+    """One prefix per row of a batch: Z_A [A, D, rank], Z_B [A, rank, D], and the place of each row's, or -1."""
 
     Z_A: Tensor
     Z_B: Tensor
@@ -147,6 +149,7 @@ class FeedForwardRows:
 
     @torch.no_grad()
     def put(self, place: int, part: FeedForwardPrefix) -> None:
+        """Copy a prefix into its place in the stack."""
         self.Z_A[place, :, : part.rank].copy_(part.plain_leading())
         self.Z_B[place, : part.rank].copy_(part.plain_scaled())
 

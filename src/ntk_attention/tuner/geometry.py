@@ -77,6 +77,7 @@ def geometry_of(module: nn.Module, name: str) -> Geometry:
 
 
 def named(module: nn.Module, name: str) -> str:
+    """A module in a message."""
     return f"{name} ({type(module).__name__})"
 
 
@@ -135,6 +136,7 @@ def is_pair(model: nn.Module) -> bool:
 
 
 def is_causal(module: nn.Module) -> bool:
+    """Whether the queries of an attention module see no later token."""
     causal = getattr(module, "is_causal", None)
     if causal is None:  # text encoders of transformers that are written after BERT
         return bool(getattr(module.config, "is_decoder", not hasattr(module.config, "is_decoder")))

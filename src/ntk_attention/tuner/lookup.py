@@ -100,6 +100,7 @@ def functions_of(cls: type[nn.Module]) -> Iterator[tuple[Any, ast.AST]]:
 
 
 def source_of(function: Any) -> ast.AST:
+    """Its syntax tree."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # a class that was made without a file: nothing is known of it
@@ -109,7 +110,12 @@ def source_of(function: Any) -> ast.AST:
 class RoutedName(str):
     """The name of an attention implementation, for which the attention interface finds our function."""
 
-    takes_eager_itself: bool
+    takes_eager_itself: bool  # whether the module has another way for "eager", without the interface
+
+    def __new__(cls, implementation: str, takes_eager_itself: bool = False) -> RoutedName:
+        name = super().__new__(cls, implementation)
+        name.takes_eager_itself = takes_eager_itself
+        return name
 
     def __eq__(self, other: object) -> bool:
         if self.takes_eager_itself and other == "eager":
@@ -123,11 +129,7 @@ class RoutedName(str):
         return hash(ROUTE)
 
 
-@lru_cache
-def routed_name(implementation: str, takes_eager_itself: bool) -> RoutedName:
-    name = RoutedName(implementation)
-    name.takes_eager_itself = takes_eager_itself
-    return name
+routed_name = lru_cache(RoutedName)  # asked for at every call
 
 
 class RoutedConfig:
@@ -162,12 +164,14 @@ class RoutedConfig:
 
 
 def new_routed_config(cls: type) -> Any:
+    """An empty one for a class of configs; its attributes come later, in copies and pickles too."""
     routed: Any = routed_class(cls)
     return routed.__new__(routed)
 
 
 @cache
 def routed_class(cls: type) -> type:
+    """The one subclass of a class of configs with the name of our function."""
     return type(cls.__name__, (RoutedConfig, cls), {"__module__": cls.__module__})
 
 

@@ -8,45 +8,42 @@ import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.functional import delete_adapter
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, register_peft_method
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import nn
 
+from .arguments import own_attention
 from .calls import during_calls
 from .checkpointing import let_inputs_have_gradients, stop
 from .config import NTKAttentionConfig
 from .coordinates import Coordinated
-from .coverage import Coverage, layers_without, other_attention
-from .distributed import head_mesh, is_partitioned, whole
-from .feed_forward import FeedForward, feed_forwards
-from .geometry import Geometry, encodes, geometry_of, named
-from .layer import NTKAttentionLayer, parameter_shapes, settle_ranks
+from .coverage import Coverage
+from .distributed import is_partitioned, whole
+from .layer import NTKAttentionLayer
 from .mixed import NO_ADAPTER, MixedBatch, copies_of_rows
+from .plan import AdapterPlan, check_plan, file_shapes, plan_adapter
 from .registration import NAME
-from .routing import CHILD, attach, check_implementation, check_routes, detach, routes
-from .targets import (
-    check_adapter_name,
-    check_exclusions,
-    check_task,
-    describe,
-    embeddings_of,
-    is_inside,
-    reason_to_leave_out,
-    shortest_suffixes,
-)
+from .routing import CHILD, attach, check_routes, detach
+from .saved_modules import HEADS, embedding_shapes, embeddings_of
+from .targets import check_adapter_name, is_target
 from .untrusted import CONFIG, AdapterError, check_state_dict, check_weights
 
 logger = logging.getLogger(__name__)
 
 INPUTS = ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values", "input_values")
-# What PEFT adds to modules_to_save, whether the model has it or not; for these task types only after it injected.
-HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+class MadeAdapter(NamedTuple):
+    """What the model remembers of an adapter that it has."""
+
+    settled: dict[str, Any]  # the fields of its config that the model filled in; another model may fill in others
+    coverage: Coverage
 
 
 class NTKAttentionModel(BaseTuner):
@@ -61,225 +58,110 @@ class NTKAttentionModel(BaseTuner):
     tuner_layer_cls = NTKAttentionLayer
 
     def __init__(self, *args: Any, **kwargs: Any):
-        # By adapter: the fields of its config that the model filled in, and what it covers.
-        self.made: dict[str, tuple[dict[str, Any], Coverage]] = {}
+        self.made: dict[str, MadeAdapter] = {}  # by name
+        self._plan: AdapterPlan | None = None  # of the adapter that is being made, between the steps of PEFT
         self.targets: set[str] = set()  # names of all attention modules that have adapters
         super().__init__(*args, **kwargs)
         hook = partial(let_inputs_have_gradients, self.targets)
         self._checkpoint_hook = self.model.register_forward_pre_hook(hook)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT does it: plan the adapter, check the plan, then change the model; what has a prefix is reported.
+
+        Raises:
+            ValueError: if the model cannot have the adapter, see `plan`; the model is as it was then.
+            AdapterError: likewise, and if weights do not fit, where the adapter is loaded from a folder.
+        """
         check_adapter_name(model, adapter_name)
         peft_config = self.peft_config[adapter_name]
         peft_config.unsettle()  # an earlier model may have filled it in
         if peft_config.task_type in HEADS and peft_config.modules_to_save is None:
             peft_config.settle(modules_to_save=list(HEADS[peft_config.task_type]))
         is_first = not self.made
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            coverage = self._planned().coverage
+        finally:
+            self._plan = None
         if is_first:  # what other methods have put into the model is a part of it, and frozen as all of it is
             for module in model.modules():
                 if isinstance(module, BaseTunerLayer) and not isinstance(module, NTKAttentionLayer):
                     module.requires_grad_(False)
-        self.targets |= self.coverage.attention.keys()
-        self.made[adapter_name] = (
-            {name: getattr(peft_config, name) for name in peft_config.asked},
-            self.coverage,
-        )
-        report = warnings.warn if self.coverage.is_partial() else logger.info
-        report(str(self.coverage))
+        self.targets |= coverage.attention.keys()
+        settled = {name: getattr(peft_config, name) for name in peft_config.asked}
+        self.made[adapter_name] = MadeAdapter(settled, coverage)
+        report = warnings.warn if coverage.is_partial() else logger.info
+        report(str(coverage))
+
+    def _planned(self) -> AdapterPlan:
+        assert self._plan is not None  # PEFT prepares the config of an adapter before it makes it
+        return self._plan
 
     def ntk_summary(self, adapter_name: str | None = None) -> str:
         """How many attention modules and feed-forward blocks have a prefix, which kinds have none, and why.
 
         Args:
             adapter_name: of the adapter; by default the active one.
+
+        Raises:
+            ValueError: if there is no such adapter.
         """
         name = self.active_adapters[0] if adapter_name is None else adapter_name
         if name not in self.made:
             raise ValueError(f"there is no adapter {name!r}: expected one of {sorted(self.made)}")
-        return str(self.made[name][1])
+        return str(self.made[name].coverage)
 
-    def _prepare_adapter_config(self, peft_config: NTKAttentionConfig, model_config: dict) -> NTKAttentionConfig:
-        if peft_config.weights is None:
-            return self._prepare(peft_config)
+    def _prepare_adapter_config(self, peft_config: NTKAttentionConfig, model_config: Any) -> NTKAttentionConfig:
+        """Everything that can be refused is refused here, before the model or the config is touched."""
+        weights = peft_config.weights
         try:
-            prepared = self._prepare(peft_config)
+            plan = plan_adapter(self.model, peft_config)
+            check_plan(plan, self.model, peft_config)
         except ValueError as error:
-            raise AdapterError(f"{peft_config.weights.with_name(CONFIG)}: {error}") from None
-        check_weights(peft_config.weights, self._saved_shapes(peft_config), self._embedding_shapes())
-        return prepared
-
-    def _prepare(self, peft_config: NTKAttentionConfig) -> NTKAttentionConfig:
-        """Everything that can be refused is refused here, before the model is touched."""
-        modules = {name: module for name, module in self.model.named_modules() if name}
-        routed = [name for name, module in modules.items() if routes(module)]
-        others = other_attention(self.model, routed, CHILD)
-        if not routed:
-            found = [f"{name} ({kind})" for name, (kind, _) in others.items()]
-            raise ValueError(
-                f"{type(self.model).__name__} has no module that routes through the attention interface of "
-                f"transformers; found: {', '.join(found[:3]) or 'no attention module'}"
-            )
-        left_out = dict(others)
-        if peft_config.target_modules is None:
-            odd = {name: reason for name in routed if (reason := reason_to_leave_out(modules[name], name))}
-            if len(odd) == len(routed):
-                raise ValueError(next(iter(odd.values())))
-            for name, reason in odd.items():
-                kind = type(modules[name]).__name__
-                left_out[name] = (kind, reason.removeprefix(f"{named(modules[name], name)} "))
-            wanted = [name for name in routed if name not in odd]
-            peft_config.settle(target_modules=shortest_suffixes(wanted, [n for n in modules if n not in wanted]))
-        check_exclusions(peft_config, routed)
-        names = self._target_names(peft_config)
-        check_task(self.model, peft_config)
-        self._check_targets(names, peft_config)
-        for name in routed:
-            if name not in names and name not in left_out:
-                left_out[name] = (type(modules[name]).__name__, "left out by the config")
-        found_blocks = [name for name, (_, block) in self.sites.items() if block is not None]
-        self.coverage = Coverage(
-            attention={name: type(modules[name]).__name__ for name in names},
-            blocks=found_blocks,
-            without_block=layers_without(self.model, names, found_blocks) if self.has_blocks else {},
-            left_out=left_out,
-        )
+            if weights is None:
+                raise
+            raise AdapterError(f"{weights.with_name(CONFIG)}: {error}") from None
+        if weights is not None:
+            check_weights(weights, file_shapes(plan, self.model, peft_config), embedding_shapes(self.model))
+        peft_config.settle(**plan.settled)
+        self._plan = plan
         return peft_config
 
     def _check_tied_modules(self, model: nn.Module, peft_config: NTKAttentionConfig) -> None:
         """Nothing: attention modules share no weights with embeddings, which some models refuse to name."""
 
-    def _target_names(self, peft_config: NTKAttentionConfig) -> list[str]:
-        names = [name for name, _ in self.model.named_modules() if name and CHILD not in name.split(".")]
-        return [name for name in names if self._check_target_module_exists(peft_config, name) is True]
-
     @staticmethod
     def _check_target_module_exists(peft_config: NTKAttentionConfig, key: str) -> Any:
-        """As PEFT does it; a name in `exclude_modules` means what is inside of such a module, too."""
-        excluded = peft_config.exclude_modules
-        if isinstance(excluded, set | list) and any(is_inside(key, name) for name in excluded):
-            return _ExcludedModule()
-        found = check_target_module_exists(peft_config, key)
-        return found if isinstance(found, _ExcludedModule) else bool(found)
-
-    def _check_targets(self, names: list[str], peft_config: NTKAttentionConfig) -> None:
-        if not names:
-            raise ValueError(
-                "what target_modules, exclude_modules, modules_to_save and layers_to_transform leave was not found in "
-                f"{type(self.model).__name__}: expected at least one attention module"
-            )
-        for name in names:
-            module = self.model.get_submodule(name)
-            check_routes(module, name)
-            check_implementation(module, name)
-        sites = self._sites(names, peft_config)
-        settle_ranks(peft_config, [found for found, _ in sites.values()])
-        for name, (found, _) in sites.items():
-            parameter_shapes(peft_config, found)  # refuses states without end
-            self._check_mesh(name, found)
-        blocks = [name for _, block in sites.values() if block is not None for name in set(block.names)]
-        self._check_modules_to_save([*names, *blocks], peft_config)
-        sizes = sorted({tuple(asdict(found).values()) for found, _ in sites.values()})
-        geometry = {"num_modules": len(names), "sizes": [list(size) for size in sizes]}
-        given = peft_config.geometry
-        if given not in (None, geometry):
-            raise ValueError(
-                f"the adapter was made for a model with {describe(given)}, this one has {describe(geometry)}"
-            )
-        peft_config.settle(geometry=geometry)
-        self.sites = sites  # of the adapter that is being made
-
-    def _sites(
-        self, names: Sequence[str], peft_config: NTKAttentionConfig
-    ) -> dict[str, tuple[Geometry, FeedForward | None]]:
-        """Where adapters go: attention modules by name, and the feed-forward block that each looks after as well."""
-        modules = [self.model.get_submodule(name) for name in names]
-        wanted = peft_config.feed_forward_rank
-        self.encodes = encodes(self.model, modules)
-        self.has_blocks = not self.encodes if wanted == "auto" else wanted is not None
-        blocks = feed_forwards(self.model, names) if self.has_blocks else {}
-        sites = {}
-        for name, module in zip(names, modules, strict=True):
-            found, block = geometry_of(module, name), blocks.get(name)
-            sites[name] = (replace(found, feed_forward=0 if block is None else block.width), block)
-        return sites
-
-    def _check_mesh(self, name: str, geometry: Geometry) -> None:
-        mesh = head_mesh(self.model, name)
-        if mesh is not None and (geometry.num_heads % mesh.size() or geometry.num_kv_heads % mesh.size()):
-            raise ValueError(
-                f"{name} has {geometry.num_heads} heads and {geometry.num_kv_heads} KV heads: expected multiples of "
-                f"tp_size = {mesh.size()}, since each process holds whole heads"
-            )
-
-    def _modules_to_save(self, peft_config: NTKAttentionConfig) -> dict[str, nn.Module]:
-        """Modules that PEFT will train and save besides the states, by its rule: their names end like this."""
-        ends = tuple(peft_config.modules_to_save or ())
-        wrappers = [n for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        return {
-            name: module.original_module if name in wrappers else module
-            for name, module in self.model.named_modules(remove_duplicate=False)
-            if ends and name.endswith(ends) and not any(name.startswith(f"{wrapper}.") for wrapper in wrappers)
-        }
-
-    def _check_modules_to_save(self, targets: list[str], peft_config: NTKAttentionConfig) -> None:
-        modules = self._modules_to_save(peft_config)
-        for name in peft_config.modules_to_save or ():
-            is_added = any(name in heads for heads in HEADS.values())
-            if not is_added and not any(found.endswith(name) for found in modules):
-                raise ValueError(f"modules_to_save holds {name!r}, but {type(self.model).__name__} has no such module")
-        for name, module in modules.items():
-            if isinstance(module, nn.ModuleList | nn.ModuleDict):
-                raise ValueError(f"modules_to_save means {name}, a {type(module).__name__}, which PEFT cannot copy")
-            for other in (*targets, *(other for other in modules if other != name)):
-                if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
-                    raise ValueError(f"modules_to_save means {name}, which overlaps {other}: expected modules apart")
-
-    def _saved_shapes(self, peft_config: NTKAttentionConfig) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors in the file of an adapter of this model."""
-        shapes = {}
-        for name, (geometry, _) in self._sites(self._target_names(peft_config), peft_config).items():
-            for tensor, shape in parameter_shapes(peft_config, geometry).items():
-                shapes[f"base_model.model.{name}.{CHILD}.{tensor}"] = shape
-        for name, module in self._modules_to_save(peft_config).items():
-            for tensor, value in module.state_dict().items():
-                shapes[f"base_model.model.{name}.{tensor}"] = tuple(value.shape)
-        return shapes
-
-    def _embedding_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors that PEFT adds to a file when tokens were added to the model."""
-        return {
-            f"base_model.model.{name}.{part}{tensor}": tuple(x.shape)
-            for name, layer in embeddings_of(self.model)
-            for tensor, x in layer.state_dict().items()
-            for part in ("", "original_module.")  # the second one where they train
-        }
+        return is_target(peft_config, key)
 
     @classmethod
-    def _remove_adapter_name_from_key(cls, key, adapter_name):
-        """In a file no name holds the adapter's, nor those of tensors that lie deeper (the directions of a map), nor of
-        embeddings that train and that PEFT adds once more."""
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """In a file no name holds the adapter's, nor those of tensors that lie deeper (the buffers of a feature map),
+        nor of embeddings that train and that PEFT adds once more."""
         key = key.replace(f".{CHILD}.{adapter_name}.", f".{CHILD}.")
         return key.replace(f".modules_to_save.{adapter_name}.", ".")
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: NTKAttentionConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         """As PEFT does it; whole where a process holds a part of the heads (PEFT 0.21.0 would save the parts), and in
         plain coordinates also where ZeRO-3 made the state dict."""
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, cls):  # another model may have filled the same config in since
-            config.settle(**tuner.made[adapter_name][0])
+            config.settle(**tuner.made[adapter_name].settled)
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         own = f".{CHILD}.{adapter_name}."  # PEFT gives those of other methods, too
         tensors = {name: whole(x) for name, x in tensors.items() if own in f".{name}"}
         for name, module in model.named_modules():
-            is_own = isinstance(module, Coordinated) and own in f".{name}."
-            if is_own and is_partitioned(getattr(module, module.scaled)):
+            if isinstance(module, Coordinated) and own in f".{name}." and is_partitioned(module.scaled):
                 module.make_plain(tensors, f"{name}.")
         return tensors
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: NTKAttentionConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """As PEFT does it; a state dict that does not fit is refused as a whole, before one tensor is set."""
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         inside = (f"{CHILD}.{adapter_name}.", f"modules_to_save.{adapter_name}.")
@@ -290,16 +172,24 @@ class NTKAttentionModel(BaseTuner):
         return state_dict
 
     def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, **_: Any
+        self,
+        peft_config: NTKAttentionConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
     ) -> None:
         check_routes(target, current_key)
-        geometry, block = self.sites[current_key]
+        plan = self._planned()
+        site = plan.sites[current_key]
         layer = getattr(target, CHILD, None)
         if layer is None:
-            layer = NTKAttentionLayer(target, geometry, head_mesh(self.model, current_key), encodes=self.encodes)
+            layer = NTKAttentionLayer(target, site.geometry, own_attention(target), site.mesh, encodes=plan.encodes)
             BaseTunerLayer.set_adapter(layer, self.active_adapters)
             attach(target, layer)
-        layer.add_adapter(adapter_name, peft_config, block)
+        layer.add_adapter(adapter_name, peft_config, site.block)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The last step of making and of loading an adapter, after which PEFT may have offloaded it."""

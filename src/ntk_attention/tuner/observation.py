@@ -28,13 +28,13 @@ class FeedForwardObserver(Protocol):
     """Sees a feed-forward block run: the tokens that count, [N, D]."""
 
     def observe_input(self, x: Tensor) -> None:
-        """Of the block."""
+        """The hidden states that the block gets."""
 
     def observe_output(self, out: Tensor) -> None:
-        """Of the block, without prefixes."""
+        """What the block makes of them, without prefixes."""
 
     def observe_stream(self, hidden: Tensor) -> None:
-        """What its transformer layer gives on."""
+        """The hidden states after the transformer layer that has the block."""
 
 
 def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, NTKAttentionLayer]:
@@ -53,6 +53,11 @@ def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
     return layers
 
 
+def base_model_of(model: Any) -> Any:
+    """The model of transformers that PEFT has wrapped; the model itself where it has not."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def observe(
     model: nn.Module,
     layers: Mapping[str, NTKAttentionLayer],
@@ -67,7 +72,7 @@ def observe(
     """
     device = device_of(model)
     blocks = feed_forward_observers or {}
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model_of(model)
     # Nothing comes after, and some models make too small a cache of their own.
     options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
     with evaluating(model), torch.no_grad():
@@ -111,10 +116,10 @@ def show(
 def showing(block: FeedForward, observer: FeedForwardObserver, mask: Tensor | None) -> Iterator[None]:
     """Call the observer with every input and output of the block, and every output of its layer."""
 
-    def see_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observer.observe_input(real_tokens(input_of(args, kwargs), mask))
 
-    def see_output(see: Callable[[Tensor], None], module: nn.Module, args: tuple, output: Any) -> None:
+    def see_output(see: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         see(real_tokens(output if isinstance(output, Tensor) else output[0], mask))
 
     with (

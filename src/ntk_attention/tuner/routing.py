@@ -7,7 +7,8 @@ outside the attention modules stays as it was.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,15 @@ from ..ops.attention import (
 )
 from ..ops.bundles import Prefixes, Tokens
 from ..ops.checks import check_state_fits
-from .arguments import refused_arguments, wants_weights
+from ..ops.state import PrefixState, RowStates
+from .arguments import wants_weights
 from .calls import CALLS
 from .geometry import named
 from .lookup import ROUTE, lookup_of, routed_config
 from .masks import FLASH, IMPLEMENTATIONS, visible_tokens
+
+if TYPE_CHECKING:
+    from .layer import NTKAttentionLayer
 
 CHILD = "ntk_states"  # name of the NTKAttentionLayer in its attention module
 
@@ -87,12 +92,10 @@ def check_implementation(module: nn.Module, name: str) -> str:
     return implementation
 
 
-def attach(module: nn.Module, layer: Any) -> None:
+def attach(module: nn.Module, layer: NTKAttentionLayer) -> None:
     """Hang a layer on an attention module and route the module through it."""
     lookup = lookup_of(type(module))
     assert lookup is not None
-    layer.eager = lookup.eager
-    layer.refused_arguments = {name: refused_arguments(name, lookup.eager) for name in IMPLEMENTATIONS}
     module.config = routed_config(module.config, lookup)
     module.add_module(CHILD, layer)
 
@@ -128,20 +131,27 @@ def ntk_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Our entry of the attention interface: query [B, H, L, d], KV heads not repeated; returns [B, L, H, d_v].
+    """Our entry of the attention interface: Algorithm 2 of the paper, in the place of the module's own function.
 
-    Beside it the weights of the real tokens [B, H, L, S], without gradients, where the model was asked for them and its
-    own function would give them.
+    Args:
+        module: of attention, adapted.
+        query: [B, H, L, d], or [1, H, L, d] where it is learned and the same for every item.
+        key, value: [B, H_kv, S, d] and [B, H_kv, S, d_v], KV heads not repeated.
+        attention_mask: of the kind that the module's own implementation has.
+        scaling, dropout: of the logits, None for d^-1/2; of the weights. What else is passed: see `arguments`.
+
+    Returns:
+        The output [B, L, H, d_v]; the weights of the real tokens [B, H, L, S], without gradients, if these are wanted.
 
     Raises:
         ValueError: for an argument that changes attention and that we do not handle.
     """
-    layer = getattr(module, CHILD)
+    layer: NTKAttentionLayer = getattr(module, CHILD)
     is_active = layer.has_active_state()
     watcher, exact = CALLS.watchers.get(layer), CALLS.exact.get(layer)
     implementation = own_config(module)._attn_implementation
     if watcher is None and exact is None and not is_active:
-        base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.eager)
+        base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.own.eager)
         # Flash attention reads the name in the config once more.
         caller: Any = Unrouted(module) if implementation in FLASH else module
         return base(caller, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -155,15 +165,7 @@ def ntk_attention_forward(
     tokens = Tokens(query, key, value, mask, dropout, is_causal, scale)
     softcap, sink = kwargs.get("softcap"), sink_of(kwargs)
     with without_autocast(query.device.type):
-        states = layer.states(query.shape[0]) if is_active else []
-        for state in states:
-            check_state_fits(
-                state,
-                num_heads=query.shape[1],
-                num_kv_heads=key.shape[1],
-                head_dim=query.shape[3],
-                value_dim=value.shape[-1],
-            )
+        states = states_for(layer, query, key, value) if is_active else []
         prefixes = Prefixes(states, factor, exact, sink)
         prefix = None
         if watcher is not None:
@@ -179,6 +181,26 @@ def ntk_attention_forward(
     return out.transpose(1, 2).contiguous(), weights
 
 
+def states_for(
+    layer: NTKAttentionLayer, query: Tensor, key: Tensor, value: Tensor
+) -> Sequence[PrefixState | RowStates]:
+    """The prefixes that this batch sees.
+
+    Raises:
+        ValueError: if one is of other sizes than the tensors of the call.
+    """
+    states = layer.states(query.shape[0])
+    for state in states:
+        check_state_fits(
+            state,
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_dim=query.shape[3],
+            value_dim=value.shape[-1],
+        )
+    return states
+
+
 class Unrouted:
     """A routed module as it was, for functions of transformers that look at its config."""
 
@@ -190,11 +212,12 @@ class Unrouted:
         return getattr(self.module, name)
 
 
-def check_call(layer: Any, module: nn.Module, implementation: str, arguments: dict[str, Any]) -> None:
-    """Refuse an implementation whose masks we do not read, and arguments that would be ignored."""
-    refused = layer.refused_arguments.get(implementation)
-    if refused is None:
+def check_call(layer: NTKAttentionLayer, module: nn.Module, implementation: str, arguments: dict[str, Any]) -> None:
+    """Raise ValueError for an implementation whose masks we do not read, and for arguments that would be ignored."""
+    refused = layer.own.refused.get(implementation)
+    if refused is None:  # switched to since the layer was attached: raises
         check_implementation(module, type(module).__name__)
+        refused = {}
     for name, argument in arguments.items():
         if argument is not None and name in refused:
             raise ValueError(

@@ -124,7 +124,7 @@ def check_weights(path: Path, expected: Mapping[str, tuple[int, ...]], optional:
     try:
         with safe_open(path, framework="pt") as file:
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            check_names(str(path), set(headers) - (set(optional) - set(expected)), set(expected))
+            check_tensor_names(str(path), set(headers) - (set(optional) - set(expected)), set(expected))
             for name, header in headers.items():
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 if dtype not in FLOATING:
@@ -140,13 +140,13 @@ def check_state_dict(
     tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], optional: Mapping[str, tuple[int, ...]]
 ) -> None:
     """The same for tensors that have been read already."""
-    check_names("the adapter", set(tensors) - (set(optional) - set(expected)), set(expected))
+    check_tensor_names("the adapter", set(tensors) - (set(optional) - set(expected)), set(expected))
     for name, tensor in tensors.items():
         check_shape("the adapter", name, tuple(tensor.shape), expected.get(name) or optional[name])
         check_values("the adapter", name, tensor)
 
 
-def check_names(source: str, found: set[str], expected: set[str]) -> None:
+def check_tensor_names(source: str, found: set[str], expected: set[str]) -> None:
     if missing := sorted(expected - found):
         raise AdapterError(
             f"{source}: {missing[0]} is missing ({len(missing)} of {len(expected)} tensors are): the adapter was made "
