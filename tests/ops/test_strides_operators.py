@@ -7,9 +7,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ntk_attention import PrefixState, feature_map, ntk_attention
 from ntk_attention.ops import fused, sdpa
 from ntk_attention.ops.bundles import Tokens
+from tests.reference import relative_error
 
 from .paths import flat, has_kernels, paths
-from .test_strides import DEVICE, LAYOUTS, SMALL, laid_out, make_inputs, outputs_and_gradients
+from .test_strides import (
+    DEVICE,
+    LAYOUTS,
+    SMALL,
+    laid_out,
+    make_inputs,
+    make_mask,
+    outputs_and_gradients,
+)
 
 pytestmark = pytest.mark.slow
 
