@@ -64,7 +64,7 @@ def attend_fused(query, key, value, state, factor, attn_mask, is_causal, scale, 
     needs_grad = _needs_grad(query, key, value, state)
     if launches.covers(query, value):
         is_short = H // key.shape[1] * L <= launches.MAX_DECODE_ROWS
-        if not needs_grad and is_short and (L == 1 or not is_causal):
+        if not needs_grad and is_short and not is_causal:
             decode = decode_op if compiling else launches.decode
             return decode(*tensors, attn_mask, constant, scale, factor)
         merge_from = next(length for largest, length in AUTO if max(d, value.shape[-1]) <= largest)

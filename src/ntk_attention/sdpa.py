@@ -106,7 +106,7 @@ def additive_mask(attn_mask: Tensor, query: Tensor) -> Tensor:
     attn_mask = attn_mask[tuple(slice(1 if stride == 0 else None) for stride in attn_mask.stride())]
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, hidden)
-    attn_mask = attn_mask.clamp_min(hidden).to(query.dtype)
+    attn_mask = attn_mask.to(query.dtype).clamp_min(hidden)  # in this order: a narrower dtype has no such number
     return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
 
 
