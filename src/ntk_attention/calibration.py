@@ -23,6 +23,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .batches import SIGNALS, checked_batches
 from .calls import without_adapters
 from .evaluation import samples
 from .feed_forward import FeedForwardPrefix
@@ -60,9 +62,7 @@ LOG_K_STEP = 0.15
 STREAM_UNIT, OUTPUT_UNIT, INPUT_UNIT = 0.07, 0.4, 0.3
 MAX_BYTES = 8 * 2**30
 OWN_ROWS, OWN_LENGTH = 32, 128  # tokens of the text that a model writes itself
-TENSORS = ("input_ids", "attention_mask", "decoder_input_ids", "labels")
 TEXT = {"input_ids", "attention_mask", "position_ids", "labels"}  # what batches of text alone may hold
-SIGNALS = ("pixel_values", "input_features", "input_values")  # pictures and sound
 
 
 def calibrate(
@@ -91,27 +91,34 @@ def calibrate(
 
     Raises:
         ValueError: without such an adapter, without its constant feature, with `batches` that are empty or no
-            arguments of the model's forward, that reach no adapted layer, or with a share outside (0, 1).
+            arguments of the model's forward, that reach no adapted layer or give NaN there, with a share outside
+            (0, 1), or inside `torch.inference_mode()`. The adapter is as it was then.
 
     Warns:
         UserWarning: if there are layers that no token reaches, such as a vision tower without pictures. They start as
             they were.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("calibrate was called inside torch.inference_mode(), where nothing that trains can be made")
     layers = adapted_layers(model, adapter_name)
     encodes = all(layer.encodes for layer in layers.values())
-    if share is not None and not 0.0 < share < 1.0:
-        raise ValueError(f"share must be between 0 and 1, got {share}")
+    if share is not None and not (isinstance(share, Real) and 0.0 < share < 1.0):
+        raise ValueError(f"share must be a number between 0 and 1, got {share!r}")
     head_steps = {name: step_of_large_heads(layer) for name, layer in layers.items()}
     shares = {name: share or (ENCODER_SHARE if encodes else SHARE * head_steps[name]) for name in layers}
     if not all(layer[adapter_name].feature_map.constant for layer in layers.values()):
         raise ValueError("calibrate needs the constant feature: make the config with constant_feature=True")
     check_size(layers, adapter_name)
-    batches = checked_batches(batches)
+    batches = checked_batches(batches, model=model)
+    given = []
+    if not isinstance(others, bool | None):
+        given = checked_batches(others, least=0, source="others", model=model)
 
     with without_adapters(layers.values()):
-        unlike = other_inputs(model, batches) if others is True else checked_batches(others or (), least=0)
+        unlike = other_inputs(model, batches) if others is True else given
         statistics = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
-        observe(model, layers, batches, {name: s.observe_scale for name, s in statistics.items()})
+        observe(model, layers, batches, {name: s.observe_scale for name, s in statistics.items()}, source="batches")
+        check_finite(statistics, "batches")
         statistics = {name: s for name, s in statistics.items() if s.num_rows}
         layers = reached(layers, statistics)
         blocks = {
@@ -122,13 +129,15 @@ def calibrate(
         for name, s in statistics.items():
             s.set_scale(shares[name])
         moments = {name: s.observe_moments for name, s in statistics.items()}
-        for kind in (batches, unlike):
+        for source, kind in (("batches", batches), ("others", unlike)):
             if kind:
-                observe(model, layers, kind, moments, blocks)
+                observe(model, layers, kind, moments, blocks, source)
                 for heads in statistics.values():
                     heads.end_of_kind()
                 for block in blocks.values():
                     block.end_of_kind()
+                check_finite(statistics, source)
+                check_finite(blocks, source)
     generator = torch.Generator().manual_seed(0)  # every process, and every call, makes the same start
     for name, heads in statistics.items():
         step = head_steps[name] * (picture_step(model, name) if encodes else 1.0)
@@ -137,32 +146,6 @@ def calibrate(
         block.set_coordinates_and_start(generator)
     for layer in layers.values():
         layer.lead(adapter_name)
-
-
-def checked_batches(batches: Iterable[Mapping[str, Any]], least: int = 1) -> list[Mapping[str, Any]]:
-    """The batches as a list.
-
-    Raises:
-        ValueError: if one is not what the model's forward can be called with, or there are fewer than `least`.
-    """
-    expected = "expected a dict of tensors with the arguments of the model's forward, such as input_ids [B, L]"
-    if isinstance(batches, str | Mapping | Tensor):
-        raise ValueError(
-            f"calibrate got a {type(batches).__name__} for batches: expected a list, each of which is "
-            f"{expected.removeprefix('expected ')}"
-        )
-    found = list(batches)
-    for number, batch in enumerate(found):
-        if not isinstance(batch, Mapping) or not all(isinstance(name, str) for name in batch):
-            raise ValueError(f"batch {number} is a {type(batch).__name__}: {expected}")
-        for name, x in batch.items():
-            if isinstance(x, str | list | tuple) and name in (*TENSORS, *SIGNALS):
-                raise ValueError(f"batch {number} holds a {type(x).__name__} under {name!r}: {expected}")
-        if not any(isinstance(x, Tensor) for x in batch.values()):
-            raise ValueError(f"batch {number} holds no tensor, but {sorted(batch)}: {expected}")
-    if len(found) < least:
-        raise ValueError("calibrate got no batches: a few batches of training data are expected")
-    return found
 
 
 def reached(
@@ -187,6 +170,16 @@ def reached(
             stacklevel=3,
         )
     return {name: layer for name, layer in layers.items() if name in statistics}
+
+
+def check_finite(measured: Mapping[str, HeadStatistics] | Mapping[str, FeedForwardStatistics], source: str) -> None:
+    """Raise ValueError if there is anything in a layer that cannot be measured."""
+    for name, statistics in measured.items():
+        if not statistics.is_finite:
+            raise ValueError(
+                f"the frozen model computes NaN or inf in {name.removesuffix(f'.{CHILD}')} or beside it from {source}: "
+                "expected finite numbers, for which its dtype may be too narrow"
+            )
 
 
 @torch.no_grad()
@@ -317,7 +310,8 @@ class HeadStatistics:
         self.wanted: Tensor | float = 0.0  # [H, d_v], sum of g_constant * share * output
         self.moments: list[Tensor] = []  # of every kind of input, the task's first
         self.value = self.output_rms = zeros(H)  # of the task
-        self.log_k = zeros(H)  # set between the passes, the same for all features
+        self.log_scale = self.log_k = zeros(H)  # set between the passes, the same for all features
+        self.is_finite = zeros(()) == 0
 
     def rows(self, query: Tensor, frozen: Block, factor: float, counts: Tensor) -> tuple[Tensor, ...]:
         """phi [H, N, r], its log scale, lse [H, N] and out [H, N, d_v] of the N rows of each state head that count."""
@@ -341,15 +335,15 @@ class HeadStatistics:
         return (phi if features is None else phi[..., features.to(phi.device)]).sum(dim=-1)
 
     def observe_scale(self, query: Tensor, frozen: Block, prefix: Block | None, factor: float, counts: Tensor) -> None:
-        phi, row_scale, lse, _ = self.rows(query, frozen, factor, counts)
+        phi, row_scale, lse, out = self.rows(query, frozen, factor, counts)
+        advantages = torch.log(self.normaliser(phi)) + row_scale - lse
+        self.is_finite &= torch.isfinite(advantages).all() & torch.isfinite(out).all()
         self.num_rows += lse.shape[1]
         self.sum_lse += lse.double().sum(dim=1)
-        self.advantages.append((torch.log(self.normaliser(phi)) + row_scale - lse).cpu())
+        self.advantages.append(advantages.cpu())
 
-    @torch.no_grad()
     def set_scale(self, share: float) -> None:
-        b = self.sum_lse / self.num_rows
-        self.adapter.part("log_scale").copy_(b)
+        b = self.log_scale = self.sum_lse / self.num_rows
         self.log_k = offset_for_share(torch.cat(self.advantages, dim=1).double(), share).to(b) - b
         self.advantages.clear()
 
@@ -357,7 +351,7 @@ class HeadStatistics:
         self, query: Tensor, frozen: Block, prefix: Block | None, factor: float, counts: Tensor
     ) -> None:
         phi, row_scale, lse, out = self.rows(query, frozen, factor, counts)
-        weight = row_scale + self.adapter.part("log_scale")[:, None]
+        weight = row_scale + self.log_scale[:, None].to(row_scale)
         prefix_lse = torch.log(self.normaliser(phi)) + self.log_k[:, None].to(weight) + weight
         lse_all = torch.logaddexp(lse, prefix_lse)
         g = phi * torch.exp(weight - lse_all)[..., None]
@@ -372,6 +366,7 @@ class HeadStatistics:
         the start [H, d_v]: of all fixed ones, the least-squares one in the outputs."""
         if self.gram_rows == 0:  # none of this kind came here
             return
+        self.is_finite &= torch.isfinite(self.gram).all()
         if not self.moments:
             self.value = self.wanted / self.gram[:, -1, -1, None]
             self.output_rms = (self.sum_square / self.gram_rows).sqrt()[:, None, None]
@@ -382,6 +377,7 @@ class HeadStatistics:
     def set_coordinates_and_start(self, step: float, unit: float, generator: torch.Generator) -> None:
         """A step of one in Z moves outputs by `step` of their size; log k trains in this unit."""
         adapter, value = self.adapter, self.value
+        adapter.part("log_scale").copy_(self.log_scale)
         moments = mean_of(self.moments)
         adapter.set_coordinates(whitening(moments) * self.output_rms * step, unit)
         Z = torch.zeros_like(moments[..., :1]).expand(-1, -1, value.shape[-1]).clone()
@@ -412,6 +408,7 @@ class FeedForwardStatistics:
         self.num_rows = 0
         self.outputs: list[Tensor] = []  # [N], rms of the block's output, token by token, of the task
         self.streams: list[Tensor] = []  # likewise of what the layer gives on
+        self.is_finite = True
 
     def observe_input(self, x: Tensor) -> None:
         x = x.float()
@@ -430,6 +427,8 @@ class FeedForwardStatistics:
         if self.num_rows == 0:
             return
         self.moments.append(torch.as_tensor(self.gram / self.num_rows))
+        measured = (self.moments[-1], *self.outputs, *self.streams)
+        self.is_finite = all(bool(torch.isfinite(x).all()) for x in measured)
         self.gram, self.num_rows = 0.0, 0
 
     @torch.no_grad()
