@@ -78,6 +78,12 @@ def check_implementation(module: nn.Module, name: str) -> str:
         raise ValueError(
             f"{named(module, name)} has no eager attention: load the model with attn_implementation='sdpa'"
         )
+    if lookup.is_switched(module) and (implementation in lookup.compared or not lookup.compared):
+        raise ValueError(
+            f"{named(module, name)} computes attention itself under {implementation!r} while one of "
+            f"{sorted(lookup.switches)} is set, where no prefix reaches it: load the model with "
+            "attn_implementation='sdpa'"
+        )
     if implementation in FLASH and lookup.replaced:
         raise ValueError(
             f"{named(module, name)} takes {sorted(lookup.replaced)} in some calls, past its config: load it with "
@@ -92,7 +98,7 @@ def attach(module: nn.Module, layer: Any) -> None:
     assert lookup is not None
     layer.eager = lookup.eager
     layer.refused_arguments = {name: refused_arguments(name, lookup.eager) for name in IMPLEMENTATIONS}
-    module.config = routed_config(module.config, lookup)
+    module.config = routed_config(module.config, lookup, lookup.ways_past(module))
     module.add_module(CHILD, layer)
 
 
