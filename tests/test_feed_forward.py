@@ -12,7 +12,7 @@ from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.adapter_folder import CONFIG, WEIGHTS
 from ntk_attention.calibration import INPUT_UNIT, OUTPUT_UNIT, STREAM_UNIT
 from ntk_attention.coordinates import solve_by_qr
-from ntk_attention.feed_forward import FeedForwardPrefix, feed_forwards
+from ntk_attention.feed_forward import FeedForwardPrefix, FeedForwardRows, feed_forwards
 from ntk_attention.routing import routes
 
 from .families import ATTENTION, FAMILIES
@@ -250,6 +250,16 @@ def test_rows_with_and_without():
                 model.set_adapter(name)
                 expected = model(**one).logits
             assert relative_error(actual[row], expected[0]) < 1e-5
+
+
+def test_rows_whose_output_is_flat():
+    """The experts of Llama 4 take [B, L, D] and return [B L, D]."""
+    block = FeedForwardPrefix(6, 2)
+    block.reset_parameters(visible=True)
+    rows = FeedForwardRows.stack([block], torch.tensor([0, -1], dtype=torch.int32))
+    x, out = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        assert torch.equal(rows(x, out.flatten(0, 1)), rows(x, out).flatten(0, 1))
 
 
 def test_a_block_that_is_saved_whole_is_refused():

@@ -495,3 +495,8 @@ def test_merging_is_refused(merge):
     with pytest.raises(ValueError, match="cannot be merged"):
         getattr(model, merge)()
     assert torch.equal(logits(model), expected)
+
+
+def test_unmerging_is_refused():
+    with pytest.raises(ValueError, match="never merged"):
+        adapted().unmerge_adapter()

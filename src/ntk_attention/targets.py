@@ -33,7 +33,10 @@ def check_task(model: nn.Module, peft_config: NTKAttentionConfig) -> None:
         fitting = "SEQ_2_SEQ_LM" if is_pair(model) else "CAUSAL_LM"
         raise ValueError(f"task_type is {task!r}, but {kind} is a model for {fitting!r}")
     parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    # Keyword arguments of any name may be input_ids, unless the model itself names another input.
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    main = getattr(model, "main_input_name", "input_ids")
+    if "input_ids" not in parameters and not (takes_any and main == "input_ids"):
         first = next(iter(parameters), None)
         raise ValueError(
             f"task_type is {task!r}, for which PEFT passes input_ids, but {kind} takes {first!r}: leave task_type out"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial, reduce
+from numbers import Real
 from typing import Any
 
 import torch
@@ -138,10 +139,12 @@ class NTKAttentionModel(BaseTuner):
             if name not in names and name not in left_out:
                 left_out[name] = (type(modules[name]).__name__, "left out by the config")
         found_blocks = [name for name, (_, block) in self.sites.items() if block is not None]
+        own_layers = {block.layer for _, block in self.sites.values() if block is not None}
+        layers = [name for name, module in modules.items() if module in own_layers]
         self.coverage = Coverage(
             attention={name: type(modules[name]).__name__ for name in names},
             blocks=found_blocks,
-            without_block=layers_without(self.model, names, found_blocks) if self.has_blocks else {},
+            without_block=layers_without(self.model, names, found_blocks, layers) if self.has_blocks else {},
             left_out=left_out,
         )
         return peft_config
@@ -157,7 +160,7 @@ class NTKAttentionModel(BaseTuner):
     def _check_target_module_exists(peft_config: NTKAttentionConfig, key: str) -> Any:
         """As PEFT does it; a name in `exclude_modules` means what is inside of such a module, too."""
         excluded = peft_config.exclude_modules
-        if isinstance(excluded, set | list) and any(is_inside(key, name) for name in excluded):
+        if isinstance(excluded, set | list | tuple) and any(is_inside(key, name) for name in excluded):
             return _ExcludedModule()
         found = check_target_module_exists(peft_config, key)
         return found if isinstance(found, _ExcludedModule) else bool(found)
@@ -377,8 +380,12 @@ class NTKAttentionModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name {adapter_name!r} already exists")
+        if isinstance(adapters, str) or not isinstance(weights, Sequence) or isinstance(weights, str):
+            raise ValueError(f"expected lists of adapters and of their weights, got {adapters!r} and {weights!r}")
         if unknown := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"adapters holds {unknown}, expected names of {sorted(self.peft_config)}")
+        if not all(isinstance(w, Real) for w in weights):
+            raise ValueError(f"weights must be numbers, got {list(weights)}")
         if len(weights) != len(adapters) or not all(0 <= w < math.inf for w in weights) or not any(weights):
             raise ValueError(
                 f"weights must be {len(adapters)} finite numbers, none negative (k is a normaliser) and not all zero, "
@@ -387,6 +394,16 @@ class NTKAttentionModel(BaseTuner):
         layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
         if any(any(name in layer for name in adapters) != all(name in layer for name in adapters) for layer in layers):
             raise ValueError(f"the adapters {list(adapters)} sit on different modules: expected the same")
+        if heads := sorted(
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+            and any(adapter in module.modules_to_save for adapter in adapters)
+        ):
+            raise ValueError(
+                f"the adapters {list(adapters)} have modules of their own in {heads} (modules_to_save), which a sum of "
+                "prefixes does not hold: expected adapters without"
+            )
         parts = [(name, math.log(w)) for name, w in zip(adapters, weights, strict=True) if w > 0]
         with torch.no_grad():
             sums = {
@@ -422,6 +439,9 @@ class NTKAttentionModel(BaseTuner):
         self.made.pop(adapter_name, None)
         inside = f"{CHILD}."
         self.active_adapter = delete_adapter(self.model, adapter_name, inside, NTKAttentionLayer) or []
+
+    def unmerge_adapter(self) -> None:
+        raise ValueError("NTK-Attention adapters are never merged into the base weights: there is nothing to undo")
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
