@@ -176,8 +176,10 @@ def test_adapters_that_rest_are_not_looked_at(monkeypatch):
     """With a hundred of them on a model, looking at each in every layer takes longer than the attention."""
     model = several(torch.float32)
     seen = set()
-    look_up = NTKAttentionLayer.__getitem__
-    monkeypatch.setattr(NTKAttentionLayer, "__getitem__", lambda layer, name: seen.add(name) or look_up(layer, name))
+    look_up = NTKAttentionLayer.in_memory
+    monkeypatch.setattr(
+        NTKAttentionLayer, "in_memory", lambda layer, names: seen.update(names) or look_up(layer, names)
+    )
     with torch.no_grad():
         model(**batch())
         assert seen == {"first"}
@@ -190,7 +192,7 @@ def test_adapters_that_rest_are_not_looked_at(monkeypatch):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["first"] * 4, "adapter_names has 4 names for a batch of 5: expected as many"),
+        (["first"] * 4, "adapter_names has 4 names for a batch of 5 in LlamaAttention: expected as many"),
         (["first"] * 4 + ["nobody"], r"adapter_names holds \['nobody'\], expected names of \['first', 'second'"),
         (["first"] * 4 + ["taylor"], "the rows of a batch need states of one shape and feature map"),
     ],
@@ -240,10 +242,12 @@ def test_weights_count_tokens():
         (["first", "second"], [1, -1], "none negative .k is a normaliser."),
         (["first", "second"], [0, 0], "not all zero"),
         (["first", "second"], [1], "weights must be 2 finite numbers"),
+        (["first"], ["1"], r"weights must be numbers, got \['1'\]"),
+        (["first"], 1.0, "expected lists of adapters and of their weights"),
         (["first", "taylor"], [1, 1], "only states of one shape and feature map add"),
         (["first", "upper"], [1, 1], "sit on different modules"),
     ],
-    ids=["unknown", "negative", "zero", "too few", "another map", "other modules"],
+    ids=["unknown", "negative", "zero", "too few", "strings", "a number", "another map", "other modules"],
 )
 def test_bad_sums(adapters_, weights, message):
     model = several(torch.float32)
@@ -281,3 +285,10 @@ def test_lora_beside_it_against_lora_merged():
     trained = {name: p.grad for name, p in actual.named_parameters() if p.grad is not None}
     assert any("lora_A" in name and gradient.any() for name, gradient in trained.items())
     assert any(name.endswith(".Z_B") and gradient.any() for name, gradient in trained.items())
+
+
+def test_sums_of_trained_heads_are_refused():
+    model = adapted(modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"have modules of their own in \['lm_head'\]"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert "sum" not in model.peft_config

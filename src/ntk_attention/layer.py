@@ -12,6 +12,7 @@ from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from .calls import CALLS
@@ -19,7 +20,7 @@ from .config import NTKAttentionConfig
 from .coordinates import Coordinated
 from .feed_forward import FeedForward, FeedForwardPrefix
 from .geometry import Geometry
-from .sharding import spread
+from .sharding import is_partitioned, spread
 from .state import PrefixState, RowStates
 
 # The published start, k = 0, cannot be a logarithm. This k weighs nothing beside logits that are not far below -30, and
@@ -119,8 +120,9 @@ class PrefixAdapter(Coordinated):
             self.signed_features = (~nonnegative).nonzero().squeeze(1)
             self.k_signed = torch.zeros(shapes["k_signed"])
         self.register_buffer("log_scale", torch.zeros(shapes["log_scale"]))
-        # Those of one kind that train have the same b and coordinates; adapters for inference keep what files say.
-        self.kind = None if config.inference_mode else config.kind()
+        # Those of one kind have the same b and coordinates, if one of them trains: see `NTKAttentionLayer.lead`.
+        self.kind = config.kind()
+        self.trains = not config.inference_mode
         self.feed_forward: FeedForwardPrefix | None = None
         if "feed_forward.Z_A" in shapes:
             self.feed_forward = FeedForwardPrefix(*shapes["feed_forward.Z_A"])
@@ -165,6 +167,9 @@ class PrefixAdapter(Coordinated):
         for own, given in zip(self.feature_map.buffers(), other.feature_map.buffers(), strict=True):
             own.copy_(given)
         self.follow(other)
+
+    def is_plain(self) -> bool:
+        return all(part.coordinates is None for part in self.modules() if isinstance(part, Coordinated))
 
     def part_of(self, x: Tensor) -> Tensor:
         """The heads of this process of a whole tensor [H, ...], which is on every process."""
@@ -268,6 +273,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self.mesh = mesh  # of processes that hold a part of the heads each
         self.block: FeedForward | None = None
         self._hooks: list[RemovableHandle] = []
+        self.register_load_state_dict_post_hook(share_loaded)
         # Set by `routing.attach`: the module's own function for "eager", and arguments that are refused
         self.eager: Callable[..., Any] | None = None
         self.refused_arguments: dict[str, dict[str, str]] = {}
@@ -290,7 +296,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
     def add_adapter(self, name: str, config: NTKAttentionConfig, block: FeedForward | None = None) -> None:
         """A new adapter, which looks after a feed-forward block as well.
 
-        Beside others of its kind it takes over what does not train of them, the active one first.
+        It takes over what does not train from another one of its kind: one that trains, or else the active one. Where
+        none trains only if that leaves it in plain coordinates, in which a file is loaded to the last bit.
         """
         width = 0 if block is None else block.width
         adapter = PrefixAdapter(config, replace(self.geometry, feed_forward=width))
@@ -299,11 +306,15 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             adapter.to(device)
         if self.mesh is not None:
             adapter.shard(self.mesh)
-        twins = [*self.active_names(), *self.keys()]
-        twin = next((twin for twin in twins if adapter.kind is not None and self[twin].kind == adapter.kind), None)
-        if twin is not None:
-            adapter.become_twin(*self.in_memory([twin]))
+        others = [*self.active_names(), *self.keys()]
+        alike = sorted((x for x in others if self[x].kind == adapter.kind), key=lambda x: not self[x].trains)
         self[name] = adapter
+        if alike:
+            twin = self.in_memory(alike[:1])[0]
+            if adapter.trains or twin.trains or twin.is_plain():
+                adapter.become_twin(twin)
+            if not adapter.log_k.is_meta:  # else after it was loaded
+                self.lead(name)
         if block is not None and not self._hooks:
             self.hook(block)
         BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
@@ -318,10 +329,15 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self._hooks = [
             block.first.register_forward_pre_hook(self.before_first, with_kwargs=True),
             block.last.register_forward_hook(self.after_last),
+            block.layer.register_forward_hook(self.after_layer, always_call=True),
         ]
 
     def before_first(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         CALLS.inputs[self] = input_of(args, kwargs)
+
+    def after_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Also where the layer failed before the end of the block."""
+        CALLS.inputs.pop(self, None)
 
     def after_last(self, module: nn.Module, args: tuple, output: Any) -> Any:
         return self.add_to_block(CALLS.inputs.pop(self), output)
@@ -353,21 +369,28 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
     def rests(self) -> bool:
         return bool(self.disable_adapters) or self in CALLS.resting
 
-    def has_active_state(self) -> bool:
+    def active(self) -> Sequence[PrefixAdapter | RowStates]:
+        """What acts in this call: the active adapters, or the rows of the mixed batch; none where adapters rest."""
         if self.rests():
-            return False
-        return bool(self.active_names()) if CALLS.mixed is None else self in CALLS.mixed.rows
+            return []
+        if CALLS.mixed is None:
+            return self.in_memory(self.active_names())
+        rows = CALLS.mixed.rows.get(self)
+        return [] if rows is None else [rows]
 
     def active_names(self) -> list[str]:
         """Active adapters that this layer has."""
         return [name for name in cast(list[str], self.active_adapters) if name in self]
 
-    def states(self, batch_size: int) -> Sequence[PrefixState | RowStates]:
-        """The prefixes of all active adapters, one after another; or, in a mixed batch, the prefix of every row."""
-        if CALLS.mixed is None:
-            return [adapter.state() for adapter in self.in_memory(self.active_names())]
-        rows = CALLS.mixed.of_batch(self, batch_size)
-        return [] if rows is None else [rows]
+    def states(self, active: Sequence[PrefixAdapter | RowStates], batch_size: int) -> list[PrefixState | RowStates]:
+        """The prefixes of what `active` gave, one after another; in a mixed batch the one of every row."""
+        states: list[PrefixState | RowStates] = []
+        for part in active:
+            if isinstance(part, PrefixAdapter):
+                states.append(part.state())
+            elif CALLS.mixed is not None:
+                states.append(CALLS.mixed.of_batch(part, batch_size, type(self.get_base_layer()).__name__))
+        return states
 
     def load_state(self, name: str, state: PrefixState) -> None:
         """Let an adapter become a given state, see `PrefixAdapter.load_state`."""
@@ -375,14 +398,19 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self.lead(name)
 
     def lead(self, name: str) -> None:
-        """Give b and the coordinates of an adapter, after they were set, to the others of its kind.
+        """After b, coordinates or tensors of an adapter were set: let adapters of its kind have the same b and
+        coordinates, each with the function that it has.
 
-        Equal parameters are equal functions then, also where one was calibrated after the other.
+        Equal parameters are equal functions then. One that trains gives its own to the others; one that does not takes
+        those of one that trains. Where none trains nothing changes.
         """
         own = self[name]
-        for other in self.keys():
-            if other != name and own.kind is not None and self[other].kind == own.kind:
-                self[other].follow(own)
+        others = [self[key] for key in self.keys() if key != name and self[key].kind == own.kind]
+        if own.trains:
+            for other in others:
+                other.follow(own)
+        elif leaders := [other for other in others if other.trains]:
+            own.follow(leaders[0])
 
     def stack(self, names: Sequence[str]) -> list[PrefixState]:
         """The states of these adapters, without weight for those that this layer lacks; none if it lacks all."""
@@ -424,8 +452,9 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         Raises:
             ValueError: if their values are gone: PEFT, when it loads an adapter, keeps on a disk those of LoRA only.
         """
-        adapters = [self[name] for name in names]
-        for name, adapter in zip(names, adapters, strict=True):
+        # Not self[name]: another thread may have deleted one since its name was read.
+        found = {name: cast(PrefixAdapter, self._modules[name]) for name in names if name in self._modules}
+        for name, adapter in found.items():
             if hasattr(adapter, "_hf_hook"):
                 try:
                     remove_hook_from_module(adapter, recurse=True)
@@ -435,12 +464,25 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
                         "set_peft_model_state_dict on a base model that is partly on a disk, not from_pretrained"
                     ) from error
                 self._move_adapter_to_device_of_base_layer(name)
-        return adapters
+        return list(found.values())
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Also of adapters that rest, and are offloaded."""
         self.in_memory(list(self.keys()))
         return super().state_dict(*args, **kwargs)
+
+
+def share_loaded(layer: nn.Module, *_: Any) -> None:
+    """After a state dict was loaded into a layer, see `NTKAttentionLayer.lead`."""
+    assert isinstance(layer, NTKAttentionLayer)
+    for name in list(layer.keys()):
+        parts = [part for part in layer[name].modules() if isinstance(part, Coordinated) and part.is_loaded]
+        for part in parts:
+            part.is_loaded = False
+        log_k = layer[name].log_k
+        is_cut = is_partitioned(log_k) or (isinstance(log_k, DTensor) and layer.mesh is None)  # ZeRO-3 and FSDP
+        if parts and not is_cut:
+            layer.lead(name)
 
 
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -142,10 +142,10 @@ def ntk_attention_forward(
         ValueError: for an argument that changes attention and that we do not handle.
     """
     layer = getattr(module, CHILD)
-    is_active = layer.has_active_state()
+    active = layer.active()  # once: another thread may set or delete adapters meanwhile
     watcher, exact = CALLS.watchers.get(layer), CALLS.exact.get(layer)
     implementation = own_config(module)._attn_implementation
-    if watcher is None and exact is None and not is_active:
+    if watcher is None and exact is None and not active:
         base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.eager)
         # Flash attention reads the name in the config once more.
         caller: Any = Unrouted(module) if implementation in FLASH else module
@@ -159,7 +159,7 @@ def ntk_attention_forward(
         query = query.expand(key.shape[0], -1, -1, -1)
     options: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sink": sink_of(kwargs)}
     with without_autocast(query.device.type):
-        states = layer.states(query.shape[0]) if is_active else []
+        states = layer.states(active, query.shape[0])
         for state in states:
             check_state_fits(
                 state,
