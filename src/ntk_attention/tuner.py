@@ -28,7 +28,7 @@ from .coverage import Coverage, layers_without, other_attention
 from .feed_forward import FeedForward, feed_forwards
 from .geometry import Geometry, encodes, geometry_of, named
 from .layer import NTKAttentionLayer, parameter_shapes, settle_ranks
-from .mixed import NO_ADAPTER, MixedBatch, copies_of_rows
+from .mixed import NO_ADAPTER, MixedBatch, check_rows_stay, check_signals, copies_of_rows, hook_heads, names_of_rows
 from .registration import NAME
 from .routing import CHILD, attach, check_implementation, check_routes, detach, routes
 from .sharding import head_mesh, is_partitioned, whole
@@ -67,7 +67,10 @@ class NTKAttentionModel(BaseTuner):
         self.targets: set[str] = set()  # names of all attention modules that have adapters
         super().__init__(*args, **kwargs)
         hook = partial(let_inputs_have_gradients, self.targets)
-        self._checkpoint_hook = self.model.register_forward_pre_hook(hook)
+        self._model_hooks = [
+            self.model.register_forward_pre_hook(hook),
+            self.model.register_forward_pre_hook(check_signals, with_kwargs=True),
+        ]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(model, adapter_name)
@@ -318,15 +321,16 @@ class NTKAttentionModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """A batch whose rows use different adapters, `adapter_names` of PEFT, for one call of forward or generate."""
-        names = kwargs.get("adapter_names")
-        if names is None:
+        if kwargs.get("adapter_names") is None:
             yield
             return
+        names = names_of_rows(kwargs["adapter_names"])
+        check_rows_stay(self.model, names, kwargs)
         inputs = [*args, *(kwargs.get(name) for name in INPUTS)]
         size = next((len(x) for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 0), len(names))
         if size != len(names):
             raise ValueError(f"adapter_names has {len(names)} names for a batch of {size}: expected as many")
-        with self.mixed_batch(names, copies=copies_of_rows(self.model, kwargs)):
+        with self.mixed_batch(names, copies=copies_of_rows(self.model, args, kwargs)):
             yield
 
     @contextmanager
@@ -358,6 +362,7 @@ class NTKAttentionModel(BaseTuner):
         if unknown := sorted(set(adapters) - set(self.peft_config)):
             raise ValueError(f"adapter_names holds {unknown}, expected names of {sorted(self.peft_config)}")
         layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+        hook_heads(self.model, self.peft_config)
         batch = MixedBatch(layers, adapters, adapter_names, frozenset(copies))
         with during_calls(mixed=batch):
             yield batch
@@ -452,7 +457,8 @@ class NTKAttentionModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        self._checkpoint_hook.remove()
+        for hook in self._model_hooks:
+            hook.remove()
         stop(self.targets, self.model)
         for name, module in list(self.model.named_modules()):
             if hasattr(module, CHILD):
