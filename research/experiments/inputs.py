@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ntk_attention.calibration.inputs import SIGNALS, text_config
+from ntk_attention.calibration.inputs import text_config
+from ntk_attention.tuner.batches import SIGNALS
 
 
 def with_random_inputs(model: Any, batches: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -7,12 +7,15 @@ import logging
 import multiprocessing
 import os
 import signal
+import struct
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ from .train import Cell, run_cell
 Job = tuple[Cell, Task]
 Planner = Callable[[], list[Job]]  # what can be run now, the most wanted first, given the rows written so far
 GRACE = 5.0  # seconds that a process has for its own end
+SHORT, LONG = struct.Struct("!i"), struct.Struct("!Q")  # sizes of messages, the latter after a short one of -1
+READ_AT_ONCE = 2**16
 LOOK_AGAIN = 30.0  # seconds: a process that is dead is noticed then, even if a child of it keeps its pipe open
 
 
@@ -75,13 +80,19 @@ def run_inline(planner: Planner, device: str, write: Callable[[Row], None], dead
 
 
 class Process:
-    """A worker process and the cell that it runs."""
+    """A worker process and the cell that it runs.
+
+    Nothing that it does makes this process wait: a connection's own `recv` would, for the rest of a message that never
+    comes, as long as anything holds the other end.
+    """
 
     def __init__(self, device: str, threads: int, number: int):
         context = multiprocessing.get_context("spawn")
         self.number = number
         self.job: Job | None = None
+        self.read = bytearray()  # of a message that is on its way
         self.connection, theirs = context.Pipe()
+        os.set_blocking(self.connection.fileno(), False)
         self.process = context.Process(target=serve, args=(theirs, device, threads, number), daemon=True)
         try:
             self.process.start()
@@ -101,12 +112,35 @@ class Process:
 
     def receive(self) -> Row | None:
         """The row of its cell, or none while it works. Raises whatever may go wrong between two processes."""
-        if not self.connection.poll():
-            if self.is_alive():
-                return None
-            if not self.connection.poll():  # it may have answered and died in between
-                raise EOFError
-        return self.connection.recv()
+        was_alive = self.is_alive()  # it may answer and die in between
+        is_open = self.read_on()
+        message, self.read = first_message(self.read)
+        if message is not None:
+            return ForkingPickler.loads(message)
+        if was_alive and is_open:
+            return None
+        raise OSError("got end of file during message") if self.read else EOFError
+
+    def read_on(self) -> bool:
+        """Take what has come so far; whether more may come."""
+        while True:
+            try:
+                found = os.read(self.connection.fileno(), READ_AT_ONCE)
+            except BlockingIOError:
+                return True
+            if not found:
+                return False
+            self.read += found
+
+    def hangs(self) -> str | None:
+        """What keeps it from ever giving a row, if anything can be seen to."""
+        if self.read:
+            return "half a message"
+        try:
+            state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it has ended, or the system keeps no such files
+            return None
+        return "stopped by a signal" if state == "T" else None
 
     def end(self) -> str:
         """Stop the process, if it has not died, and say how it ended."""
@@ -123,7 +157,7 @@ class Process:
 
 
 def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadline: float, jobs: int) -> None:
-    """Until nothing is left to run, or the deadline has come: then what is still running is lost.
+    """Until nothing is left to run, or the deadline has come: then what is still running is lost, and what hangs fails.
 
     However a process ends, the cell that it had is one that failed, and others go on. No cell is run twice.
     """
@@ -174,9 +208,27 @@ def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadli
                 if row is not None:
                     job, process.job = process.job, None
                     finish(job, row)
+        for process in [process for process in processes if process.job]:
+            if process.job and (reason := process.hangs()):
+                fail(process.job, process, TimeoutError(f"{reason} at the deadline"))
     finally:
+        for process in processes:  # one that is stopped would not hear SIGTERM, and this process would wait for it
+            process.process.kill()
         for process in processes:
-            process.process.terminate()
+            process.process.join(GRACE)
+            process.connection.close()
+
+
+def first_message(read: bytearray) -> tuple[bytearray | None, bytearray]:
+    """The first message that a connection has sent, if all of it is there, and what comes after it."""
+    if len(read) < SHORT.size:
+        return None, read
+    start, (size,) = SHORT.size, SHORT.unpack_from(read)
+    if size == -1:
+        if len(read) < SHORT.size + LONG.size:
+            return None, read
+        start, (size,) = SHORT.size + LONG.size, LONG.unpack_from(read, SHORT.size)
+    return (read[start : start + size], read[start + size :]) if len(read) >= start + size else (None, read)
 
 
 def idle(processes: list[Process]) -> Process | None:

@@ -12,7 +12,7 @@ import pytest
 
 from research.experiments import runner
 
-from .dying import ENDS, Cell, serve
+from .dying import ENDS, LARGE, Cell, serve
 
 TASK = SimpleNamespace(name="task", steps=7)
 ERRORS = {
@@ -23,6 +23,8 @@ ERRORS = {
     "aborts": "the process died of SIGABRT (EOFError)",
     "closes": "the process was stopped (EOFError)",
     "sends half": "the process died with exit code 0 (OSError: got end of file during message)",
+    "sends half and leaves a child": "the process died of SIGKILL (OSError: got end of file during message)",
+    "sends half slowly": "the process died with exit code 5 (OSError: got end of file during message)",
     "sends no pickle": "the process was stopped (UnpicklingError: ",
     "sends an unknown class": "the process was stopped (ModuleNotFoundError: No module named 'nowhere')",
     "sends a lambda": "the process died with exit code 1 (EOFError)",
@@ -68,6 +70,36 @@ def test_every_way_to_end(jobs):
             assert "error" not in row
         else:
             assert row["error"].startswith(ERRORS[method]), row["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("is stopped", "TimeoutError: stopped by a signal at the deadline"),
+        ("sends half and goes on", "TimeoutError: half a message at the deadline"),
+        ("ignores SIGTERM", None),  # it works, and is lost as others are
+    ],
+)
+def test_a_process_that_would_stay(method, error, tmp_path, monkeypatch):
+    """The deadline comes a second after the process has come to that, however long it took."""
+    note, rows, since = tmp_path / "note", [], []
+
+    def clock():
+        if note.exists():
+            since.append(time.monotonic())
+        return since[-1] - since[0] if since else 0.0
+
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=clock))
+    cell = Cell(str(note), method)
+    runner.run_jobs(lambda: [] if rows else [(cell, TASK)], "cpu", rows.append, 1.0, 1)
+    assert time.monotonic() - since[0] < 60
+    assert not multiprocessing.active_children()
+    assert [row["error"] for row in rows] == ([f"the process was stopped ({error})"] if error else [])
+
+
+def test_large_rows():
+    rows = run(["sends a large row", "works", "sends a large row"], jobs=1)
+    assert sorted(len(row.get("filling", "")) for row in rows.values()) == [0, LARGE, LARGE]
 
 
 def test_a_cell_that_always_kills_is_run_once():

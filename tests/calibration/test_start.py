@@ -328,6 +328,9 @@ NO_TOKENS = {**INPUTS, "attention_mask": torch.zeros_like(INPUTS["attention_mask
         ({}, {"settings": 0.1}, "settings must be CalibrationSettings, got 0.1"),
         ({}, {"settings": CalibrationSettings(max_bytes=2**10)}, "at most 9.54e-07 are expected"),
         ({}, {"adapter_name": "other"}, "no NTK-Attention adapter 'other'"),
+        ({}, {"adapter_name": ["default"]}, r"adapter_name must be the name of one adapter, got \['default'\]"),
+        ({}, {"others": 5}, "others is an int: expected a list"),
+        ({}, {"others": [{"input_ids": "text"}]}, "batch 0 of others holds a str"),
         ({"constant_feature": False}, {}, "constant"),
     ],
     ids=[
@@ -336,6 +339,9 @@ NO_TOKENS = {**INPUTS, "attention_mask": torch.zeros_like(INPUTS["attention_mask
         "no settings",
         "too large",
         "no such adapter",
+        "several adapters",
+        "no other inputs",
+        "other inputs in words",
         "no constant feature",
     ],
 )
@@ -345,6 +351,51 @@ def test_what_calibrate_refuses(options, arguments, message):
     with pytest.raises(ValueError, match=message):
         calibrate(model, **{"batches": [INPUTS], **arguments})
     assert torch.equal(logits(model), before)
+
+
+def test_inference_mode_is_refused():
+    """What is made there can never be trained."""
+    model = adapted()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inside torch.inference_mode\(\)"):
+        calibrate(model, [INPUTS])
+    calibrate(model, [INPUTS])
+    loss_of(model.train()).backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"feed_forward_rank": 2}], ids=["attention", "feed-forward"])
+@pytest.mark.parametrize("part", ["self_attn.v_proj", "self_attn.q_proj", "mlp.up_proj"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_that_computes_nan_is_refused(part, value, options):
+    base = tiny()
+    base.model.layers[0].get_submodule(part).weight.data[0, 0] = value
+    model = adapted(base, **options)
+    before = copy.deepcopy(saved(model))
+    with pytest.raises(ValueError, match=r"computes NaN or inf in base_model.model.model.layers.\d.self_attn"):
+        calibrate(model, [INPUTS], others=False)
+    torch.testing.assert_close(saved(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["four dimensions", "by kind of layer"])
+def test_masks_of_another_kind_against_padding(kind):
+    """They hide keys; a row of padding that sees a token counts, so that padding is to the left here."""
+    ids = INPUTS["input_ids"][:, :6]
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    name = "gemma2" if kind == "by kind of layer" else "llama"
+    visible = torch.ones(6, 6, dtype=torch.bool).tril() & mask.bool()[:, None, None, :]
+    full = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    masks = full
+    if kind == "by kind of layer":
+        far = ~torch.ones(6, 6, dtype=torch.bool).triu(-3)
+        sliding = full.masked_fill(far, torch.finfo(torch.float32).min)
+        masks = {"full_attention": full, "sliding_attention": sliding}
+    found = []
+    for attention_mask in (mask, masks):
+        model = get_peft_model(FAMILIES[name].build(), NTKAttentionConfig(**ATTENTION)).eval()
+        calibrate(model, [{"input_ids": ids, "attention_mask": attention_mask}], share=SHARE, others=False)
+        found.append(saved(model))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual["log_k"], expected["log_k"])
 
 
 def test_model_without_an_adapter_is_refused():

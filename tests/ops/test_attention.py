@@ -178,6 +178,19 @@ def test_rows_that_see_nothing_return_plain_attention(backend, kind):
     assert not any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mask_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_mask_of_another_dtype(backend, dtype, mask_dtype):
+    """Each dtype has a smallest number of its own, which hides a key."""
+    inputs = make_case(0, H=2, H_kv=2, H_state=2, L=4, S=6, dtype=dtype)
+    visible = torch.ones(4, 6, dtype=torch.bool).tril(1)
+    mask = torch.zeros(4, 6, dtype=mask_dtype).masked_fill(~visible, torch.finfo(mask_dtype).min)
+    expected = operation("eager", attn_mask=visible)(*(x.double() for x in inputs))
+    out = operation(backend, attn_mask=mask)(*inputs)
+    assert relative_error(out, expected) < 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
 @pytest.mark.parametrize("sizes", [{"B": 0}, {"L": 0}, {"L": 1, "S": 1}, {"L": 1}, {"L": 9, "S": 2}], ids=str)
 def test_empty_and_single(backend, sizes):

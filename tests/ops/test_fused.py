@@ -45,6 +45,7 @@ DECODING = {  # the same; without gradients
     "d 80": (1, 4, 1, 4, 1, 300, 80, 80, False, "random", True),
     "d 128": (2, 8, 2, 8, 1, 500, 128, 128, False, "left", True),
     "d 256": (1, 2, 1, 1, 1, 300, 256, 256, False, None, True),
+    "causal, the first key alone": (1, 2, 2, 2, 1, 40, 64, 64, True, None, True),
 }
 
 

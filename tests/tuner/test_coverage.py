@@ -119,6 +119,23 @@ def test_layers_of_other_kinds_are_named():
     assert model.ntk_summary().startswith("NTK-Attention: prefixes in 1 attention modules (1 Qwen3NextAttention)")
 
 
+def test_parts_of_other_layers_are_not_named():
+    """The names of all parts of RecurrentGemma hold a word for one of them."""
+    options = {**LLAMA, "lru_width": 32, "attention_window_size": 4, "num_hidden_layers": 3}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("recurrent_gemma", **options))
+    with pytest.warns(UserWarning, match="none in 2 RecurrentGemmaRecurrentBlock: no softmax attention$"):
+        get_peft_model(model, NTKAttentionConfig())
+
+
+def test_a_layer_that_numbers_its_parts_has_its_block():
+    base = FAMILIES["t5"].build()
+    assert "not found" not in get_peft_model(base, NTKAttentionConfig()).base_model.ntk_summary()
+    base = FAMILIES["t5"].build()
+    del base.decoder.block[1].layer[2].DenseReluDense
+    summary = get_peft_model(base, NTKAttentionConfig()).base_model.ntk_summary()
+    assert "feed-forward blocks not found in 1 T5LayerCrossAttention, 1 T5LayerSelfAttention" in summary
+
+
 def test_pooling_heads_are_named():
     with pytest.warns(UserWarning, match="SiglipMultiheadAttentionPoolingHead: does not ask transformers"):
         get_peft_model(FAMILIES["siglip"].build(), NTKAttentionConfig())
@@ -166,7 +183,9 @@ def test_exclusions_that_exclude_nothing_are_refused(excluded):
         get_peft_model(tiny(), NTKAttentionConfig(exclude_modules=excluded))
 
 
-@pytest.mark.parametrize("excluded", [["layers.0"], ["model.layers.0.self_attn"], r"model\.layers\.0\.self_attn"])
+@pytest.mark.parametrize(
+    "excluded", [["layers.0"], ("layers.0",), ["model.layers.0.self_attn"], r"model\.layers\.0\.self_attn"]
+)
 def test_exclusions(excluded):
     with pytest.warns(UserWarning, match="left out by the config"):
         model = get_peft_model(tiny(), NTKAttentionConfig(exclude_modules=excluded))
@@ -178,6 +197,7 @@ def test_exclusions(excluded):
     ("name", "task", "message"),
     [
         ("whisper", "CAUSAL_LM", "is a model for 'SEQ_2_SEQ_LM'"),
+        ("whisper", "SEQ_2_SEQ_LM", "takes 'input_features': leave task_type out"),
         ("t5", "CAUSAL_LM", "is a model for 'SEQ_2_SEQ_LM'"),
         ("llama", "SEQ_2_SEQ_LM", "is a model for 'CAUSAL_LM'"),
         ("vit", "CAUSAL_LM", "cannot generate"),

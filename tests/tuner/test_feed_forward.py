@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.calibration.settings import DEFAULT
 from ntk_attention.tuner.coordinates import solve_by_qr
-from ntk_attention.tuner.feed_forward import FeedForwardPrefix, feed_forwards
+from ntk_attention.tuner.feed_forward import FeedForwardPrefix, FeedForwardRows, feed_forwards
 from ntk_attention.tuner.routing import routes
 from ntk_attention.tuner.untrusted import WEIGHTS
 from tests.families import FAMILIES
@@ -238,6 +238,16 @@ def test_rows_with_and_without():
                 model.set_adapter(name)
                 expected = model(**one).logits
             assert relative_error(actual[row], expected[0]) < 1e-5
+
+
+def test_rows_whose_output_is_flat():
+    """The experts of Llama 4 take [B, L, D] and return [B L, D]."""
+    block = FeedForwardPrefix(6, 2)
+    block.reset_parameters(visible=True)
+    rows = FeedForwardRows.stack([block], torch.tensor([0, -1], dtype=torch.int32))
+    x, out = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        assert torch.equal(rows(x, out.flatten(0, 1)), rows(x, out).flatten(0, 1))
 
 
 def test_a_block_that_is_saved_whole_is_refused():

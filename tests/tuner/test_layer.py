@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 
-from ntk_attention import NTKAttentionConfig, PrefixState, ntk_attention
+from ntk_attention import NTKAttentionConfig, PrefixState, calibrate, ntk_attention
 from tests.families import ATTENTION
 from tests.reference import relative_error
-from tests.tiny import adapted, adapters, logits, loss_of, losses_of_training, tiny, trainable
+from tests.tiny import INPUTS, adapted, adapters, logits, loss_of, losses_of_training, tiny, trainable
 
 
 @pytest.mark.parametrize(("init_weights", "moves"), [(True, True), ("published", False)], ids=["default", "published"])
@@ -148,3 +149,118 @@ def test_config_survives_its_file(tmp_path):
     config = NTKAttentionConfig(feature_map="taylor", feature_map_options={"degree": 4}, rank=2, state_heads="kv")
     config.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def copy_of(source, target, model):
+    """The outputs of one adapter, after the parameters of another were copied into it."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{source}." in name:
+                model.get_parameter(name.replace(f".{source}.", f".{target}.")).copy_(parameter)
+    model.set_adapter(target)
+    return logits(model)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """The folder of an adapter that was calibrated and moved, its state dict by PEFT's names, and its outputs."""
+    model, folder = adapted(init_weights=True), tmp_path_factory.mktemp("calibrated")
+    calibrate(model, [INPUTS])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return folder, model.state_dict(), logits(model)
+
+
+def two_that_train():
+    model = adapted(init_weights=True)
+    model.add_adapter("ref", model.peft_config["default"])
+    return model
+
+
+def by_state_dict(folder, tensors):
+    model = two_that_train()
+    model.load_state_dict(tensors, strict=False)
+    return model, "default", "ref"
+
+
+def by_set_peft_model_state_dict(folder, tensors):
+    model = two_that_train()
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    return model, "default", "ref"
+
+
+def by_load_adapter(folder, tensors):
+    model = two_that_train()
+    model.load_adapter(folder, "default", is_trainable=True)
+    return model, "default", "ref"
+
+
+def as_a_second_that_trains(folder, tensors):
+    model = adapted(init_weights=True)
+    model.load_adapter(folder, "ref", is_trainable=True)
+    return model, "ref", "default"
+
+
+def frozen_beside_one_that_trains(folder, tensors):
+    model = adapted(init_weights=True)
+    model.load_adapter(folder, "ref")
+    return model, "ref", "default"
+
+
+def newcomer_beside_a_frozen_one(folder, tensors):
+    model = PeftModel.from_pretrained(tiny(), folder)
+    model.add_adapter("ref", NTKAttentionConfig(task_type="CAUSAL_LM"))
+    return model, "default", "ref"
+
+
+def by_the_config_of_a_frozen_one(folder, tensors):
+    model = PeftModel.from_pretrained(tiny(), folder)
+    model.add_adapter("ref", model.peft_config["default"])
+    return model, "default", "ref"
+
+
+LOADED = (
+    by_state_dict,
+    by_set_peft_model_state_dict,
+    by_load_adapter,
+    as_a_second_that_trains,
+    frozen_beside_one_that_trains,
+    newcomer_beside_a_frozen_one,
+    by_the_config_of_a_frozen_one,
+)
+
+
+@pytest.mark.parametrize("load", LOADED)
+def test_equal_parameters_are_equal_functions_whatever_was_loaded(load, calibrated):
+    folder, tensors, expected = calibrated
+    model, source, target = load(folder, tensors)
+    model.set_adapter(source)
+    assert relative_error(logits(model), expected) < 1e-5
+    assert relative_error(copy_of(source, target, model), expected) < 1e-5
+
+
+def test_frozen_adapters_change_nothing_in_each_other(calibrated, tmp_path):
+    folder, _, expected = calibrated
+    other = adapted()
+    other.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny(), tmp_path, adapter_name="first").eval()
+    model.load_adapter(folder, "second")
+    assert torch.equal(logits(model), logits(other))
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(PeftModel.from_pretrained(tiny(), folder)))
+    assert relative_error(logits(model), expected) < 1e-5
+
+
+def test_what_was_given_to_load_does_not_change(calibrated):
+    folder, _, _ = calibrated
+    tensors = load_file(folder / "adapter_model.safetensors")
+    before = {name: x.clone() for name, x in tensors.items()}
+    model = two_that_train()
+    calibrate(model, [INPUTS])
+    set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(model, tensors, "ref", low_cpu_mem_usage=True)
+    calibrate(model, [INPUTS])
+    assert all(torch.equal(tensors[name], x) for name, x in before.items())

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention as Qwen2VLVisionAttention
 from transformers.utils.generic import is_flash_attention_requested
 
 from ntk_attention.tuner.lookup import ROUTE, lookup_of, routed_config
@@ -64,6 +65,19 @@ class Extending(LlamaAttention):
         return super().forward(*args, **kwargs)
 
 
+class WithABranchOfItsOwn(nn.Module):
+    """As GPT-2 has it: while a switch is set it does not call what it looked up."""
+
+    def forward(self, x):
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if self.has_own_attention:
+            x = self.other(x)
+            return x
+        else:
+            x, _ = function(self, x, x, x, None)
+        return x
+
+
 def test_what_is_read_off_a_class():
     llama = lookup_of(LlamaAttention)
     assert llama.eager is modeling_llama.eager_attention_forward
@@ -75,6 +89,9 @@ def test_what_is_read_off_a_class():
     assert lookup_of(GPT2Attention).compared == {"eager"}
     assert lookup_of(PastItsConfig).replaced == {"sdpa"}
     assert lookup_of(Extending).eager is llama.eager
+    assert lookup_of(GPT2Attention).switches == {"reorder_and_upcast_attn"}
+    assert lookup_of(WithABranchOfItsOwn).switches == {"has_own_attention"}
+    assert llama.switches == lookup_of(Asking).switches == lookup_of(Qwen2VLVisionAttention).switches == frozenset()
     for cls in (ByAnotherConfig, Overriding, nn.Linear, type("NoSource", (nn.Module,), {})):
         assert lookup_of(cls) is None
 
@@ -110,6 +127,34 @@ def test_the_user_may_switch_the_base_later():
     config = routed_config(base, lookup_of(Asking))
     base._attn_implementation = "eager"
     assert config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("cls", [LlamaAttention, Asking])
+def test_a_routed_config_has_the_attributes_of_the_base(cls):
+    """What a module reads in its forward pass counts, also where the user changes it later."""
+    base = LlamaConfig(attn_implementation="sdpa")
+    texts = [str(base), base.to_json_string(), base.to_json_string(use_diff=False), base.to_dict()]
+    for routed in (
+        routed_config(base, lookup_of(cls)),
+        pickle.loads(pickle.dumps(routed_config(base, lookup_of(cls)))),
+    ):
+        assert [str(routed), routed.to_json_string(), routed.to_json_string(use_diff=False), routed.to_dict()] == texts
+    routed = routed_config(base, lookup_of(cls))
+    base.clip_qkv = 0.5
+    assert routed.clip_qkv == 0.5
+    routed.clip_qkv = None
+    assert base.clip_qkv is None
+    routed._attn_implementation = "eager"
+    assert base._attn_implementation == "eager"
+    for other in (copy.copy(routed), copy.deepcopy(routed)):
+        assert other._attn_implementation == routed._attn_implementation
+        other.clip_qkv = 1.0
+        assert base.clip_qkv is None
+    model = nn.Module()
+    model.config, model.routed = base, routed
+    copied = copy.deepcopy(model)
+    copied.config.clip_qkv = 2.0
+    assert (copied.routed.clip_qkv, routed.clip_qkv) == (2.0, None)
 
 
 def test_compilers_get_a_plain_string_or_a_refusal(monkeypatch):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ntk_attention import NTKAttentionConfig
 from ntk_attention.tuner.layer import NTKAttentionLayer
@@ -175,8 +176,10 @@ def test_adapters_that_rest_are_not_looked_at(monkeypatch):
     """With a hundred of them on a model, looking at each in every layer takes longer than the attention."""
     model = several(torch.float32)
     seen = set()
-    look_up = NTKAttentionLayer.__getitem__
-    monkeypatch.setattr(NTKAttentionLayer, "__getitem__", lambda layer, name: seen.add(name) or look_up(layer, name))
+    look_up = NTKAttentionLayer.in_memory
+    monkeypatch.setattr(
+        NTKAttentionLayer, "in_memory", lambda layer, names: seen.update(names) or look_up(layer, names)
+    )
     with torch.no_grad():
         model(**batch())
         assert seen == {"first"}
@@ -189,7 +192,7 @@ def test_adapters_that_rest_are_not_looked_at(monkeypatch):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["first"] * 4, "adapter_names has 4 names for a batch of 5: expected as many"),
+        (["first"] * 4, "adapter_names has 4 names for a batch of 5 in LlamaAttention: expected as many"),
         (["first"] * 4 + ["nobody"], r"adapter_names holds \['nobody'\], expected names of \['first', 'second'"),
         (["first"] * 4 + ["taylor"], "the rows of a batch need states of one shape and feature map"),
     ],
@@ -239,10 +242,12 @@ def test_weights_count_tokens():
         (["first", "second"], [1, -1], "none negative .k is a normaliser."),
         (["first", "second"], [0, 0], "not all zero"),
         (["first", "second"], [1], "weights must be 2 finite numbers"),
+        (["first"], ["1"], r"weights must be numbers, got \['1'\]"),
+        (["first"], 1.0, "expected lists of adapters and of their weights"),
         (["first", "taylor"], [1, 1], "only states of one shape and feature map add"),
         (["first", "upper"], [1, 1], "sit on different modules"),
     ],
-    ids=["unknown", "negative", "zero", "too few", "another map", "other modules"],
+    ids=["unknown", "negative", "zero", "too few", "strings", "a number", "another map", "other modules"],
 )
 def test_bad_sums(adapters_, weights, message):
     model = several(torch.float32)
@@ -280,3 +285,86 @@ def test_lora_beside_it_against_lora_merged():
     trained = {name: p.grad for name, p in actual.named_parameters() if p.grad is not None}
     assert any("lora_A" in name and gradient.any() for name, gradient in trained.items())
     assert any(name.endswith(".Z_B") and gradient.any() for name, gradient in trained.items())
+
+
+def test_sums_of_trained_heads_are_refused():
+    model = adapted(modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"have modules of their own in \['lm_head'\]"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert "sum" not in model.peft_config
+
+
+def of_every_head():
+    """A model with two adapters that have heads of their own, and one that has none; every row alone."""
+    torch.manual_seed(0)
+    options = {"init_weights": False, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(tiny(), NTKAttentionConfig(**options, modules_to_save=["lm_head"]), "a")
+    model.add_adapter("b", NTKAttentionConfig(**options, modules_to_save=["lm_head"]))
+    model.add_adapter("c", NTKAttentionConfig(**options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape))
+    return model.eval()
+
+
+HEADS = ["b", "__base__", "a", "c", "b"]
+
+
+def alone_with_its_head(model, ids, call):
+    found = []
+    for row, name in zip(ids, HEADS, strict=True):
+        model.base_model.set_adapter("a" if name == "__base__" else name)
+        with model.disable_adapter() if name == "__base__" else torch.no_grad():
+            found.append(call(row[None]))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("active", ["a", "b", "c"])
+def test_rows_have_the_heads_of_their_adapters(active):
+    model, ids = of_every_head(), batch()["input_ids"]
+    options = {"do_sample": False, "num_beams": 2, "max_new_tokens": 3, "min_new_tokens": 3}
+    expected = alone_with_its_head(model, ids, lambda row: model(input_ids=row).logits)
+    written = alone_with_its_head(model, ids, lambda row: model.generate(input_ids=row, **options))
+    model.base_model.set_adapter(active)
+    before = model(input_ids=ids).logits
+    assert relative_error(model(input_ids=ids, adapter_names=HEADS).logits, expected) < 1e-5
+    assert torch.equal(model.generate(input_ids=ids, adapter_names=HEADS, **options), written)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    with model.mixed_batch(["a"] * 5, adapters=["a", "b", "c"]) as rows:
+        rows.assign(HEADS)
+        assert relative_error(model.base_model.model(input_ids=ids).logits, expected) < 1e-5
+
+
+def tiny_llava():
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
+    )
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=5, vision_feature_layer=-1)
+    )
+
+
+PICTURE = [5] * 4
+UNEVEN = torch.tensor([[1, *PICTURE, 7, *PICTURE, 8], list(range(10, 21))])
+EVEN = torch.tensor([[1, *PICTURE, 7, 8], [1, 9, *PICTURE, 8]])
+
+
+@torch.no_grad()
+def test_rows_with_other_numbers_of_pictures_are_refused():
+    """As many pictures as rows, but both of one row: the tower would take the second for that of the other."""
+    model = get_peft_model(tiny_llava(), NTKAttentionConfig(init_weights=False), "a").eval()
+    pixels = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"rows have \[8, 0\] image tokens: expected as many in each.*exclude_modules"):
+        model(input_ids=UNEVEN, pixel_values=pixels, adapter_names=["a", "__base__"])
+    found = model(input_ids=EVEN, pixel_values=pixels, adapter_names=["a", "__base__"]).logits
+    assert relative_error(found[:1], model(input_ids=EVEN[:1], pixel_values=pixels[:1]).logits) < 1e-5
+    config = NTKAttentionConfig(init_weights=False, exclude_modules=["vision_tower"])
+    model = get_peft_model(tiny_llava(), config, "a").eval()
+    found = model(input_ids=UNEVEN, pixel_values=pixels, adapter_names=["a", "__base__"]).logits
+    assert relative_error(found[:1], model(input_ids=UNEVEN[:1], pixel_values=pixels).logits) < 1e-5

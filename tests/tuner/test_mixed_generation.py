@@ -91,6 +91,30 @@ def check_against_own(model, inputs):
     assert torch.equal(model.generate(**inputs, adapter_names=ROWS, **LENGTH), expected)
 
 
+def test_a_generation_config_in_second_place(adapted):
+    model, inputs = adapted
+    config = GenerationConfig.from_dict({**model.generation_config.to_dict(), **BEAMS, **LENGTH})
+    if "input_ids" not in inputs or model.peft_config["a"].task_type == "SEQ_2_SEQ_LM":
+        pytest.skip("PEFT takes keyword arguments only")
+    expected = alone(model, inputs, generation_config=config)
+    rest = {name: x for name, x in inputs.items() if name != "input_ids"}
+    assert torch.equal(model.generate(inputs["input_ids"], config, **rest, adapter_names=ROWS), expected)
+
+
+def test_beams_of_the_model_beside_a_config_that_names_none(adapted):
+    model, inputs = adapted
+    own, before = model.get_base_model().generation_config, model.generation_config.to_dict()
+    config = GenerationConfig(pad_token_id=0, eos_token_id=None, do_sample=False, **LENGTH)
+    if "decoder_start_token_id" in before:
+        config.decoder_start_token_id = before["decoder_start_token_id"]
+    try:
+        own.update(num_beams=3)
+        expected = alone(model, inputs, generation_config=config)
+        assert torch.equal(model.generate(**inputs, adapter_names=ROWS, generation_config=config), expected)
+    finally:
+        own.update(**before)
+
+
 def test_options_of_the_call_beside_a_generation_config(adapted):
     """The call wins."""
     model, inputs = adapted
@@ -120,3 +144,20 @@ def test_other_numbers_of_names_are_refused(adapted, names, beams):
     with pytest.raises(ValueError, match=rf"adapter_names\b.*\b{len(names)} names"):
         model.generate(**inputs, adapter_names=names, num_beams=beams, do_sample=False, **LENGTH)
     assert torch.equal(model.generate(**inputs, **LENGTH, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("names", ["abcd", [None] * 4, [0, 1, 2, 3], iter(ROWS), dict.fromkeys("abcd", 1)], ids=str)
+def test_names_that_are_no_list_are_refused(adapted, names):
+    model, inputs = adapted
+    with pytest.raises(ValueError, match="adapter_names must be a list of names, one for each row of the batch, got"):
+        model(**inputs, adapter_names=names)
+
+
+@pytest.mark.parametrize("options", [{"frames": 2}, {"temperature": (0.0, 0.5)}], ids=["long", "temperatures"])
+def test_whisper_that_drops_rows_is_refused(options):
+    family = FAMILIES["whisper"]
+    config = NTKAttentionConfig(init_weights=False)
+    model = get_peft_model(family.build(dtype=torch.float32), config, adapter_name="a").eval()
+    sound = family.inputs(torch.float32)["input_features"].repeat(1, 1, options.pop("frames", 1))
+    with pytest.raises(ValueError, match=r"adapter_names has 2 names for .* expected one row"):
+        model.generate(input_features=sound, adapter_names=["a", "__base__"], **options)

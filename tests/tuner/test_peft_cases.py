@@ -55,6 +55,16 @@ def test_file_of_an_adapter_beside_lora(name, tmp_path):
     assert relative_error(logits(loaded), logits(model)) < 1e-6
 
 
+def test_lora_that_took_the_name_is_refused(tmp_path):
+    model = adapted()
+    inject_adapter_in_model(LORA, model.get_base_model(), adapter_name="default")
+    with pytest.raises(
+        ValueError, match="'default' is the name of an NTK-Attention adapter and of a later one of LORA"
+    ):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_both_files_on_a_plain_base(tmp_path):
     model = adapted(with_lora("lora"))
     model.save_pretrained(tmp_path)

@@ -1,5 +1,6 @@
 """Every family against a naive attention that takes masks, scales and windows from families.py, not from the model."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -249,6 +250,29 @@ def test_switch_to_an_implementation_of_other_masks_is_refused():
     use(model, "own")
     with pytest.raises(ValueError, match="LlamaAttention uses the attention implementation 'own'"):
         model(**inputs)
+
+
+def upcasting_gpt2(implementation):
+    family = FAMILIES["gpt2"]
+    options = {**family.options, "reorder_and_upcast_attn": True}
+    return replace(family, options=options).build(implementation, dtype=torch.float32)
+
+
+def test_attention_past_the_interface_is_refused():
+    with pytest.raises(
+        ValueError, match=r"GPT2Attention\) computes attention itself under 'eager'.*implementation='sdpa'"
+    ):
+        get_peft_model(upcasting_gpt2("eager"), NTKAttentionConfig())
+    model, inputs = adapted(upcasting_gpt2("sdpa")), FAMILIES["gpt2"].inputs(torch.float32)
+    expected = model(**inputs).logits
+    model.base_model.model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"itself under 'eager', where no prefix reaches it.*set_attn_implementation"):
+        model(**inputs)
+    model.base_model.model.set_attn_implementation("sdpa")
+    assert torch.equal(model(**inputs).logits, expected)
+    model.base_model.model.set_attn_implementation("eager")
+    own = upcasting_gpt2("eager")(**inputs).logits
+    assert torch.equal(model.unload()(**inputs).logits, own)
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

@@ -1,5 +1,6 @@
 """Threads that share one adapted model, as in a server: each gets what it gets alone, and nothing stays behind."""
 
+import itertools
 import sys
 import threading
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ import torch
 from peft import get_peft_model
 
 from ntk_attention import NTKAttentionConfig
+from ntk_attention.tuner.calls import CALLS as STATE
+from ntk_attention.tuner.layer import NTKAttentionLayer
 from tests.families import FAMILIES
 
 pytestmark = pytest.mark.slow
@@ -142,3 +145,30 @@ def test_a_call_that_fails_leaves_nothing(name):
     assert [problem(result, plain[1]) for result in found[1]] == [None] * CALLS
     assert not [result for result in found[0] if isinstance(result, BaseException)]
     assert all(torch.equal(shared.forward(which)(), plain[which]) for which in (0, 1))
+
+
+def test_a_block_that_fails_leaves_nothing():
+    shared = Shared("opt")
+    handle = shared.model.get_submodule("base_model.model.model.decoder.layers.0.fc2").register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        shared.forward(0)()
+    handle.remove()
+    assert not STATE.inputs
+
+
+def fail(*_):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("names", [["b"], ["deleted"]], ids=["not here", "deleted"])
+def test_another_thread_changes_the_adapters_within_a_call(names, monkeypatch):
+    """A layer that had an active adapter when the call began, and none when it looks again, is that of the base."""
+    shared = Shared("llama")
+    with shared.model.disable_adapter():
+        expected = shared.forward(0)()
+    reads = itertools.cycle([["a"], []] if names == ["b"] else [names])
+    monkeypatch.setattr(NTKAttentionLayer, "active_names", lambda layer: next(reads))
+    found = shared.forward(0)()
+    assert found.shape == expected.shape
+    if names == ["deleted"]:
+        assert torch.equal(found, expected)

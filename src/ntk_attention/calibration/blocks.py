@@ -23,6 +23,7 @@ class FeedForwardStatistics:
         self.moments = SecondMoments((D, D), torch.float32, prefix.Z_A.device)  # float64 would take twice the memory
         self.outputs: list[Tensor] = []  # [N], rms of the block's output by token, of the task
         self.streams: list[Tensor] = []  # [N], rms of the layer's hidden states, likewise
+        self.is_finite = True  # all that was observed
 
     def observe_input(self, x: Tensor) -> None:
         """Inputs of the block, [N, D]."""
@@ -41,6 +42,8 @@ class FeedForwardStatistics:
     def end_of_kind(self) -> None:
         """Close a kind of input; the first is the task's."""
         self.moments.end_kind()
+        measured = (*self.moments.kinds[-1:], *self.outputs, *self.streams)
+        self.is_finite = all(bool(torch.isfinite(x).all()) for x in measured)
 
     @torch.no_grad()
     def set_coordinates_and_start(self, settings: CalibrationSettings, generator: torch.Generator) -> None:

@@ -51,7 +51,8 @@ class HeadStatistics:
         self.moments = SecondMoments((H, r, r), torch.float64, device)  # of g
         self.wanted: Tensor | float = 0.0  # [H, d_v], sum of g_constant * share * output
         self.value = self.output_rms = zeros  # of the task
-        self.log_k = zeros  # set between the passes, the same for all features
+        self.log_scale = self.log_k = zeros  # set between the passes, the same for all features
+        self.is_finite: Tensor | bool = True  # all that was observed
 
     def rows(self, query: Tensor, frozen: Block, factor: float, counts: Tensor) -> HeadRows:
         """The rows that count of queries [B, H_query, L, d]; the arguments are those of an `Observer`.
@@ -77,15 +78,15 @@ class HeadStatistics:
     def observe_scale(self, query: Tensor, frozen: Block, prefix: Block | None, factor: float, counts: Tensor) -> None:
         """First pass: the normaliser of the frozen attention, and that of the prefix against it."""
         rows = self.rows(query, frozen, factor, counts)
+        advantages = torch.log(self.normaliser(rows.phi)) + rows.scale - rows.lse
+        self.is_finite = self.is_finite & torch.isfinite(advantages).all() & torch.isfinite(rows.out).all()
         self.num_rows += rows.lse.shape[1]
         self.sum_lse = self.sum_lse + rows.lse.double().sum(dim=1)
-        self.advantages.append((torch.log(self.normaliser(rows.phi)) + rows.scale - rows.lse).cpu())
+        self.advantages.append(advantages.cpu())
 
-    @torch.no_grad()
     def set_scale(self, share: float) -> None:
-        """Set b, the mean log-sum-exp, and find the log k with which the prefix holds the share."""
-        b = self.sum_lse / self.num_rows
-        self.adapter.part("log_scale").copy_(b)
+        """Find b, the mean log-sum-exp, and the log k with which the prefix holds the share."""
+        b = self.log_scale = self.sum_lse / self.num_rows
         self.log_k = offset_for_share(torch.cat(self.advantages, dim=1).double(), share).to(b) - b
         self.advantages.clear()
 
@@ -94,7 +95,7 @@ class HeadStatistics:
     ) -> None:
         """Second pass: moments of g = d out / d Z, and what the prefix's value has to be."""
         phi, scale, lse, out = self.rows(query, frozen, factor, counts)
-        weight = scale + self.adapter.part("log_scale")[:, None]
+        weight = scale + self.log_scale[:, None].to(scale)
         prefix_lse = torch.log(self.normaliser(phi)) + self.log_k[:, None].to(weight) + weight
         lse_all = torch.logaddexp(lse, prefix_lse)
         g = phi * torch.exp(weight - lse_all)[..., None]
@@ -110,6 +111,7 @@ class HeadStatistics:
         all fixed values it is the one that changes outputs least, by least squares.
         """
         gram, num_rows = self.moments.sum, self.moments.num_rows
+        self.is_finite = self.is_finite & torch.isfinite(gram).all()
         if num_rows and not self.moments.kinds:
             self.value = self.wanted / gram[:, -1, -1, None]
             self.output_rms = (self.sum_square / num_rows).sqrt()[:, None, None]
@@ -125,6 +127,7 @@ class HeadStatistics:
             generator: on the CPU, of the directions in Z_A that the start does not need.
         """
         adapter, value, moments = self.adapter, self.value, self.moments.mean()
+        adapter.part("log_scale").copy_(self.log_scale)
         adapter.set_coordinates(whitening(moments, floor) * self.output_rms * units.step, units.log_k)
         Z = torch.zeros_like(moments[..., :1]).expand(-1, -1, value.shape[-1]).clone()
         Z[:, -1] = value

@@ -1,9 +1,9 @@
-"""What calibration looks at: the batches of a task, checked, and text that a language model writes itself."""
+"""What calibration looks at beside the batches of a task: text that a language model writes itself."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,33 +15,6 @@ from ..tuner.observation import base_model_of, evaluating
 from .settings import CalibrationSettings
 
 TEXT = {"input_ids", "attention_mask", "position_ids", "labels"}  # what batches of text alone may hold
-SIGNALS = ("pixel_values", "input_features", "input_values")  # pictures and sound
-TENSORS = ("input_ids", "attention_mask", "decoder_input_ids", "labels", *SIGNALS)
-EXPECTED = "a dict of tensors with the arguments of the model's forward, such as input_ids [B, L]"
-
-
-def checked_batches(batches: Iterable[Mapping[str, Any]], least: int = 1) -> list[Mapping[str, Any]]:
-    """The batches as a list.
-
-    Raises:
-        ValueError: if one is not what the model's forward can be called with, or there are fewer than `least`.
-    """
-    if isinstance(batches, str | Mapping | Tensor):
-        raise ValueError(
-            f"calibrate got a {type(batches).__name__} for batches: expected a list, each of which is {EXPECTED}"
-        )
-    found = list(batches)
-    for number, batch in enumerate(found):
-        if not isinstance(batch, Mapping) or not all(isinstance(name, str) for name in batch):
-            raise ValueError(f"batch {number} is a {type(batch).__name__}: expected {EXPECTED}")
-        for name, x in batch.items():
-            if isinstance(x, str | list | tuple) and name in TENSORS:
-                raise ValueError(f"batch {number} holds a {type(x).__name__} under {name!r}: expected {EXPECTED}")
-        if not any(isinstance(x, Tensor) for x in batch.values()):
-            raise ValueError(f"batch {number} holds no tensor, but {sorted(batch)}: expected {EXPECTED}")
-    if len(found) < least:
-        raise ValueError("calibrate got no batches: a few batches of training data are expected")
-    return found
 
 
 def own_text(model: Any, batches: list[Mapping[str, Any]], settings: CalibrationSettings) -> list[Mapping[str, Any]]:

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..tuner.batches import checked_batches
 from ..tuner.calls import without_adapters
 from ..tuner.layer import NTKAttentionLayer
 from ..tuner.observation import adapted_layers, observe
 from ..tuner.routing import CHILD
 from .blocks import FeedForwardStatistics
 from .heads import HeadStatistics, HeadUnits
-from .inputs import checked_batches, own_text
+from .inputs import own_text
 from .settings import DEFAULT, CalibrationSettings
 
 
@@ -61,13 +62,15 @@ def calibrate(
 
     Raises:
         ValueError: without such an adapter, without its constant feature, if the moments would not fit into
-            `settings.max_bytes`, or with `batches` that are empty or no arguments of the model's forward, or that reach
-            no adapted layer.
+            `settings.max_bytes`, with `batches` that are empty or no arguments of the model's forward, that reach no
+            adapted layer or give NaN there, or inside `torch.inference_mode()`. The adapter is as it was then.
 
     Warns:
         UserWarning: if there are layers that no token reaches, such as a vision tower without pictures, which start as
             they were; or if a language model does not run on its first token alone.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("calibrate was called inside torch.inference_mode(), where nothing that trains can be made")
     if not isinstance(settings, CalibrationSettings):
         raise ValueError(f"settings must be CalibrationSettings, got {settings!r}")
     layers = adapted_layers(model, adapter_name)
@@ -75,17 +78,20 @@ def calibrate(
         raise ValueError("calibrate needs the constant feature: make the config with constant_feature=True")
     check_size(layers, adapter_name, settings.max_bytes)
     units = head_units(model, layers, settings)
-    batches = checked_batches(batches)
+    batches = checked_batches(batches, model=model)
+    beside = [] if isinstance(others, bool) else checked_batches(others, least=0, source="others", model=model)
 
     with without_adapters(layers.values()):
-        beside = own_text(model, batches, settings) if others is True else checked_batches(others or (), least=0)
+        if others is True:
+            beside = own_text(model, batches, settings)
         heads = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
-        observe(model, layers, batches, {name: s.observe_scale for name, s in heads.items()})
+        observe(model, layers, batches, {name: s.observe_scale for name, s in heads.items()}, source="batches")
+        check_finite(heads, "batches")
         layers = reached(layers, heads)
         heads = {name: heads[name] for name in layers}
         for name, s in heads.items():
             s.set_scale(units[name].share)
-        blocks = measure_moments(model, layers, heads, [batches, beside], adapter_name)
+        blocks = measure_moments(model, layers, heads, {"batches": batches, "others": beside}, adapter_name)
 
     generator = torch.Generator().manual_seed(0)  # every process, and every call, makes the same start
     for name, s in heads.items():
@@ -140,10 +146,10 @@ def measure_moments(
     model: nn.Module,
     layers: Mapping[str, NTKAttentionLayer],
     heads: Mapping[str, HeadStatistics],
-    kinds: Iterable[list[Mapping[str, Any]]],
+    kinds: Mapping[str, list[Mapping[str, Any]]],
     adapter_name: str,
 ) -> dict[str, FeedForwardStatistics]:
-    """The second pass: show every kind of input, the task's first, to heads and feed-forward blocks.
+    """The second pass: show every kind of input, by what it was given as, to heads and feed-forward blocks.
 
     Returns:
         The statistics of the feed-forward blocks, by the layer whose adapter looks after them.
@@ -153,14 +159,26 @@ def measure_moments(
         for name, layer in layers.items()
         if (prefix := layer[adapter_name].feed_forward) is not None
     }
-    for batches in kinds:
+    for source, batches in kinds.items():
         if batches:
-            observe(model, layers, batches, {name: s.observe_moments for name, s in heads.items()}, blocks)
+            observe(model, layers, batches, {name: s.observe_moments for name, s in heads.items()}, blocks, source)
             for statistics in heads.values():
                 statistics.end_of_kind()
             for block in blocks.values():
                 block.end_of_kind()
+            check_finite(heads, source)
+            check_finite(blocks, source)
     return blocks
+
+
+def check_finite(measured: Mapping[str, HeadStatistics] | Mapping[str, FeedForwardStatistics], source: str) -> None:
+    """Raise ValueError if there is anything in a layer that cannot be measured."""
+    for name, statistics in measured.items():
+        if not statistics.is_finite:
+            raise ValueError(
+                f"the frozen model computes NaN or inf in {name.removesuffix(f'.{CHILD}')} or beside it from {source}: "
+                "expected finite numbers, for which its dtype may be too narrow"
+            )
 
 
 def head_units(

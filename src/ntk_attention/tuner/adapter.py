@@ -169,8 +169,9 @@ class PrefixAdapter(Coordinated):
             self.signed_features = (~nonnegative).nonzero().squeeze(1)
             self.k_signed = torch.zeros(shapes["k_signed"])
         self.register_buffer("log_scale", torch.zeros(shapes["log_scale"]))
-        # Those of one kind that train have the same b and coordinates; adapters for inference keep what files say.
-        self.kind = None if config.inference_mode else config.kind()
+        # Those of one kind have the same b and coordinates, if one of them trains: see `NTKAttentionLayer.lead`.
+        self.kind = config.kind()
+        self.trains = not config.inference_mode
         self.feed_forward: FeedForwardPrefix | None = None
         if "feed_forward.Z_A" in shapes:
             self.feed_forward = FeedForwardPrefix(*shapes["feed_forward.Z_A"])
@@ -235,6 +236,10 @@ class PrefixAdapter(Coordinated):
         for own, given in zip(self.feature_map.buffers(), other.feature_map.buffers(), strict=True):
             own.copy_(given)
         self.follow(other)
+
+    def is_plain(self) -> bool:
+        """Whether the parameters are the plain Z and log k."""
+        return all(part.coordinates is None for part in self.modules() if isinstance(part, Coordinated))
 
     def part_of(self, x: Tensor) -> Tensor:
         """The heads of this process of a whole tensor [H, ...], which is on every process."""

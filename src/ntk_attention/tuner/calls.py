@@ -40,19 +40,27 @@ class MixedRows:
     feed_forward_rows: dict[NTKAttentionLayer, FeedForwardRows] = field(default_factory=dict)
     copies: frozenset[int] = frozenset({1})
 
-    def of_batch(self, layer: NTKAttentionLayer, batch_size: int) -> RowStates | None:
-        """The prefixes of a batch of this size.
+    def of_batch(self, rows: RowStates, batch_size: int, kind: str) -> RowStates:
+        """The prefixes of a batch of this size in a module of this kind."""
+        index = self.index_of_batch(rows.index, batch_size, kind)
+        return rows if index is rows.index else replace(rows, index=index)
+
+    def index_of_batch(self, index: Tensor, batch_size: int, kind: str) -> Tensor:
+        """The places [batch_size] of the rows that a module of this kind gets, of those [B] of the names.
 
         Raises:
             ValueError: if there are more or fewer rows than names.
         """
-        rows = self.rows.get(layer)
-        if rows is None or len(rows.index) == batch_size:
-            return rows
-        copies, rest = divmod(batch_size, max(1, len(rows.index)))
+        if len(index) == batch_size:
+            return index
+        copies, rest = divmod(batch_size, max(1, len(index)))
         if rest or copies not in self.copies:
-            raise ValueError(f"adapter_names has {len(rows.index)} names for a batch of {batch_size}: expected as many")
-        return replace(rows, index=rows.index.repeat_interleave(copies))
+            raise ValueError(
+                f"adapter_names has {len(index)} names for a batch of {batch_size} in {kind}: expected as many. Towers "
+                'may get an entry for each picture (exclude_modules=["vision_tower"] or its like leaves one out), and '
+                "some models drop rows that are finished (give them one row at a time)"
+            )
+        return index.repeat_interleave(copies)
 
 
 class Calls(threading.local):

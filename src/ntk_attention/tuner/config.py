@@ -77,7 +77,7 @@ class NTKAttentionConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
+            if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
         if isinstance(self.feature_map, FeatureMap):  # keep what JSON can hold
             self.feature_map_options = {**self.feature_map.options, **self.feature_map_options}

@@ -31,6 +31,7 @@ class Coordinated(nn.Module):
         super().__init__()
         self.register_buffer("coordinates", None, persistent=False)
         self.unit = 1.0
+        self.is_loaded = False  # whether a state dict was, and nobody looked since
         self.mesh: DeviceMesh | None = None  # of a tensor-parallel model
 
     @property
@@ -88,12 +89,20 @@ class Coordinated(nn.Module):
     @torch.no_grad()
     def follow(self, other: Coordinated) -> None:
         """Train in the coordinates of another one of the same shapes, with the values that are there."""
+        if self.has_coordinates_of(other):  # not one bit changes
+            return
         if self.scaled.is_meta:  # a state dict follows, with plain values
             self.set_coordinates(other.coordinates, other.unit)
             return
         leading, scaled = self.plain_leading().clone(), self.plain_scaled().clone()
         self.set_coordinates(other.coordinates, other.unit)
         self.set_plain(leading, scaled)
+
+    def has_coordinates_of(self, other: Coordinated) -> bool:
+        C, D = self.coordinates, other.coordinates
+        if C is None or D is None:
+            return C is D and self.unit == other.unit
+        return self.unit == other.unit and C.shape == D.shape and torch.equal(C, D.to(C))
 
     def make_plain(self, tensors: dict[str, Any], prefix: str) -> None:
         """Bring the trained values in a state dict, whose names start so, into plain coordinates."""
@@ -110,7 +119,9 @@ class Coordinated(nn.Module):
         if not is_partitioned(self.scaled):
             self.make_plain(destination, prefix)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         own_names = {*self._parameters, *self.constants}
         for name, parameter in [*self.named_parameters(), *self.own_constants().items()]:
             given = state_dict.get(prefix + name)
@@ -118,6 +129,9 @@ class Coordinated(nn.Module):
                 continue
             check_shape("the state dict", f"{prefix}{name}", tuple(given.shape), tuple(parameter.shape))
             check_values("the state dict", f"{prefix}{name}", given)
+            self.is_loaded = True
+            if local_metadata.get("assign_to_params_buffers"):  # what is loaded may change, what was given must not
+                state_dict[prefix + name] = given.clone()
             own = name in own_names  # a child with other placements sees to its own
             if own and self.mesh is not None and isinstance(parameter, DTensor) and not isinstance(given, DTensor):
                 state_dict[prefix + name] = spread(given.to(self.mesh.device_type), self.mesh, self.placements)
@@ -127,7 +141,7 @@ class Coordinated(nn.Module):
                 state_dict[leading] = self._to_coordinates(state_dict[leading])
             if scaled in state_dict:
                 state_dict[scaled] = state_dict[scaled] / self.unit
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _to_coordinates(self, plain: Tensor) -> Tensor:
         if self.coordinates is None:

@@ -14,8 +14,10 @@ from .lookup import lookup_of
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 # Layers that mix tokens in other ways: by a state that runs along them, or by a convolution.
 OTHER_MIXERS = re.compile(
-    r"Mamba|SSM|Delta|LinearAtt|Lightning|Recurrent|RgLru|Rwkv|Retention|ShortConv|LSTM|Hyena|Mixer"
+    r"Mamba|SSM|Delta|LinearAtt|Lightning|RecurrentBlock|RgLru|Rwkv|Retention|ShortConv|LSTM|Hyena|Mixer"
 )
+# Parts of models whose name is that of such a layer.
+OTHER_PARTS = re.compile(r"(Norm|MLP|Mlp|FeedForward|Embeddings?)$")
 UNROUTED = "does not ask transformers for its attention function"
 NO_SOFTMAX = "no softmax attention"
 
@@ -61,16 +63,26 @@ def listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
-def layers_without(model: nn.Module, attention: Iterable[str], blocks: Iterable[str]) -> dict[str, str]:
-    """Class of the transformer layers around attention modules in which no block was found, by name."""
+def layers_without(
+    model: nn.Module, attention: Iterable[str], blocks: Iterable[str], layers: Iterable[str] = ()
+) -> dict[str, str]:
+    """Class of the transformer layers around attention modules in which no block was found, by name.
+
+    Args:
+        model: that has them.
+        attention: names of the modules.
+        blocks: of those beside which one was found.
+        layers: of the layers that have these blocks, which may number their own parts, as T5's do.
+    """
 
     def layer_of(name: str) -> str:
         parts = name.split(".")
         places = [i for i, part in enumerate(parts) if part.isdigit()]
         return ".".join(parts[: places[-1] + 1]) if places else ""
 
-    found = {layer_of(name) for name in blocks}
-    others = {layer_of(name) for name in attention} - found - {""}
+    found = {*map(layer_of, blocks), *layers}
+    inside = tuple(f"{name}." for name in found if name)
+    others = {layer for name in attention if (layer := layer_of(name)) and not f"{layer}.".startswith(inside)}
     return {name: type(model.get_submodule(name)).__name__ for name in sorted(others)}
 
 
@@ -87,7 +99,7 @@ def other_attention(model: nn.Module, routed: Iterable[str], own: str) -> dict[s
     found: dict[str, tuple[str, str]] = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
-        is_other = OTHER_MIXERS.search(kind) is not None
+        is_other = OTHER_MIXERS.search(kind) is not None and OTHER_PARTS.search(kind) is None
         if not name or name in around or name.startswith(inside) or own in name.split("."):
             continue
         if name.startswith(tuple(f"{outer}." for outer in found)):

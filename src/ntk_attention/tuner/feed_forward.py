@@ -154,7 +154,7 @@ class FeedForwardRows:
         self.Z_B[place, : part.rank].copy_(part.plain_scaled())
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        """out + x^T Z of each row, for x [B, L, D], or [B L, D] as some families have it."""
+        """out + x^T Z of each row, for x [B, L, D]; either may be [B L, D], as some families have them."""
         Z_A, Z_B = (Z.index_select(0, self.index.clamp_min(0)).to(x.dtype) for Z in (self.Z_A, self.Z_B))
         Z_B = Z_B * (self.index >= 0)[:, None, None]
-        return out + (x.reshape(len(self.index), -1, x.shape[-1]) @ Z_A @ Z_B).reshape(x.shape).to(out.dtype)
+        return out + (x.reshape(len(self.index), -1, x.shape[-1]) @ Z_A @ Z_B).reshape(out.shape).to(out.dtype)

@@ -11,6 +11,7 @@ from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..ops.state import PrefixState, RowStates
@@ -18,6 +19,8 @@ from .adapter import PrefixAdapter
 from .arguments import OwnAttention
 from .calls import CALLS
 from .config import NTKAttentionConfig
+from .coordinates import Coordinated
+from .distributed import is_partitioned
 from .feed_forward import FeedForward
 from .geometry import Geometry
 
@@ -56,6 +59,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self.encodes = encodes
         self._block: FeedForward | None = None
         self._hooks: list[RemovableHandle] = []
+        self.register_load_state_dict_post_hook(share_loaded)
 
     @property
     def rows(self) -> RowStates | None:
@@ -77,7 +81,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
     def add_adapter(self, name: str, config: NTKAttentionConfig, block: FeedForward | None = None) -> None:
         """A new adapter, which looks after a feed-forward block as well.
 
-        Beside others of its kind it takes over what does not train of them, the active one first.
+        It takes over what does not train from another one of its kind: one that trains, or else the active one. Where
+        none trains only if that leaves it in plain coordinates, in which a file is loaded to the last bit.
         """
         width = 0 if block is None else block.width
         adapter = PrefixAdapter(config, replace(self.geometry, feed_forward=width))
@@ -86,11 +91,15 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             adapter.to(device)
         if self.mesh is not None:
             adapter.shard(self.mesh)
-        twins = [*self.active_names(), *self.keys()]
-        twin = next((twin for twin in twins if adapter.kind is not None and self[twin].kind == adapter.kind), None)
-        if twin is not None:
-            adapter.become_twin(*self.in_memory([twin]))
+        others = [*self.active_names(), *self.keys()]
+        alike = sorted((x for x in others if self[x].kind == adapter.kind), key=lambda x: not self[x].trains)
         self[name] = adapter
+        if alike:
+            twin = self.in_memory(alike[:1])[0]
+            if adapter.trains or twin.trains or twin.is_plain():
+                adapter.become_twin(twin)
+            if not adapter.log_k.is_meta:  # else after it was loaded
+                self.lead(name)
         if block is not None and not self._hooks:
             self.look_after(block)
         BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
@@ -114,11 +123,16 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self._hooks = [
             block.first.register_forward_pre_hook(self.before_first, with_kwargs=True),
             block.last.register_forward_hook(self.after_last),
+            block.layer.register_forward_hook(self.after_layer, always_call=True),
         ]
 
     def before_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the input of a block that begins and ends in two modules."""
         CALLS.inputs[self] = input_of(args, kwargs)
+
+    def after_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forget the input, also where the layer failed before the end of the block."""
+        CALLS.inputs.pop(self, None)
 
     def after_last(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The output of such a block, with what its prefixes add."""
@@ -155,22 +169,28 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         """Whether the adapters do nothing: PEFT disabled them, or this call does without."""
         return bool(self.disable_adapters) or self in CALLS.resting
 
-    def has_active_state(self) -> bool:
-        """Whether a prefix is seen in this call."""
+    def active(self) -> Sequence[PrefixAdapter | RowStates]:
+        """What acts in this call: the active adapters, or the rows of the mixed batch; none where adapters rest."""
         if self.rests():
-            return False
-        return bool(self.active_names()) if CALLS.mixed is None else self in CALLS.mixed.rows
+            return []
+        if CALLS.mixed is None:
+            return self.in_memory(self.active_names())
+        rows = CALLS.mixed.rows.get(self)
+        return [] if rows is None else [rows]
 
     def active_names(self) -> list[str]:
         """Active adapters that this layer has."""
         return [name for name in cast(list[str], self.active_adapters) if name in self]
 
-    def states(self, batch_size: int) -> Sequence[PrefixState | RowStates]:
-        """The prefixes of all active adapters, one after another; or, in a mixed batch, one prefix per row."""
-        if CALLS.mixed is None:
-            return [adapter.state() for adapter in self.in_memory(self.active_names())]
-        rows = CALLS.mixed.of_batch(self, batch_size)
-        return [] if rows is None else [rows]
+    def states(self, active: Sequence[PrefixAdapter | RowStates], batch_size: int) -> list[PrefixState | RowStates]:
+        """The prefixes of what `active` gave, one after another; in a mixed batch one per row."""
+        states: list[PrefixState | RowStates] = []
+        for part in active:
+            if isinstance(part, PrefixAdapter):
+                states.append(part.state())
+            elif CALLS.mixed is not None:
+                states.append(CALLS.mixed.of_batch(part, batch_size, type(self.get_base_layer()).__name__))
+        return states
 
     def load_state(self, name: str, state: PrefixState) -> None:
         """Let an adapter become a given state, see `PrefixAdapter.load_state`."""
@@ -178,14 +198,19 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self.lead(name)
 
     def lead(self, name: str) -> None:
-        """Give b and the coordinates of an adapter, after they were set, to the others of its kind.
+        """After b, coordinates or tensors of an adapter were set: let adapters of its kind have the same b and
+        coordinates, each with the function that it has.
 
-        Equal parameters are equal functions then, also where one was calibrated after the other.
+        Equal parameters are equal functions then. One that trains gives its own to the others; one that does not takes
+        those of one that trains. Where none trains nothing changes.
         """
         own = self[name]
-        for other in self.keys():
-            if other != name and own.kind is not None and self[other].kind == own.kind:
-                self[other].follow(own)
+        others = [self[key] for key in self.keys() if key != name and self[key].kind == own.kind]
+        if own.trains:
+            for other in others:
+                other.follow(own)
+        elif leaders := [other for other in others if other.trains]:
+            own.follow(leaders[0])
 
     def stack(self, names: Sequence[str]) -> list[PrefixState]:
         """The states of these adapters, without weight for those that this layer lacks; none if it lacks all."""
@@ -227,8 +252,9 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         Raises:
             ValueError: if their values are gone: PEFT, when it loads an adapter, keeps on a disk those of LoRA only.
         """
-        adapters = [self[name] for name in names]
-        for name, adapter in zip(names, adapters, strict=True):
+        # Not self[name]: another thread may have deleted one since its name was read.
+        found = {name: cast(PrefixAdapter, self._modules[name]) for name in names if name in self._modules}
+        for name, adapter in found.items():
             if hasattr(adapter, "_hf_hook"):
                 try:
                     remove_hook_from_module(adapter, recurse=True)
@@ -238,12 +264,25 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
                         "set_peft_model_state_dict on a base model that is partly on a disk, not from_pretrained"
                     ) from error
                 self._move_adapter_to_device_of_base_layer(name)
-        return adapters
+        return list(found.values())
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Also of adapters that rest, and are offloaded."""
         self.in_memory(list(self.keys()))
         return super().state_dict(*args, **kwargs)
+
+
+def share_loaded(layer: nn.Module, *_: Any) -> None:
+    """After a state dict was loaded into a layer, see `NTKAttentionLayer.lead`."""
+    assert isinstance(layer, NTKAttentionLayer)
+    for name in list(layer.keys()):
+        parts = [part for part in layer[name].modules() if isinstance(part, Coordinated) and part.is_loaded]
+        for part in parts:
+            part.is_loaded = False
+        log_k = layer[name].log_k
+        is_cut = is_partitioned(log_k) or (isinstance(log_k, DTensor) and layer.mesh is None)  # ZeRO-3 and FSDP
+        if parts and not is_cut:
+            layer.lead(name)
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

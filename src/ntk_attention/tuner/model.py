@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from .coordinates import Coordinated
 from .coverage import Coverage
 from .distributed import is_partitioned, whole
 from .layer import NTKAttentionLayer
-from .mixed import NO_ADAPTER, MixedBatch, copies_of_rows
+from .mixed import NO_ADAPTER, MixedBatch, check_rows_stay, check_signals, copies_of_rows, hook_heads, names_of_rows
 from .plan import AdapterPlan, check_plan, file_shapes, plan_adapter
 from .registration import NAME
 from .routing import CHILD, attach, check_routes, detach
@@ -63,7 +64,10 @@ class NTKAttentionModel(BaseTuner):
         self.targets: set[str] = set()  # names of all attention modules that have adapters
         super().__init__(*args, **kwargs)
         hook = partial(let_inputs_have_gradients, self.targets)
-        self._checkpoint_hook = self.model.register_forward_pre_hook(hook)
+        self._model_hooks = [
+            self.model.register_forward_pre_hook(hook),
+            self.model.register_forward_pre_hook(check_signals, with_kwargs=True),
+        ]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT does it: plan the adapter, check the plan, then change the model; what has a prefix is reported.
@@ -203,15 +207,16 @@ class NTKAttentionModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """A batch whose rows use different adapters, `adapter_names` of PEFT, for one call of forward or generate."""
-        names = kwargs.get("adapter_names")
-        if names is None:
+        if kwargs.get("adapter_names") is None:
             yield
             return
+        names = names_of_rows(kwargs["adapter_names"])
+        check_rows_stay(self.model, names, kwargs)
         inputs = [*args, *(kwargs.get(name) for name in INPUTS)]
         size = next((len(x) for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 0), len(names))
         if size != len(names):
             raise ValueError(f"adapter_names has {len(names)} names for a batch of {size}: expected as many")
-        with self.mixed_batch(names, copies=copies_of_rows(self.model, kwargs)):
+        with self.mixed_batch(names, copies=copies_of_rows(self.model, args, kwargs)):
             yield
 
     @contextmanager
@@ -243,6 +248,7 @@ class NTKAttentionModel(BaseTuner):
         if unknown := sorted(set(adapters) - set(self.peft_config)):
             raise ValueError(f"adapter_names holds {unknown}, expected names of {sorted(self.peft_config)}")
         layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+        hook_heads(self.model, self.peft_config)
         batch = MixedBatch(layers, adapters, adapter_names, frozenset(copies))
         with during_calls(mixed=batch):
             yield batch
@@ -265,8 +271,12 @@ class NTKAttentionModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name {adapter_name!r} already exists")
+        if isinstance(adapters, str) or not isinstance(weights, Sequence) or isinstance(weights, str):
+            raise ValueError(f"expected lists of adapters and of their weights, got {adapters!r} and {weights!r}")
         if unknown := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"adapters holds {unknown}, expected names of {sorted(self.peft_config)}")
+        if not all(isinstance(w, Real) for w in weights):
+            raise ValueError(f"weights must be numbers, got {list(weights)}")
         if len(weights) != len(adapters) or not all(0 <= w < math.inf for w in weights) or not any(weights):
             raise ValueError(
                 f"weights must be {len(adapters)} finite numbers, none negative (k is a normaliser) and not all zero, "
@@ -275,6 +285,16 @@ class NTKAttentionModel(BaseTuner):
         layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
         if any(any(name in layer for name in adapters) != all(name in layer for name in adapters) for layer in layers):
             raise ValueError(f"the adapters {list(adapters)} sit on different modules: expected the same")
+        if heads := sorted(
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+            and any(adapter in module.modules_to_save for adapter in adapters)
+        ):
+            raise ValueError(
+                f"the adapters {list(adapters)} have modules of their own in {heads} (modules_to_save), which a sum of "
+                "prefixes does not hold: expected adapters without"
+            )
         parts = [(name, math.log(w)) for name, w in zip(adapters, weights, strict=True) if w > 0]
         with torch.no_grad():
             sums = {
@@ -311,6 +331,9 @@ class NTKAttentionModel(BaseTuner):
         inside = f"{CHILD}."
         self.active_adapter = delete_adapter(self.model, adapter_name, inside, NTKAttentionLayer) or []
 
+    def unmerge_adapter(self) -> None:
+        raise ValueError("NTK-Attention adapters are never merged into the base weights: there is nothing to undo")
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             "NTK-Attention cannot be merged into the base weights: its output depends on the query through "
@@ -320,7 +343,8 @@ class NTKAttentionModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        self._checkpoint_hook.remove()
+        for hook in self._model_hooks:
+            hook.remove()
         stop(self.targets, self.model)
         for name, module in list(self.model.named_modules()):
             if hasattr(module, CHILD):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..ops.reference import Block
 from ..ops.sdpa import HIDDEN
+from .batches import calling, checked_batches, named
 from .calls import during_calls
 from .distributed import device_of
 from .feed_forward import FeedForward
@@ -43,6 +44,8 @@ def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
     Raises:
         ValueError: if there is none.
     """
+    if not isinstance(adapter_name, str):
+        raise ValueError(f"adapter_name must be the name of one adapter, got {adapter_name!r}")
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -64,11 +67,16 @@ def observe(
     batches: Iterable[Mapping[str, Any]],
     observers: Mapping[str, Observer],
     feed_forward_observers: Mapping[str, FeedForwardObserver] | None = None,
+    source: str | None = None,
 ) -> None:
     """Run the model over the batches, without gradients and dropout, and show its attention to one observer a layer.
 
     Those of feed-forward blocks, by the layer whose adapter looks after them, see these. Rows of padding do not count:
-    those whose `attention_mask` is 0, and those that see no token.
+    those whose `attention_mask` is 0, and those that see no token. Errors number the batches of `source`, the argument
+    that they were given as.
+
+    Raises:
+        ValueError: if the model cannot be called with one of them.
     """
     device = device_of(model)
     blocks = feed_forward_observers or {}
@@ -76,12 +84,13 @@ def observe(
     # Nothing comes after, and some models make too small a cache of their own.
     options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
     with evaluating(model), torch.no_grad():
-        for batch in batches:
-            # Copies: some models write into their inputs.
-            batch = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            masks = {name: padding_mask(model, name, batch) for name in layers}
-            watchers = {layer: partial(show, observers[name], masks[name]) for name, layer in layers.items()}
+        for number, batch in enumerate(batches):
             with ExitStack() as stack:
+                stack.enter_context(calling(base, batch, "a batch" if source is None else named(number, source)))
+                # Copies: some models write into their inputs.
+                batch = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                masks = {name: padding_mask(model, name, batch) for name in layers}
+                watchers = {layer: partial(show, observers[name], masks[name]) for name, layer in layers.items()}
                 stack.enter_context(during_calls(watchers=watchers))
                 for name, layer in layers.items():
                     if name in blocks and layer.block is not None:
@@ -104,9 +113,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def show(
     observer: Observer, mask: Tensor | None, query: Tensor, context: Block, prefix: Block | None, factor: float
 ) -> None:
-    """Call the observer with the rows [B, L] that count: those of real tokens, and those that see one."""
+    """Call the observer with the rows [B, L] that count: those of real tokens, and those that see one.
+
+    The mask has another shape in towers, whose rows are no tokens of the text. NaN counts, so that it is noticed.
+    """
     lowest = max(HIDDEN, torch.finfo(query.dtype).min) / 2
-    counts = (context.lse > lowest).all(dim=1)  # masks are the same for all heads
+    counts = ~(context.lse <= lowest).any(dim=1)  # masks are the same for all heads
     if mask is not None and tuple(mask.shape) == tuple(counts.shape):
         counts = counts & mask.bool()
     observer(query, context, prefix, factor, counts)
@@ -137,7 +149,15 @@ def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def padding_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Tensor | None:
-    """Which queries of the attention module `name` are real tokens: [B, L], or None where all are."""
+    """Which queries of the attention module `name` are real tokens: [B, L], or None where all are.
+
+    Masks of other kinds hide keys, which says which queries see none.
+    """
+    mask = any_mask(model, name, batch)
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def any_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Any:
     parts = name.split(".")
     if any("vision" in part for part in parts):
         return None
@@ -153,6 +173,7 @@ def prefix_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapte
     layers = adapted_layers(model, adapter_name)
     sums: dict[str, Any] = dict.fromkeys(layers, 0.0)
     rows = dict.fromkeys(layers, 0)
+    batches = checked_batches(batches, model=model)
 
     def see(name: str) -> Observer:
         def add(query: Tensor, context: Block, prefix: Block | None, factor: float, counts: Tensor) -> None:
@@ -163,7 +184,7 @@ def prefix_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapte
 
         return add
 
-    observe(model, layers, batches, {name: see(name) for name in layers})
+    observe(model, layers, batches, {name: see(name) for name in layers}, source="batches")
     if not all(rows.values()):
         raise ValueError("no token reached the adapter: is it active, and is the text empty?")
     return torch.stack([sums[name] / rows[name] for name in layers]).cpu()

@@ -76,10 +76,12 @@ def plan_adapter(model: nn.Module, config: NTKAttentionConfig) -> AdapterPlan:
     settled: dict[str, Any] = {**settled_ranks(config, geometries), "geometry": recorded_geometry(geometries)}
     if config.target_modules is None:
         settled["target_modules"] = targets.suffixes
+    layers_of_blocks = {block.layer for block in blocks.values()}
+    own_layers = [name for name, module in model.named_modules() if module in layers_of_blocks]
     coverage = Coverage(
         attention={name: type(module).__name__ for name, module in zip(targets.names, modules, strict=True)},
         blocks=list(blocks),
-        without_block=layers_without(model, targets.names, blocks) if has_blocks else {},
+        without_block=layers_without(model, targets.names, blocks, own_layers) if has_blocks else {},
         left_out=targets.left_out,
     )
     return AdapterPlan(sites, is_encoder, coverage, settled)

@@ -27,6 +27,18 @@ def extend_enum(cls: type[enum.Enum], name: str, value: str) -> Any:
 PEFT_TYPE = extend_enum(PeftType, NAME, NAME)
 
 
+def check_own_config(model: PeftModel) -> None:
+    """Raise ValueError where the config of an adapter of ours was replaced by another method's of the same name: PEFT
+    would save that one alone."""
+    layers = [module for module in model.modules() if type(module).__name__ == "NTKAttentionLayer"]
+    for name, config in model.peft_config.items():
+        if config.peft_type != PEFT_TYPE and any(name in layer.adapters for layer in layers):
+            raise ValueError(
+                f"{name!r} is the name of an NTK-Attention adapter and of a later one of {config.peft_type.value}, "
+                "which would be saved in its place: inject that one under another name"
+            )
+
+
 def refuse_pickles(save_pretrained: Callable[..., None]) -> Callable[..., None]:
     """`PeftModel.save_pretrained`, which asks no method, but for adapters of ours in the format that we cannot read."""
 
@@ -37,6 +49,7 @@ def refuse_pickles(save_pretrained: Callable[..., None]) -> Callable[..., None]:
                 "safe_serialization=False writes a pickle, which may run code when it is read: NTK-Attention adapters "
                 "are saved as safetensors"
             )
+        check_own_config(self)
         save_pretrained(self, save_directory, safe_serialization, *args, **kwargs)
 
     return save

@@ -33,6 +33,7 @@ from .lookup import ROUTE, lookup_of, routed_config
 from .masks import FLASH, IMPLEMENTATIONS, visible_tokens
 
 if TYPE_CHECKING:
+    from .adapter import PrefixAdapter
     from .layer import NTKAttentionLayer
 
 CHILD = "ntk_states"  # name of the NTKAttentionLayer in its attention module
@@ -84,6 +85,12 @@ def check_implementation(module: nn.Module, name: str) -> str:
         raise ValueError(
             f"{named(module, name)} has no eager attention: load the model with attn_implementation='sdpa'"
         )
+    if lookup.is_switched(module) and (implementation in lookup.compared or not lookup.compared):
+        raise ValueError(
+            f"{named(module, name)} computes attention itself under {implementation!r} while one of "
+            f"{sorted(lookup.switches)} is set, where no prefix reaches it: load the model with "
+            "attn_implementation='sdpa'"
+        )
     if implementation in FLASH and lookup.replaced:
         raise ValueError(
             f"{named(module, name)} takes {sorted(lookup.replaced)} in some calls, past its config: load it with "
@@ -96,7 +103,7 @@ def attach(module: nn.Module, layer: NTKAttentionLayer) -> None:
     """Hang a layer on an attention module and route the module through it."""
     lookup = lookup_of(type(module))
     assert lookup is not None
-    module.config = routed_config(module.config, lookup)
+    module.config = routed_config(module.config, lookup, lookup.ways_past(module))
     module.add_module(CHILD, layer)
 
 
@@ -147,10 +154,10 @@ def ntk_attention_forward(
         ValueError: for an argument that changes attention and that we do not handle.
     """
     layer: NTKAttentionLayer = getattr(module, CHILD)
-    is_active = layer.has_active_state()
+    active = layer.active()  # once: another thread may set or delete adapters meanwhile
     watcher, exact = CALLS.watchers.get(layer), CALLS.exact.get(layer)
     implementation = own_config(module)._attn_implementation
-    if watcher is None and exact is None and not is_active:
+    if watcher is None and exact is None and not active:
         base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.own.eager)
         # Flash attention reads the name in the config once more.
         caller: Any = Unrouted(module) if implementation in FLASH else module
@@ -165,7 +172,7 @@ def ntk_attention_forward(
     tokens = Tokens(query, key, value, mask, dropout, is_causal, scale)
     softcap, sink = kwargs.get("softcap"), sink_of(kwargs)
     with without_autocast(query.device.type):
-        states = states_for(layer, query, key, value) if is_active else []
+        states = states_for(layer, active, query, key, value)
         prefixes = Prefixes(states, factor, exact, sink)
         prefix = None
         if watcher is not None:
@@ -182,14 +189,14 @@ def ntk_attention_forward(
 
 
 def states_for(
-    layer: NTKAttentionLayer, query: Tensor, key: Tensor, value: Tensor
+    layer: NTKAttentionLayer, active: Sequence[PrefixAdapter | RowStates], query: Tensor, key: Tensor, value: Tensor
 ) -> Sequence[PrefixState | RowStates]:
-    """The prefixes that this batch sees.
+    """The prefixes that this batch sees, of what is active in the layer.
 
     Raises:
         ValueError: if one is of other sizes than the tensors of the call.
     """
-    states = layer.states(query.shape[0])
+    states = layer.states(active, query.shape[0])
     for state in states:
         check_state_fits(
             state,

@@ -90,7 +90,7 @@ def is_target(config: NTKAttentionConfig, name: str) -> Any:
     A name in `exclude_modules` means what is inside of such a module, too.
     """
     excluded = config.exclude_modules
-    if isinstance(excluded, set | list) and any(is_inside(name, other) for other in excluded):
+    if isinstance(excluded, set | list | tuple) and any(is_inside(name, other) for other in excluded):
         return _ExcludedModule()
     found = check_target_module_exists(config, name)
     return found if isinstance(found, _ExcludedModule) else bool(found)
@@ -108,7 +108,10 @@ def check_task(model: nn.Module, config: NTKAttentionConfig) -> None:
         fitting = "SEQ_2_SEQ_LM" if is_pair(model) else "CAUSAL_LM"
         raise ValueError(f"task_type is {task!r}, but {kind} is a model for {fitting!r}")
     parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    # Keyword arguments of any name may be input_ids, unless the model itself names another input.
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    main = getattr(model, "main_input_name", "input_ids")
+    if "input_ids" not in parameters and not (takes_any and main == "input_ids"):
         first = next(iter(parameters), None)
         raise ValueError(
             f"task_type is {task!r}, for which PEFT passes input_ids, but {kind} takes {first!r}: leave task_type out"
