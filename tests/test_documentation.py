@@ -1,5 +1,6 @@
 """What the documentation names is there: files, commands, and the tree of the package."""
 
+import ast
 import importlib.util
 import re
 
@@ -26,3 +27,15 @@ def test_files_and_commands_are_there(text):
         assert importlib.util.find_spec(module), f"{text.name} names python -m {module}"
     for link in re.findall(r"\]\(([^)#:]+)\)", found):
         assert (text.parent / link).exists(), f"{text.name} links to {link}"
+
+
+def test_the_mathematics_is_quoted_as_it_is():
+    """The functions of the reference that docs/kernels.md shows, without their docstrings."""
+    shown = re.search(r"```python\n(.*?)```", (ROOT / "docs/kernels.md").read_text(), re.DOTALL).group(1)
+    reference = ast.parse((PACKAGE / "ops/reference.py").read_text())
+    own = {node.name: node for node in reference.body if isinstance(node, ast.FunctionDef)}
+    quoted = ast.parse(shown).body
+    assert [node.name for node in quoted] == ["token_block", "prefix_block", "merge"]
+    for node in quoted:
+        del own[node.name].body[0]  # the docstring
+        assert ast.unparse(node) == ast.unparse(own[node.name])
