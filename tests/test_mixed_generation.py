@@ -147,7 +147,9 @@ def test_other_numbers_of_names_are_refused(adapted, names, beams):
     assert torch.equal(model.generate(**inputs, **LENGTH, do_sample=False), expected)
 
 
-@pytest.mark.parametrize("names", ["abcd", [None] * 4, [0, 1, 2, 3], iter(ROWS), dict.fromkeys("abcd", 1)], ids=str)
+@pytest.mark.parametrize(
+    "names", ["abcd", [None] * 4, [0, 1, 2, 3], iter(ROWS), dict.fromkeys("abcd", 1)], ids=lambda x: type(x).__name__
+)
 def test_names_that_are_no_list_are_refused(adapted, names):
     model, inputs = adapted
     with pytest.raises(ValueError, match="adapter_names must be a list of names, one for each row of the batch, got"):
