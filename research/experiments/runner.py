@@ -212,11 +212,16 @@ def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadli
             if process.job and (reason := process.hangs()):
                 fail(process.job, process, TimeoutError(f"{reason} at the deadline"))
     finally:
-        for process in processes:  # one that is stopped would not hear SIGTERM, and this process would wait for it
-            process.process.kill()
-        for process in processes:
-            process.process.join(GRACE)
-            process.connection.close()
+        end_all(processes)
+
+
+def end_all(processes: list[Process]) -> None:
+    """Not by SIGTERM, which one that is stopped would not hear: this process would wait for it."""
+    for process in processes:
+        process.process.kill()
+    for process in processes:
+        process.process.join(GRACE)
+        process.connection.close()
 
 
 def first_message(read: bytearray) -> tuple[bytearray | None, bytearray]:

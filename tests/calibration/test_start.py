@@ -392,7 +392,7 @@ def test_masks_of_another_kind_against_padding(kind):
     found = []
     for attention_mask in (mask, masks):
         model = get_peft_model(FAMILIES[name].build(), NTKAttentionConfig(**ATTENTION)).eval()
-        calibrate(model, [{"input_ids": ids, "attention_mask": attention_mask}], share=SHARE, others=False)
+        calibrate(model, [{"input_ids": ids, "attention_mask": attention_mask}], settings=SMALL, others=False)
         found.append(saved(model))
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual["log_k"], expected["log_k"])

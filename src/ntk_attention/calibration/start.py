@@ -69,14 +69,8 @@ def calibrate(
         UserWarning: if there are layers that no token reaches, such as a vision tower without pictures, which start as
             they were; or if a language model does not run on its first token alone.
     """
-    if torch.is_inference_mode_enabled():
-        raise ValueError("calibrate was called inside torch.inference_mode(), where nothing that trains can be made")
-    if not isinstance(settings, CalibrationSettings):
-        raise ValueError(f"settings must be CalibrationSettings, got {settings!r}")
     layers = adapted_layers(model, adapter_name)
-    if not all(layer[adapter_name].feature_map.constant for layer in layers.values()):
-        raise ValueError("calibrate needs the constant feature: make the config with constant_feature=True")
-    check_size(layers, adapter_name, settings.max_bytes)
+    check_call(layers, adapter_name, settings)
     units = head_units(model, layers, settings)
     batches = checked_batches(batches, model=model)
     beside = [] if isinstance(others, bool) else checked_batches(others, least=0, source="others", model=model)
@@ -100,6 +94,17 @@ def calibrate(
         block.set_coordinates_and_start(settings, generator)
     for layer in layers.values():
         layer.lead(adapter_name)
+
+
+def check_call(layers: Mapping[str, NTKAttentionLayer], adapter_name: str, settings: CalibrationSettings) -> None:
+    """Raise ValueError if these adapters cannot be calibrated, here or at all."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("calibrate was called inside torch.inference_mode(), where nothing that trains can be made")
+    if not isinstance(settings, CalibrationSettings):
+        raise ValueError(f"settings must be CalibrationSettings, got {settings!r}")
+    if not all(layer[adapter_name].feature_map.constant for layer in layers.values()):
+        raise ValueError("calibrate needs the constant feature: make the config with constant_feature=True")
+    check_size(layers, adapter_name, settings.max_bytes)
 
 
 def check_size(

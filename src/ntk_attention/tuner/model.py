@@ -271,30 +271,8 @@ class NTKAttentionModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name {adapter_name!r} already exists")
-        if isinstance(adapters, str) or not isinstance(weights, Sequence) or isinstance(weights, str):
-            raise ValueError(f"expected lists of adapters and of their weights, got {adapters!r} and {weights!r}")
-        if unknown := [name for name in adapters if name not in self.peft_config]:
-            raise ValueError(f"adapters holds {unknown}, expected names of {sorted(self.peft_config)}")
-        if not all(isinstance(w, Real) for w in weights):
-            raise ValueError(f"weights must be numbers, got {list(weights)}")
-        if len(weights) != len(adapters) or not all(0 <= w < math.inf for w in weights) or not any(weights):
-            raise ValueError(
-                f"weights must be {len(adapters)} finite numbers, none negative (k is a normaliser) and not all zero, "
-                f"got {list(weights)}"
-            )
+        self._check_sum(adapters, weights)
         layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
-        if any(any(name in layer for name in adapters) != all(name in layer for name in adapters) for layer in layers):
-            raise ValueError(f"the adapters {list(adapters)} sit on different modules: expected the same")
-        if heads := sorted(
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, ModulesToSaveWrapper)
-            and any(adapter in module.modules_to_save for adapter in adapters)
-        ):
-            raise ValueError(
-                f"the adapters {list(adapters)} have modules of their own in {heads} (modules_to_save), which a sum of "
-                "prefixes does not hold: expected adapters without"
-            )
         parts = [(name, math.log(w)) for name, w in zip(adapters, weights, strict=True) if w > 0]
         with torch.no_grad():
             sums = {
@@ -321,6 +299,33 @@ class NTKAttentionModel(BaseTuner):
                 block = layer[adapter_name].feed_forward
                 if block is not None:
                     block.become_sum(blocks[layer])
+
+    def _check_sum(self, adapters: Sequence[str], weights: Sequence[float]) -> None:
+        """Raise ValueError unless `add_weighted_adapter` can add these."""
+        if isinstance(adapters, str) or not isinstance(weights, Sequence) or isinstance(weights, str):
+            raise ValueError(f"expected lists of adapters and of their weights, got {adapters!r} and {weights!r}")
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"adapters holds {unknown}, expected names of {sorted(self.peft_config)}")
+        if not all(isinstance(w, Real) for w in weights):
+            raise ValueError(f"weights must be numbers, got {list(weights)}")
+        if len(weights) != len(adapters) or not all(0 <= w < math.inf for w in weights) or not any(weights):
+            raise ValueError(
+                f"weights must be {len(adapters)} finite numbers, none negative (k is a normaliser) and not all zero, "
+                f"got {list(weights)}"
+            )
+        layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+        if any(any(name in layer for name in adapters) != all(name in layer for name in adapters) for layer in layers):
+            raise ValueError(f"the adapters {list(adapters)} sit on different modules: expected the same")
+        if heads := sorted(
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+            and any(adapter in module.modules_to_save for adapter in adapters)
+        ):
+            raise ValueError(
+                f"the adapters {list(adapters)} have modules of their own in {heads} (modules_to_save), which a sum of "
+                "prefixes does not hold: expected adapters without"
+            )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As every tuner does it, which would look past modules whose name holds the prefix, and so past ours."""
