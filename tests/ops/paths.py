@@ -20,12 +20,12 @@ def has_kernels(query, value):
 def merge_always(monkeypatch):
     """Let "auto" take the library's kernel and merge the prefix, at any length."""
     monkeypatch.setattr(plan, "MERGE_FROM", ((256, 0),))
-    monkeypatch.setattr(plan, "PLANS", {})
+    monkeypatch.setattr(plan, "PATHS", {})
 
 
 def without_hopper(monkeypatch):
     monkeypatch.setattr(support, "forward_sm90", None)
-    monkeypatch.setattr(plan, "PLANS", {})
+    monkeypatch.setattr(plan, "PATHS", {})
 
 
 def flat(inputs, index=None, W=None, *, is_causal=True, constant=True, scale=32**-0.5):

@@ -26,7 +26,7 @@ from tests.sweep.workers import run_all
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMED = (
     "llama,qwen2,qwen3,mistral,gemma2,gemma3_text,gpt2,gpt_neox,opt,whisper,t5,bart,bert,roberta,distilbert,albert,"
     "modernbert,vit,deit,dinov2,clip,siglip,gpt_oss,glm4"

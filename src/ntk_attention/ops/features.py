@@ -3,7 +3,7 @@
 A map acts on ``x = sqrt(scale) * query`` (and on ``sqrt(scale) * key`` when a state is built), so that
 phi(q).phi(c) stands for exp(scale * q.c), whatever the scale of the model.
 
-exp overflows easily, so every map returns its features in two parts, ``phi(x) = exp(log_scale) * features``, with one
+exp overflows easily, so every map returns its features in two parts, ``phi(x) = exp(row_scale) * features``, with one
 log scale per row. The two parts are exact together: no logit is too large and none is rounded to zero too early.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 
 class ScaledFeatures(NamedTuple):
-    """phi(x) = exp(log_scale)[..., None] * features."""
+    """phi(x) = exp(row_scale)[..., None] * features."""
 
     features: Tensor  # [..., r]
-    log_scale: Tensor  # [...], a constant for autograd: only the product of both parts has a meaning
+    row_scale: Tensor  # [...], a constant for autograd: only the product of both parts has a meaning
 
 
 class Monomials(NamedTuple):
@@ -68,19 +68,19 @@ class FeatureMap(nn.Module):
 
     def scaled(self, x: Tensor) -> ScaledFeatures:
         """The features of x [..., d] in two parts, in the dtype of x (float32 or float64)."""
-        features, log_scale = self._scaled(x)
+        features, row_scale = self._scaled(x)
         if self.constant:
-            # The constant is exp(-log_scale) in units of the row's scale: keep that from overflowing.
-            lifted = log_scale.clamp_min(0.0)
-            features = features * torch.exp(log_scale - lifted)[..., None]
+            # The constant is exp(-row_scale) in units of the row's scale: keep that from overflowing.
+            lifted = row_scale.clamp_min(0.0)
+            features = features * torch.exp(row_scale - lifted)[..., None]
             features = torch.cat([features, torch.exp(-lifted)[..., None]], dim=-1)
-            log_scale = lifted
-        return ScaledFeatures(features, log_scale)
+            row_scale = lifted
+        return ScaledFeatures(features, row_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """phi(x) [..., r] itself: for reading and for tests; it may overflow where `scaled` does not."""
-        features, log_scale = self.scaled(x)
-        return features * torch.exp(log_scale)[..., None]
+        features, row_scale = self.scaled(x)
+        return features * torch.exp(row_scale)[..., None]
 
     def bind(self, head_dim: int) -> "FeatureMap":
         """Draw what depends on d (only random maps hold such a tensor); called before the first use."""
@@ -116,11 +116,11 @@ class Elu(FeatureMap):
         return head_dim
 
     def _scaled(self, x: Tensor) -> ScaledFeatures:
-        log_scale = x.detach().amax(dim=-1).clamp_max(0.0)  # below zero only where every feature is exp(x_i)
+        row_scale = x.detach().amax(dim=-1).clamp_max(0.0)  # below zero only where every feature is exp(x_i)
         # elu(x) + 1 would cancel to 0 below -17 in float32; exp(x) does not. The slope at zero is one, which clamp_max
         # has given up in torch 2.14.
-        features = torch.exp(torch.where(x > 0, 0.0, x) - log_scale[..., None]) + torch.relu(x)
-        return ScaledFeatures(features, log_scale)
+        features = torch.exp(torch.where(x > 0, 0.0, x) - row_scale[..., None]) + torch.relu(x)
+        return ScaledFeatures(features, row_scale)
 
 
 class Taylor(FeatureMap):

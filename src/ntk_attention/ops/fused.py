@@ -25,10 +25,11 @@ Grads = tuple[Tensor | None, ...]
 def attend_fused(path: Path, tokens: Tokens, state: StateTensors) -> Tensor:
     """The merged output [B, H, L, d_v], by a path of plan.py."""
     compiling = torch.compiler.is_compiling()  # the operators serve torch.compile; without them a call is cheaper
-    if not compiling:  # what torch's dispatcher does before it calls an operator
-        query, key, value = map(resolved, tokens[:3])
+    if not compiling and any(x.is_neg() for x in (*tokens[:3], *state[:3])):
+        # What torch's dispatcher does before it calls an operator: apply a sign that is still to be applied.
+        query, key, value = (x.resolve_neg() for x in tokens[:3])
         tokens = tokens._replace(query=query, key=key, value=value)
-        Z, k, log_scale = map(resolved, state[:3])
+        Z, k, log_scale = (x.resolve_neg() for x in state[:3])
         state = state._replace(Z=Z, k=k, log_scale=log_scale)
     if tokens.attn_mask is not None:
         shape = (*tokens.query.shape[:3], tokens.key.shape[2])
@@ -40,11 +41,6 @@ def attend_fused(path: Path, tokens: Tokens, state: StateTensors) -> Tensor:
     if needs_grad(*tokens[:3], *state[:3]):
         return _Forward.apply(*tokens, *state, path)[0]
     return forward(tokens, state, path)[0]
-
-
-def resolved(x: Tensor) -> Tensor:
-    """Without a sign that is still to be applied."""
-    return x.resolve_neg() if x.is_neg() else x
 
 
 def forward(tokens: Tokens, state: StateTensors, path: Path) -> tuple[Tensor, Tensor]:
@@ -86,7 +82,8 @@ def backward(
 def bundled(inputs: tuple[Any, ...]) -> tuple[Tokens, StateTensors, Path]:
     """Of the flat list `(*tokens, *state, path)`."""
     *flat, path = inputs
-    return Tokens(*flat[:NUM_TOKENS]), StateTensors(*flat[NUM_TOKENS:]), Path(path)
+    path = path if isinstance(path, Path) else Path(path)
+    return Tokens(*flat[:NUM_TOKENS]), StateTensors(*flat[NUM_TOKENS:]), path
 
 
 # The same as autograd knows it without torch's dispatcher, and as operators for torch.compile.

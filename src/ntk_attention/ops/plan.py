@@ -5,7 +5,7 @@
 
 import math
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,39 +62,39 @@ class Facts(NamedTuple):
     needs_grad: bool
 
 
-PLANS: dict[Facts, Path] = {}
-MAX_PLANS = 4096  # of queries of as many lengths
+PATHS: dict[tuple[Any, ...], Path] = {}
+MAX_PATHS = 4096  # of queries of as many lengths
 
 
 def plan_attention(tokens: Tokens, prefixes: Prefixes, softcap: float | None = None, backend: str = "auto") -> Path:
     """How to compute a call whose arguments have been checked."""
     query, key, value, attn_mask, dropout_p, is_causal, _ = tokens
     state = prefixes.only_state
-    facts = Facts(
-        backend=backend,
-        query_shape=tuple(query.shape),
-        num_kv_heads=key.shape[1],
-        value_dim=value.shape[-1],
-        is_empty=query.numel() == 0 or key.numel() == 0,
-        dtype=query.dtype,
-        device=query.device,
-        mask=None if attn_mask is None else attn_mask.dtype,
-        is_causal=is_causal,
-        covers_sdpa=softcap is None and supports_sdpa(query, attn_mask, dropout_p),
-        is_plain=state is not None and dropout_p == 0 and softcap is None,
-        feature_map=None if state is None else state.feature_map.kernel,
-        num_features=0 if state is None else state.num_features,
-        rows=state.Z.numel() if isinstance(state, RowStates) else None,
-        needs_grad=state is not None and needs_grad(query, key, value, state.Z, state.k, state.log_scale),
+    facts = (  # in the order of `Facts`, which is made where the answer is not known yet
+        backend,
+        query.shape,
+        key.shape[1],
+        value.shape[-1],
+        query.numel() == 0 or key.shape[2] == 0,
+        query.dtype,
+        query.device,
+        None if attn_mask is None else attn_mask.dtype,
+        is_causal,
+        softcap is None and supports_sdpa(query, attn_mask, dropout_p),
+        state is not None and dropout_p == 0 and softcap is None,
+        None if state is None else state.feature_map.kernel,
+        0 if state is None else state.num_features,
+        state.Z.numel() if isinstance(state, RowStates) else None,
+        state is not None and needs_grad(query, key, value, state.Z, state.k, state.log_scale),
     )
     if torch.compiler.is_compiling():  # sizes may be symbols, which are no keys
-        return decide(facts)
-    plan = PLANS.get(facts)
-    if plan is None:
-        if len(PLANS) >= MAX_PLANS:
-            PLANS.clear()
-        plan = PLANS[facts] = decide(facts)
-    return plan
+        return decide(Facts(*facts))
+    path = PATHS.get(facts)
+    if path is None:
+        if len(PATHS) >= MAX_PATHS:
+            PATHS.clear()
+        path = PATHS[facts] = decide(Facts(*facts))
+    return path
 
 
 def needs_grad(*tensors: Tensor) -> bool:

@@ -111,8 +111,8 @@ def state_parts(layer: Layer, phi: FeatureMap, generator: torch.Generator) -> tu
     keys, values = (layer.heads(P @ W)[0].repeat_interleave(groups, dim=0) for W in (layer.W_K, layer.W_V))
     phi_keys = phi.scaled(keys * factor)
     phi_queries = phi.scaled(layer.query[0] * factor)
-    b = phi_keys.log_scale.amax(dim=1)  # [H]
-    weight = phi_keys.features * torch.exp(phi_keys.log_scale - b[:, None])[..., None]  # [H, m, r]
+    b = phi_keys.row_scale.amax(dim=1)  # [H]
+    weight = phi_keys.features * torch.exp(phi_keys.row_scale - b[:, None])[..., None]  # [H, m, r]
     units = phi_queries.features.mean(dim=1) + 1e-12  # [H, r]
     Z, k = weight.mT @ values, weight.sum(dim=1) + 1e-12
 
