@@ -22,9 +22,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from research import recording
 
 from . import rows as files
@@ -37,6 +34,8 @@ from .workers import run_all
 SECONDS, GIGABYTES = 180.0, 8.0  # of one model type
 LOG_EVERY = 20.0  # seconds between lines, where the output is no terminal
 BUILDING = ("start", "build")
+# Of this process and those that it starts.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class Bar:
@@ -144,4 +143,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ |= {"TRITON_INTERPRET": "1", **os.environ, **ENVIRONMENT}
     sys.exit(main())
