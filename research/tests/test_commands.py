@@ -28,6 +28,7 @@ def results(asset_folder, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_rows(results):
     rows, seeds = read(results / "rows.jsonl"), registry()["sections-16"].selection_seeds
     for row in rows:
@@ -60,6 +61,7 @@ def test_rows(results):
         assert {row["learning_rate"] for row in finals} == {best}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(results, tmp_path):
     """With two processes; a row that was there is not run again."""
     rows = (results / "rows.jsonl").read_text().splitlines()

@@ -48,6 +48,7 @@ def folder(model_folder, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_documents(folder, model_folder):
     rows = {row["method"]: row for row in read(folder / "documents.jsonl")}
     assert rows.keys() == set(METHODS_RUN)
@@ -91,6 +92,7 @@ def test_a_method_that_fails_is_a_row(model_folder, tmp_path, monkeypatch):
     assert "Not measured: window: the divergence is NaN" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_prefix_tuning(folder):
     rows = {(row["m"], row["method"]) for row in read(folder / "prefix_tuning.jsonl")}
     ways = {f"{how} {what}" for how in ("fitted", "distilled") for what in ("elu", "anchored 63", "random 256")}
@@ -108,6 +110,7 @@ def test_accuracy(folder):
     assert any(row["bound"] is None for row in rows)
 
 
+@pytest.mark.slow
 def test_report(folder):
     done = invoke("report", "--out", folder)
     assert done.exit_code == 0, done.output

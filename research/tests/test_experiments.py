@@ -30,6 +30,7 @@ def rows(tasks, worker):
     return found
 
 
+@pytest.mark.slow
 def test_every_method_runs_on_every_task(rows):
     for (task, method), row in rows.items():
         if "error" in row:

@@ -61,6 +61,7 @@ def run(methods, jobs=2, always=False, on_row=lambda row: None):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_every_way_to_end(jobs):
     assert ERRORS.keys() == ENDS.keys()
@@ -72,6 +73,7 @@ def test_every_way_to_end(jobs):
             assert row["error"].startswith(ERRORS[method]), row["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "error"),
     [

@@ -159,6 +159,7 @@ def test_in_torch_operations(name, dtype):
     assert torch.equal(without_gradients[0], actual[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", DECODING)
 def test_decoding(name, dtype):
@@ -180,6 +181,7 @@ def test_positive_random_features(name, r):
     check(actual, run(inputs, phi, options, "eager", torch.float64), torch.bfloat16, inputs[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANDOM_DECODING)
 def test_decoding_with_positive_random_features(name):
     inputs, phi, options = make_inputs(RANDOM_DECODING[name], torch.bfloat16, 100)
@@ -187,6 +189,7 @@ def test_decoding_with_positive_random_features(name):
     check(out, run(inputs, phi, options, "eager", torch.float64, grad=False), torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_decoding_is_the_same_with_gradients():
     arguments = make_inputs(DECODING["split"], torch.bfloat16)
     actual, expected = run(*arguments, "triton", torch.bfloat16), run(*arguments, "eager", torch.float64)
@@ -268,6 +271,7 @@ def test_what_no_kernel_covers_goes_to_the_sdpa_backend(change):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_operators(dtype):
     inputs, _, _ = make_inputs((1, 2, 1, 2, 20, 20, 32, 32, True, None, True), dtype)
@@ -286,6 +290,7 @@ def test_operators(dtype):
         torch.library.opcheck(fused.backward_op, (torch.ones_like(out), out, lse, *arguments, True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("random_features", [None, 40])
 @pytest.mark.parametrize("name", ["causal", "left padding"])
 def test_compiles_to_one_graph(name, random_features):
@@ -306,6 +311,7 @@ def test_compiles_to_one_graph(name, random_features):
         assert torch.equal(compiled(*inputs), out)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_decoding_in_a_cuda_graph():
     inputs, phi, options = make_inputs(DECODING["left padding"], torch.bfloat16)

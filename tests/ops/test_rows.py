@@ -172,6 +172,7 @@ def test_what_changes_in_place_counts(name):
     check(by_kernel(inputs, states, options), rows_alone(inputs, states, options), TOLERANCE[torch.bfloat16])
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("name", ["causal", "left padding, split"])
 def test_compiles_to_one_graph(name):
@@ -254,6 +255,7 @@ def test_a_model_uses_the_kernels(monkeypatch):
         check(logits, logits_alone(model.double(), ids, NAMES), 2.5e-2)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_decoding_step_sees_other_rows_and_states():
     """On a GPU it is a replay of a CUDA graph that sees them."""
@@ -268,6 +270,7 @@ def test_a_decoding_step_sees_other_rows_and_states():
         check(out, rows_alone(inputs, states, options), TOLERANCE[torch.bfloat16])
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_decoding_model_swaps_adapters():
     """The same."""

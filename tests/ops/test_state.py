@@ -183,6 +183,7 @@ def reduce_one_part(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_state_of_one(tmp_path):
     mp.spawn(reduce_one_part, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -105,6 +105,7 @@ def test_packed_texts_with_keys_of_earlier_tokens():
     assert torch.equal(visible[0, 0], expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_continuous_batching(implementation):

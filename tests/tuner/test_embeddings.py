@@ -141,6 +141,7 @@ def trainer(folder, out, config, steps, **options):
     return Trainer(adapted(resized(folder), config), arguments, train_dataset=data, eval_dataset=data)
 
 
+@pytest.mark.slow
 @both_methods
 def test_trainer_resumes(folder, tmp_path, config):
     whole = trainer(folder, tmp_path / "whole", config, 4)
@@ -151,6 +152,7 @@ def test_trainer_resumes(folder, tmp_path, config):
     torch.testing.assert_close(logits(resumed.model), logits(whole.model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @both_methods
 def test_trainer_loads_the_best_model(folder, tmp_path, config):
     trained = trainer(folder, tmp_path, config, 4, load_best_model_at_end=True)

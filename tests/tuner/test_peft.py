@@ -143,6 +143,7 @@ def test_copy_of_an_adapted_model_is_independent(copied):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.slow
 def test_pickle_opens_in_a_new_process(tmp_path):
     model = adapted()
     (tmp_path / "model.pkl").write_bytes(pickle.dumps((model, INPUTS, model(**INPUTS).logits.detach())))

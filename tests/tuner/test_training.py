@@ -131,6 +131,7 @@ def test_autocast_keeps_the_prefix_in_float32():
     assert seen == [(torch.bfloat16, torch.float32)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_compile_fullgraph_against_none(implementation):
     model = adapted(TINY.build(implementation, torch.float32))
