@@ -144,6 +144,7 @@ def test_a_routed_config_has_the_attributes_of_the_base(cls):
     assert routed.clip_qkv == 0.5
     routed.clip_qkv = None
     assert base.clip_qkv is None
+    assert type(type(routed)()) is LlamaConfig
     routed._attn_implementation = "eager"
     assert base._attn_implementation == "eager"
     for other in (copy.copy(routed), copy.deepcopy(routed)):
