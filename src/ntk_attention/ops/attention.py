@@ -55,10 +55,10 @@ def ntk_attention(
         scale: of the logits, d^-1/2 by default. The feature map sees sqrt(scale) * query.
         enable_gqa: allow H to be a multiple of H_kv.
         backend: "eager" (the reference: any dtype, O(L S) memory), "sdpa" (torch's kernels, O(L) memory), "triton"
-            (our kernels) or "auto", the fastest by measurement (plan.py). What the kernels of one
-            do not cover goes to the one before it: "triton" covers bf16 and fp16 on a GPU with the map `elu`, bf16
-            with up to 512 `positive_random` features, and no dropout; "sdpa" all but a mask that needs a gradient and
-            dropout on a CPU.
+            (our kernels) or "auto", the fastest by measurement (plan.py). What the kernels of one do not cover goes to
+            the one before it: "triton" covers bf16 and fp16 on a GPU with the map `elu`, bf16 with up to 512
+            `positive_random` features, and no dropout; "sdpa" all but a mask that needs a gradient and dropout on a
+            CPU.
 
     Returns:
         [B, H, L, d_v] in the dtype of query.
