@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from .bundles import Prefixes, StateTensors, Tokens
-from .checks import check_arguments, check_inputs
+from .checks import check_arguments, check_inputs, check_rotation
 from .exact import LayerPrefix
 from .fused import attend_fused
 from .plan import Path, needs_grad, plan_attention
 from .reference import Block, exact_scores, merge, prefix_block, scores, sink_block, token_block
+from .rotation import Rotation
 from .sdpa import HiddenRows, additive_mask, attend_sdpa, context_forward, hidden_rows
 from .state import PrefixState, RowStates
 
@@ -35,6 +36,7 @@ def ntk_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    rotation: Rotation | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Scaled dot product attention with a prefix of any length, held in `state`.
@@ -54,6 +56,8 @@ def ntk_attention(
         is_causal: query i sees the keys j <= i; not together with attn_mask.
         scale: of the logits, d^-1/2 by default. The feature map sees sqrt(scale) * query.
         enable_gqa: allow H to be a multiple of H_kv.
+        rotation: the rotary positions of the query. phi sees the query without them, so that the prefix is the same at
+            every position; by default it sees the query as it is.
         backend: "eager" (the reference: any dtype, O(L S) memory), "sdpa" (torch's kernels, O(L) memory), "triton"
             (our kernels) or "auto", the fastest by measurement (plan.py). What the kernels of one do not cover goes to
             the one before it: "triton" covers bf16 and fp16 on a GPU with the map `elu`, bf16 with up to 512
@@ -70,10 +74,12 @@ def ntk_attention(
     check_inputs(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     check_arguments(Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale), state, enable_gqa, backend)
+    if rotation is not None:
+        check_rotation(rotation, query)
     query, key, value = autocast_inputs(query, key, value)
     with without_autocast(query.device.type):
         tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
-        return attend(tokens, Prefixes([state], math.sqrt(scale)), backend=backend)
+        return attend(tokens, Prefixes([state], math.sqrt(scale), rotation=rotation), backend=backend)
 
 
 def autocast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -102,7 +108,7 @@ def attend(tokens: Tokens, prefixes: Prefixes, *, softcap: float | None = None, 
     if path.is_fused:
         state = prefixes.only_state
         assert state is not None
-        return attend_fused(path, tokens, StateTensors.of(state, tokens.query, prefixes.factor))
+        return attend_fused(path, tokens, StateTensors.of(state, tokens.query, prefixes.factor, prefixes.rotation))
     query, key, value, attn_mask, *_ = tokens
     hidden = None if attn_mask is None else hidden_rows(attn_mask)
     prefix = hide_prefix(states_block(query, prefixes, tokens.scale, softcap), hidden, key.shape[2])
@@ -118,7 +124,7 @@ def attend(tokens: Tokens, prefixes: Prefixes, *, softcap: float | None = None, 
 
 def states_block(query: Tensor, prefixes: Prefixes, scale: float, softcap: float | None = None) -> Block:
     """The prefixes but the sink, as one block."""
-    blocks = [prefix_block(query, state, prefixes.factor) for state in prefixes.states]
+    blocks = [prefix_block(query, state, prefixes.factor, prefixes.rotation) for state in prefixes.states]
     if prefixes.exact is not None:
         blocks.append(exact_block(query, prefixes.exact, scale, softcap))
     return reduce(merge, blocks)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .exact import LayerPrefix
 from .features import PositiveRandom
+from .rotation import Rotation
 from .state import PrefixState, RowStates
 
 
@@ -33,6 +34,7 @@ class Prefixes(NamedTuple):
     factor: float  # what the query is multiplied by before phi: sqrt(scale), unless the query is scaled already
     exact: LayerPrefix | None = None  # tokens that are all there
     sink: Tensor | None = None  # logit of one more key per head whose value is 0: [H], or [B, H, L]
+    rotation: Rotation | None = None  # rotary positions of the query, which phi sees undone
 
     @property
     def only_state(self) -> PrefixState | RowStates | None:
@@ -49,11 +51,16 @@ class StateTensors(NamedTuple):
     log_scale: Tensor  # b, [H] or [A, H]
     rows: Tensor | None = None  # int32 [B], the place of each row's state in the stack, see `RowStates`
     W: Tensor | None = None  # directions of positive random features [r, d] in float32; None for the map elu
+    table: Tensor | None = None  # of the rotary positions that are undone before phi, see `Rotation`
     constant: bool = False  # whether the last feature is the constant 1
     factor: float = 1.0  # what the query is multiplied by before phi
+    width: int = 0  # of the runs that its pairs lie in
+    start: int = 0  # the first rotated number
 
     @classmethod
-    def of(cls, state: PrefixState | RowStates, query: Tensor, factor: float) -> "StateTensors":
+    def of(
+        cls, state: PrefixState | RowStates, query: Tensor, factor: float, rotation: Rotation | None = None
+    ) -> "StateTensors":
         phi = state.feature_map
         W = None
         if phi.kernel == "positive_random":
@@ -61,4 +68,10 @@ class StateTensors(NamedTuple):
             assert directions is not None
             W = directions.to(query.device, torch.float32)
         rows = state.index if isinstance(state, RowStates) else None
-        return cls(state.Z, state.k, state.log_scale, rows, W, phi.constant, factor)
+        table, width, start = (None, 0, 0) if rotation is None else rotation
+        return cls(state.Z, state.k, state.log_scale, rows, W, table, phi.constant, factor, width, start)
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """What is undone before phi."""
+        return None if self.table is None else Rotation(self.table, self.width, self.start)

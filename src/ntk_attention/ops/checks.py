@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .bundles import Tokens
+from .rotation import Rotation
 from .state import PrefixState, RowStates
 
 BACKENDS = ("auto", "eager", "sdpa", "triton")
@@ -37,6 +38,23 @@ def check_arguments(tokens: Tokens, state: PrefixState | RowStates, enable_gqa: 
         raise ValueError(f"scale must be positive and finite, got {scale}: phi acts on sqrt(scale) * query")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: expected one of {BACKENDS}")
+
+
+def check_rotation(rotation: Rotation, query: Tensor) -> None:
+    """Raise ValueError unless a rotation is one of these queries [B, H, L, d]."""
+    B, _, L, d = query.shape
+    table, width, start = rotation
+    if table.dim() != 3 or table.shape[0] not in (1, B) or table.shape[1] != L or not table.is_contiguous():
+        raise ValueError(
+            f"the table of a rotation must be [1 or {B}, {L}, 2 P] for query {list(query.shape)}, contiguous as "
+            f"Rotation.of makes it, got {list(table.shape)}"
+        )
+    if start + table.shape[-1] > d or width < 2 or table.shape[-1] % width:
+        raise ValueError(
+            f"a rotation of {table.shape[-1]} numbers from {start} on in runs of {width} does not fit head_dim {d}"
+        )
+    if table.device != query.device:
+        raise ValueError(f"the table of a rotation is on {table.device}, the query on {query.device}")
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -91,8 +91,8 @@ def bundled(inputs: tuple[Any, ...]) -> tuple[Tokens, StateTensors, Path]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tokens, state, path = bundled(inputs)
-    ctx.save_for_backward(*output, *tokens[:4], *state[:5])
-    ctx.options = tokens[4:], state[5:], path
+    ctx.save_for_backward(*output, *tokens[:4], *state[:6])
+    ctx.options = tokens[4:], state[6:], path
 
 
 def gradients(ctx: Any, grad_out: Tensor, backward: Any) -> Grads:
@@ -138,12 +138,15 @@ def forward_op(
     log_scale: Tensor,
     index: Tensor | None,
     W: Tensor | None,
+    table: Tensor | None,
     constant: bool,
     factor: float,
+    width: int,
+    start: int,
     path: str,
 ) -> tuple[Tensor, Tensor]:
     tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    return forward(tokens, StateTensors(Z, k, log_scale, index, W, constant, factor), Path(path))
+    return forward(tokens, StateTensors(Z, k, log_scale, index, W, table, constant, factor, width, start), Path(path))
 
 
 @forward_op.register_fake
@@ -169,13 +172,16 @@ def backward_op(
     log_scale: Tensor,
     index: Tensor | None,
     W: Tensor | None,
+    table: Tensor | None,
     constant: bool,
     factor: float,
+    width: int,
+    start: int,
     path: str,
     inputs_need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    state = StateTensors(Z, k, log_scale, index, W, constant, factor)
+    state = StateTensors(Z, k, log_scale, index, W, table, constant, factor, width, start)
     *grads, grad_k = backward(grad_out, out, lse, tokens, state, Path(path), inputs_need_grad)
     return *grads, grad_k.clone()  # type: ignore[return-value]  # an operator may not return views of one another
 
@@ -212,11 +218,14 @@ def decode_op(
     log_scale: Tensor,
     index: Tensor | None,
     W: Tensor | None,
+    table: Tensor | None,
     constant: bool,
     factor: float,
+    width: int,
+    start: int,
 ) -> Tensor:
     tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    return launch.decode(tokens, StateTensors(Z, k, log_scale, index, W, constant, factor))
+    return launch.decode(tokens, StateTensors(Z, k, log_scale, index, W, table, constant, factor, width, start))
 
 
 @decode_op.register_fake

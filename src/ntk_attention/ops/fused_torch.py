@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .bundles import StateTensors
+from .rotation import Rotation, turned, unrotated
 
 
 def merge_prefix(query: Tensor, context: Tensor, lse: Tensor, state: StateTensors) -> tuple[Tensor, Tensor]:
@@ -20,10 +21,10 @@ def merge_prefix(query: Tensor, context: Tensor, lse: Tensor, state: StateTensor
     Returns:
         The output in the dtype of context, and the lse of all weights.
     """
-    Z, k, log_scale, _, _, constant, factor = state
+    Z, k, log_scale, constant, factor = state.Z, state.k, state.log_scale, state.constant, state.factor
     H, d = query.shape[1], query.shape[-1]
     Zk = torch.cat([Z, k[..., None]], dim=-1).to(lse.dtype)
-    phi_Zk = _by_state(_features(query, factor, lse.dtype), len(Z)) @ Zk[:, :d]
+    phi_Zk = _by_state(_features(query, factor, lse.dtype, state.rotation), len(Z)) @ Zk[:, :d]
     if constant:
         phi_Zk += Zk[:, d:]
     phi_Zk = phi_Zk.view(*lse.shape, -1)
@@ -47,10 +48,11 @@ def prefix_backward(
         grad_out, out: [B, H, L, d_v], of the merged output.
         lse: of all weights [B, H, L]; +inf in rows that have no gradient.
     """
-    Z, k, log_scale, _, _, constant, factor = state
+    Z, k, log_scale, constant, factor = state.Z, state.k, state.log_scale, state.constant, state.factor
+    rotation = state.rotation
     H, d = query.shape[1], query.shape[-1]
     H_state = len(Z)
-    phi = _features(query, factor, lse.dtype)
+    phi = _features(query, factor, lse.dtype, rotation)
     w = torch.exp(log_scale.to(lse.dtype).repeat_interleave(H // H_state)[:, None] - lse)
     grad_out, out = grad_out.to(lse.dtype), out.to(lse.dtype)
     w_delta = w * (grad_out * out).sum(dim=-1)
@@ -65,13 +67,15 @@ def prefix_backward(
         Z, k = (x[:, :d].to(lse.dtype) for x in (Z, k))
         grad_phi = (w_grad @ Z.transpose(-1, -2)).view_as(phi)
         grad_phi.addcmul_(w_delta[..., None], k.repeat_interleave(H // H_state, dim=0)[:, None], value=-1)
-        grad_query.add_(grad_phi.mul_(phi.clamp_(max=1.0)), alpha=factor)  # phi' = min(phi, 1)
+        grad_x = grad_phi.mul_(phi.clamp_(max=1.0))  # phi' = min(phi, 1)
+        grad_query.add_(grad_x if rotation is None else turned(grad_x, rotation, forward=True), alpha=factor)
     return grad_Z, grad_k
 
 
-def _features(query: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+def _features(query: Tensor, factor: float, dtype: torch.dtype, rotation: Rotation | None) -> Tensor:
     """exp(x) below 0, 1 + x above: [B, H, L, d]."""
-    x = query.to(dtype, memory_format=torch.contiguous_format) * factor
+    query = query.to(dtype, memory_format=torch.contiguous_format)
+    x = (query if rotation is None else unrotated(query, rotation)) * factor
     return x.clamp(max=0.0).exp_().add_(x.clamp_(min=0.0))
 
 

@@ -59,6 +59,7 @@ class Facts(NamedTuple):
     feature_map: str | None  # by the name that kernels have for it
     num_features: int
     rows: int | None  # elements of Z where every row of the batch has its own state
+    rotation: tuple[int, int, int] | None  # numbers that are rotated, in runs of which width, from where on
     needs_grad: bool
 
 
@@ -69,7 +70,7 @@ MAX_PATHS = 4096  # of queries of as many lengths
 def plan_attention(tokens: Tokens, prefixes: Prefixes, softcap: float | None = None, backend: str = "auto") -> Path:
     """How to compute a call whose arguments have been checked."""
     query, key, value, attn_mask, dropout_p, is_causal, _ = tokens
-    state = prefixes.only_state
+    state, rotation = prefixes.only_state, prefixes.rotation
     facts = (  # in the order of `Facts`, which is made where the answer is not known yet
         backend,
         query.shape,
@@ -85,6 +86,7 @@ def plan_attention(tokens: Tokens, prefixes: Prefixes, softcap: float | None = N
         None if state is None else state.feature_map.kernel,
         0 if state is None else state.num_features,
         state.Z.numel() if isinstance(state, RowStates) else None,
+        None if rotation is None else (rotation.table.shape[-1], *rotation[1:]),
         state is not None and needs_grad(query, key, value, state.Z, state.k, state.log_scale),
     )
     if torch.compiler.is_compiling():  # sizes may be symbols, which are no keys

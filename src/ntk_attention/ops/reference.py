@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .exact import LayerPrefix
+from .rotation import Rotation, unrotated
 from .state import PrefixState, RowStates
 
 
@@ -74,18 +75,25 @@ def exact_scores(Q: Tensor, prefix: LayerPrefix, s: float, softcap: float | None
     return scores(Q, prefix.keys[None], s, mask=mask, softcap=softcap)
 
 
-def prefix_block(Q: Tensor, state: PrefixState | RowStates, factor: float) -> Block:
+def phi_input(Q: Tensor, factor: float, rotation: Rotation | None = None) -> Tensor:
+    """What phi acts on, [B, H, L, d]: sqrt(s) Q, without the positions that a rotation has put into Q."""
+    x = Q.to(torch.promote_types(Q.dtype, torch.float32)) * factor
+    return x if rotation is None else unrotated(x, rotation)
+
+
+def prefix_block(Q: Tensor, state: PrefixState | RowStates, factor: float, rotation: Rotation | None = None) -> Block:
     """The block of a prefix held in (Z, k, b): value phi(Q) Z / phi(Q) k, log-weight log(phi(Q) k) + b.
 
     Args:
         Q: [B, H, L, d].
         state: with H heads, or fewer that divide H. One for all rows, or one for each.
         factor: what the query is multiplied by before phi: sqrt(s), unless the query is scaled already.
+        rotation: the rotary positions of Q, which phi sees undone; None for phi(sqrt(s) Q) as it is.
     """
     dtype = torch.promote_types(torch.promote_types(Q.dtype, state.Z.dtype), torch.float32)
     B, H, L, _ = Q.shape
     G = H // state.num_heads
-    phi, row_scale = state.feature_map.scaled(Q.to(dtype) * factor)
+    phi, row_scale = state.feature_map.scaled(phi_input(Q, factor, rotation).to(dtype))
     phi = phi.reshape(B, state.num_heads, G * L, state.num_features)  # the queries of a group share its matrices
     Z, k, b = state.of_rows() if isinstance(state, RowStates) else (state.Z, state.k, state.log_scale)
     phi_Z = (phi @ Z.to(dtype)).view(B, H, L, Z.shape[-1])
