@@ -20,20 +20,21 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from ntk_attention.ops.triton import forward_sm90
 from ntk_attention.ops.triton import launch
 
-for head_dim, length, constant, is_causal, mixed in (
-    (64, 300, True, True, False),
-    (128, 300, False, False, True),
-    (128, 4096, True, True, False),
-    (128, 4096, True, True, True),
+for head_dim, length, constant, rotated, is_causal, mixed in (
+    (64, 300, True, True, True, False),
+    (128, 300, False, False, False, True),
+    (128, 4096, True, True, True, False),
+    (128, 4096, True, False, True, True),
 ):
     sizes = launch.sm90_sizes(head_dim, length)
     rows, columns = (1, 1, sizes.rows, head_dim), (1, 1, sizes.columns, head_dim)
     blocks = {"Q": rows, "Out": rows, "K": columns, "V": columns, "Z_blocks": columns}
     constants = {
-        "D": head_dim, "CONSTANT": constant, "MIXED": mixed, "IS_CAUSAL": is_causal,
+        "D": head_dim, "CONSTANT": constant, "ROTATED": rotated, "MIXED": mixed, "IS_CAUSAL": is_causal,
         "BM": sizes.rows, "BN": sizes.columns, "STAGES": sizes.stages,
     }
-    kinds = dict.fromkeys(("Z", "k_state", "b_state", "Lse"), "*fp32") | dict.fromkeys(("scale", "factor"), "fp32")
+    kinds = dict.fromkeys(("Z", "k_state", "b_state", "Table", "Lse"), "*fp32")
+    kinds |= dict.fromkeys(("scale", "factor"), "fp32")
     kinds |= dict.fromkeys(constants, "constexpr") | {"Index": "*i32" if mixed else "*fp32"}
     for name, block in blocks.items():
         kinds[name] = f"tensordesc<bf16[{','.join(map(str, block))}],{forward_sm90.shared_layout(block)!r}>"

@@ -135,5 +135,7 @@ def fused_path(facts: Facts) -> Path | None:
     merge_from = next(length for largest, length in MERGE_FROM if max(d, d_v) <= largest)
     if facts.backend == "auto" and not is_random and facts.mask is None and merge_from <= L:
         return Path.MERGED
-    is_sm90 = not is_random and facts.mask is None and support.covers_sm90(facts.device, facts.dtype, d, d_v)
+    in_halves = facts.rotation in (None, (d, d, 0))
+    is_sm90 = not is_random and facts.mask is None and in_halves
+    is_sm90 = is_sm90 and support.covers_sm90(facts.device, facts.dtype, d, d_v)
     return Path.FUSED_SM90 if is_sm90 else Path.FUSED

@@ -5,6 +5,7 @@ The arguments are explained in tiles.py.
 
 import triton.language as tl
 
+from .rotation import turned
 from .tiles import (
     LOG2E,
     compiled,
@@ -18,15 +19,17 @@ from .tiles import (
 
 @compiled
 def prefix_backward(
-    Grad, Q, Out, Lse, Grad_q, Z_blocks, k_state, b_state, Grad_Z, Grad_k, stride_split,
+    Grad, Q, Out, Lse, Grad_q, Z_blocks, k_state, b_state, Table, Grad_Z, Grad_k, stride_t, stride_split,
     B, H, heads_per_state, L, factor,
-    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ADD_TO_GRAD_Q: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr, ADD_TO_GRAD_Q: tl.constexpr,
     BM: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What the prefix adds to the gradient of q, and its own; everything transposed, features in rows.
 
     With w = exp(b - lse) and delta = rowsum(dout * out): dphi = w (dout Z^T - delta k), dZ = phi^T (w dout),
     dk = -phi^T (w delta). Each split of the rows writes its own sums, so that the result does not depend on an order.
+    With a rotation a block has all features of a head (BF >= D).
     """
     j = tl.program_id(0) * BF
     state = tl.program_id(1)
@@ -50,7 +53,9 @@ def prefix_backward(
         rows = start + tl.arange(0, BM)
         grad = Grad.load([b, h, start, 0]).reshape([BM, BDV])
         out = Out.load([b, h, start, 0]).reshape([BM, BDV])
-        x = Q.load([b, h, start, j]).reshape([BM, BF]).T.to(tl.float32) * factor
+        table = Table + b.to(tl.int64) * stride_t
+        q = Q.load([b, h, start, j]).reshape([BM, BF])
+        x = turned(q, table, rows, L, f, False, ROTATED, WIDTH, START).T * factor
         lse = tl.load(Lse + (b.to(tl.int64) * H + h) * L + rows, mask=rows < L, other=float("inf"))
         w = tl.exp(log_scale - lse)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
@@ -68,7 +73,8 @@ def prefix_backward(
             grad_k_one -= w * delta
         if ADD_TO_GRAD_Q:
             grad_x = (z_grad - delta[None, :] * k[:, None]) * tl.where(x < 0, w_phi, w[None, :])
-            grad_q = Grad_q.load([b, h, start, j]).reshape([BM, BF]).to(tl.float32) + factor * grad_x.T
+            grad_x = turned(grad_x.T, table, rows, L, f, True, ROTATED, WIDTH, START)
+            grad_q = Grad_q.load([b, h, start, j]).reshape([BM, BF]).to(tl.float32) + factor * grad_x
             Grad_q.store([b, h, start, j], grad_q.to(Q.dtype).reshape([1, 1, BM, BF]))
     Grad_Z += split.to(tl.int64) * stride_split + state * (D + CONSTANT) * DV
     Grad_k += split.to(tl.int64) * stride_split + state * (D + CONSTANT)
@@ -81,8 +87,9 @@ def prefix_backward(
 
 @compiled
 def random_backward(
-    Grad, Q, Out, Lse, W, b_state, Grad_Z, Grad_k, stride_split, B, H, heads_per_state, L, factor,
+    Grad, Q, Out, Lse, W, b_state, Table, Grad_Z, Grad_k, stride_t, stride_split, B, H, heads_per_state, L, factor,
     R: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of Z and k for positive random features: dZ = phi^T (w dout), dk = -phi^T (w delta), in splits."""
@@ -109,8 +116,10 @@ def random_backward(
         q = Q.load([b, h, start, 0]).reshape([BM, BD])
         lse = tl.load(Lse + (b.to(tl.int64) * H + h) * L + rows, mask=rows < L, other=float("inf"))
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        s = random_exponents(q, directions, f, factor, R)
-        w_phi = tl.exp(s + (log_scale - lse - random_norm(q, factor, R))[:, None])
+        table = Table + b.to(tl.int64) * stride_t
+        x = turned(q, table, rows, L, tl.arange(0, BD), False, ROTATED, WIDTH, START)
+        s = random_exponents(x, directions, f, factor, R, q.dtype, ROTATED)
+        w_phi = tl.exp(s + (log_scale - lse - random_norm(x, factor, R))[:, None])
         grad_k -= tl.sum(w_phi * delta[:, None], 0)
         grad_Z = dot(w_phi.to(grad.dtype).T, grad, grad_Z)
         if CONSTANT:
@@ -128,8 +137,9 @@ def random_backward(
 
 @compiled
 def random_grad_query(
-    Grad, Q, Out, Lse, Grad_q, W, Z_blocks, k_state, b_state, H, heads_per_state, L, factor,
-    R: tl.constexpr, CONSTANT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+    Grad, Q, Out, Lse, Grad_q, W, Z_blocks, k_state, b_state, Table, stride_t, H, heads_per_state, L, factor,
+    R: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """What the prefix adds to the gradient of q for positive random features: with the exponents' gradient
     ds = w phi (dout Z^T - delta k) it is dx = ds W - (ds 1) x."""
@@ -143,17 +153,20 @@ def random_grad_query(
     out = Out.load([b, h, start, 0]).reshape([BM, BDV])
     lse = tl.load(Lse + bh.to(tl.int64) * L + rows, mask=rows < L, other=float("inf"))
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    log_w = tl.load(b_state + state).to(tl.float32) - lse - random_norm(q, factor, R)
+    table = Table + b.to(tl.int64) * stride_t
+    x = turned(q, table, rows, L, tl.arange(0, BD), False, ROTATED, WIDTH, START)
+    log_w = tl.load(b_state + state).to(tl.float32) - lse - random_norm(x, factor, R)
     grad_x = tl.zeros([BM, BD], tl.float32)
     total = tl.zeros([BM], tl.float32)
     for j in tl.range(0, R, BF, num_stages=1):
         directions = W.load([j, 0])
-        s = random_exponents(q, directions, j + tl.arange(0, BF), factor, R)
+        s = random_exponents(x, directions, j + tl.arange(0, BF), factor, R, q.dtype, ROTATED)
         z = for_dot(Z_blocks.load([state, j, 0]).reshape([BF, BDV]), Q.dtype)
         k = k_block(k_state, state, j, R, CONSTANT, BF)
         grad_s = tl.exp(s + log_w[:, None]) * (dot(grad.to(z.dtype), z.T) - delta[:, None] * k[None, :])
         total += tl.sum(grad_s, 1)
         grad_x = dot(grad_s.to(q.dtype), directions.to(q.dtype), grad_x)
-    grad_x -= total[:, None] * q.to(tl.float32) * factor
+    grad_x -= total[:, None] * x * factor
+    grad_x = turned(grad_x, table, rows, L, tl.arange(0, BD), True, ROTATED, WIDTH, START)
     grad_q = Grad_q.load([b, h, start, 0]).reshape([BM, BD]).to(tl.float32) + factor * grad_x
     Grad_q.store([b, h, start, 0], grad_q.to(Q.dtype).reshape([1, 1, BM, BD]))

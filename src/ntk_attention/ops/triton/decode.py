@@ -20,11 +20,12 @@ from .tiles import (
 
 @compiled
 def decode(
-    Q, K, V, W, Z, k_state, b_state, Index, Mask, Out, Partial, Counter,
+    Q, K, V, W, Z, k_state, b_state, Index, Table, Mask, Out, Partial, Counter,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
+    stride_t, stride_mb, stride_mh, stride_ml, stride_ms, stride_ob, stride_oh, stride_ol,
     H_kv, heads_per_kv, heads_per_state, L, S, keys_per_split, scale, factor,
     RANDOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
     MIXED: tl.constexpr, MASKED: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
     STAGES: tl.constexpr,
@@ -49,6 +50,7 @@ def decode(
     d = tl.arange(0, BD)
     v = tl.arange(0, BDV)
     Q += b * stride_qb + wide_h * stride_qh + (row % L)[:, None] * stride_ql
+    Table += b * stride_t
     q = tl.load(Q + d[None, :], mask=in_rows[:, None] & (d < D)[None, :], other=0.0)
 
     acc, peak, mass = attend_cache(
@@ -65,8 +67,8 @@ def decode(
     if SPLITS > 1:
         if split == SPLITS:
             acc, peak, mass = prefix_part(
-                q, Q, W, Z, k_state, b_state, in_rows, state_h, state_kv, heads_per_kv, heads_per_state, factor,
-                RANDOM, R, D, DV, CONSTANT, ROWS, BD, BDV, BF,
+                Q, Table, row % L, L, W, Z, k_state, b_state, in_rows, state_h, state_kv, heads_per_kv,
+                heads_per_state, factor, RANDOM, R, D, DV, CONSTANT, ROTATED, WIDTH, START, ROWS, BD, BDV, BF,
             )  # fmt: skip
         tl.store(Partial_peak + part + split * ROWS, peak)
         tl.store(Partial_mass + part + split * ROWS, mass)
@@ -86,8 +88,8 @@ def decode(
             phi_Z, log_scale, phi_k = stored_part(Partial, Partial_peak, Partial_mass, part + SPLITS * ROWS, BDV)
         else:
             phi_Z, log_scale, phi_k = prefix_part(
-                q, Q, W, Z, k_state, b_state, in_rows, state_h, state_kv, heads_per_kv, heads_per_state, factor,
-                RANDOM, R, D, DV, CONSTANT, ROWS, BD, BDV, BF,
+                Q, Table, row % L, L, W, Z, k_state, b_state, in_rows, state_h, state_kv, heads_per_kv,
+                heads_per_state, factor, RANDOM, R, D, DV, CONSTANT, ROTATED, WIDTH, START, ROWS, BD, BDV, BF,
             )  # fmt: skip
         sees_prefix = (peak > NOTHING) & (phi_k > TINY) & has_state  # not where it sees no key
         log_scale = tl.where(sees_prefix, log_scale, NOTHING)

@@ -5,6 +5,7 @@ The arguments are explained in tiles.py.
 
 import triton.language as tl
 
+from .rotation import turned
 from .tiles import (
     LOG2E,
     NOTHING,
@@ -24,9 +25,11 @@ from .tiles import (
 
 @compiled
 def fused_forward(
-    Q, K, V, W, Z_blocks, Z, k_state, b_state, Index, Mask, Out, Lse,
-    stride_mb, stride_mh, stride_ml, stride_ms, H, heads_per_kv, heads_per_state, L, S, head_dim, scale, factor,
+    Q, K, V, W, Z_blocks, Z, k_state, b_state, Index, Table, Mask, Out, Lse,
+    stride_t, stride_mb, stride_mh, stride_ml, stride_ms,
+    H, heads_per_kv, heads_per_state, L, S, head_dim, scale, factor,
     RANDOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
     MIXED: tl.constexpr, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
@@ -40,12 +43,15 @@ def fused_forward(
     rows = i * BM + tl.arange(0, BM)
     q = Q.load([b, h, i * BM, 0]).reshape([BM, BD])
     log_scale = tl.load(b_state + state).to(tl.float32) * LOG2E
+    x = turned(q, Table + b.to(tl.int64) * stride_t, rows, L, tl.arange(0, BD), False, ROTATED, WIDTH, START)
     if RANDOM:
         phi_Z, peak, phi_k = random_prefix(
-            q, W, Z_blocks, Z, k_state, state, factor, R, DV, CONSTANT, BM, BD, BDV, BF
+            x, q.dtype, W, Z_blocks, Z, k_state, state, factor, R, DV, CONSTANT, ROTATED, BM, BDV, BF
         )  # fmt: skip
     else:
-        phi_Z, peak, phi_k = elu_prefix(q, Z_blocks, Z, k_state, state, head_dim, factor, D, DV, CONSTANT, BM, BD, BDV)
+        phi_Z, peak, phi_k = elu_prefix(
+            x, q.dtype, Z_blocks, Z, k_state, state, head_dim, factor, D, DV, CONSTANT, BM, BD, BDV
+        )  # fmt: skip
     has_weight = (phi_k > TINY) & has_state
     prefix_out = phi_Z * tl.where(has_weight, 1 / phi_k, 0.0)[:, None]
     prefix_peak = tl.where(has_weight, tl.math.log2(phi_k) + peak + log_scale, NOTHING)
@@ -84,8 +90,9 @@ def fused_forward(
 
 @compiled
 def merge_prefix(
-    Q, Context, Z_blocks, Z, k_state, b_state, Index, Out, Lse, B, H, heads_per_state, L, factor,
-    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, MIXED: tl.constexpr,
+    Q, Context, Z_blocks, Z, k_state, b_state, Index, Table, Out, Lse, stride_t, B, H, heads_per_state, L, factor,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr, MIXED: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Merge the prefix into the output and lse of plain attention; Out may be Context, Lse is changed in place.
@@ -108,7 +115,9 @@ def merge_prefix(
         context = Context.load([b, h, start, 0]).reshape([BM, BDV])
         lse_rows = Lse + (b.to(tl.int64) * H + h) * L + rows
         lse = tl.load(lse_rows, mask=rows < L, other=0.0)
-        phi = elu_features(q.to(tl.float32) * factor, tl.arange(0, BD), D, BD)
+        table = Table + b.to(tl.int64) * stride_t
+        x = turned(q, table, rows, L, tl.arange(0, BD), False, ROTATED, WIDTH, START)
+        phi = elu_features(x * factor, tl.arange(0, BD), D, BD)
         phi_k = tl.sum(phi * k[None, :], 1) + k_one
         phi_Z = dot(phi.to(z.dtype), z) + z_one[None, :]
         peak = tl.maximum(lse, log_scale)

@@ -1,6 +1,7 @@
 """The fused forward pass for Hopper, in Gluon, where the order of loads and products is ours.
 
-The same function as `forward.fused_forward` for bf16, d = d_v in {64, 128} and no mask. A program of 64 rows is short:
+The same function as `forward.fused_forward` for bf16, d = d_v in {64, 128}, no mask, and rotary positions whose pairs
+lie in the two halves of a head. A program of 64 rows is short:
 nine blocks of keys at L = 1,024. Triton waits for q, for Z and for the first keys one after another; here all are on
 their way at once, and a block's softmax runs while the product of the one before it does.
 """
@@ -45,8 +46,9 @@ def load_block(X, b, h, n, blocks, ready, i, exists):
 
 @gluon.jit
 def fused_forward(
-    Q, K, V, Z_blocks, Z, k_state, b_state, Index, Out, Lse, H, heads_per_kv, heads_per_state, L, S, scale, factor,
-    D: gl.constexpr, CONSTANT: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    Q, K, V, Z_blocks, Z, k_state, b_state, Index, Table, Out, Lse, stride_t,
+    H, heads_per_kv, heads_per_state, L, S, scale, factor,
+    D: gl.constexpr, CONSTANT: gl.constexpr, ROTATED: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Flash attention whose online softmax starts from the block of the prefix; arguments as in tiles.py.
@@ -101,16 +103,30 @@ def fused_forward(
         z_one = gl.load(Z + constant * D + gl.arange(0, D, gl.SliceLayout(0, mma_out)))
         acc += z_one.to(gl.float32)[None, :]
         phi_k += gl.load(k_state + constant).to(gl.float32)
-    features = state * (D + CONSTANT) + gl.arange(0, BN, gl.SliceLayout(0, operand))
+    PART: gl.constexpr = D // 2 if ROTATED else BN  # of the features: those of a pair lie in the two halves
+    columns = gl.arange(0, PART, gl.SliceLayout(0, operand))
+    features = state * (D + CONSTANT) + columns
     q_block = q.index(0).reshape([BM, D])
+    if ROTATED:
+        tokens = i * BM + gl.arange(0, BM, gl.SliceLayout(1, operand))
+        angles = Table + b.to(gl.int64) * stride_t + tokens.to(gl.int64)[:, None] * D + columns[None, :]
+        in_rows = (tokens < L)[:, None]
+        cos = gl.load(angles, mask=in_rows, other=1.0)
+        sin = gl.load(angles + PART, mask=in_rows, other=0.0)
     mbarrier.wait(q_ready.index(0), 0)
-    for part in gl.static_range(D // BN):
-        k = gl.load(k_state + part * BN + features).to(gl.float32)
-        x = q_block.slice(part * BN, BN, dim=1).load(operand).to(gl.float32) * factor
+    for part in gl.static_range(D // PART):
+        k = gl.load(k_state + part * PART + features).to(gl.float32)
+        x = q_block.slice(part * PART, PART, dim=1).load(operand).to(gl.float32)
+        if ROTATED:
+            other = q_block.slice((1 - part) * PART, PART, dim=1).load(operand).to(gl.float32)
+            x = cos * x + (sin if part == 0 else -sin) * other
+        x *= factor
         phi = gl.where(x < 0, gl.exp2(x * LOG2E), x + 1)
         phi_k += gl.convert_layout(gl.sum(phi * k[None, :], 1), row_out)
-        mbarrier.wait(z_ready.index(LAST + part), 0)
-        acc = warpgroup_mma(phi.to(dtype), kv.index(LAST + part).reshape([BN, D]), acc, is_async=True)
+        if part * PART % BN == 0:
+            mbarrier.wait(z_ready.index(LAST + part * PART // BN), 0)
+        z = kv.index(LAST + part * PART // BN).reshape([BN, D]).slice(part * PART % BN, PART, dim=0)
+        acc = warpgroup_mma(phi.to(dtype), z, acc, is_async=True)
     # The logits of the first keys meanwhile
     no_logits = gl.zeros([BM, BN], gl.float32, mma)
     mbarrier.wait(ready.index(0), 0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..bundles import StateTensors, Tokens
+from ..rotation import turned, unrotated
 from ..sdpa import empty_output
 from .support import forward_sm90, properties, triton
 
@@ -77,11 +78,12 @@ def padded(size: int) -> int:
 def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tensor, Tensor]:
     """One kernel for tokens and prefix: out [B, H, L, d_v] and the lse of both [B, H, L]; `sm90`: that for Hopper."""
     query, key, value, attn_mask, _, is_causal, scale = tokens
-    Z, k, log_scale, index, W, constant, factor = state
+    W, index, constant, factor = state.W, state.rows, state.constant, state.factor
     B, H, L, d = query.shape
     d_v = value.shape[-1]
-    H_state = Z.shape[-3]
+    H_state = state.Z.shape[-3]
     Z, k, log_scale, places = _state_arguments(state)
+    table, stride_t, rotation = _rotation_arguments(state, query)
     # In the dtype of matrix products, since every program reads it: tf32 next to fp16, whose exponents are too few.
     Z_product = Z.to(torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32)
     out = empty_output(query, value)
@@ -91,9 +93,9 @@ def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tens
         x, y = (1, 1, sizes.rows, d), (1, 1, sizes.columns, d)
         forward_sm90.fused_forward[ceil_div(L, sizes.rows), B * H](
             _gluon_descriptor(query, x), _gluon_descriptor(key, y), _gluon_descriptor(value, y),
-            _gluon_descriptor(Z_product[None], y), Z, k, log_scale, places, _gluon_descriptor(out, x), lse,
-            H, H // key.shape[1], H // H_state, L, key.shape[2], scale, factor,
-            D=d, CONSTANT=constant, MIXED=index is not None, IS_CAUSAL=is_causal,
+            _gluon_descriptor(Z_product[None], y), Z, k, log_scale, places, table, _gluon_descriptor(out, x),
+            lse, stride_t, H, H // key.shape[1], H // H_state, L, key.shape[2], scale, factor,
+            D=d, CONSTANT=constant, ROTATED=rotation["ROTATED"] > 0, MIXED=index is not None, IS_CAUSAL=is_causal,
             BM=sizes.rows, BN=sizes.columns, STAGES=sizes.stages, num_warps=sizes.warps,
         )  # fmt: skip
         return out, lse
@@ -103,11 +105,11 @@ def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tens
     mask, mask_strides = _mask_arguments(attn_mask, query)
     forward_kernel[ceil_div(L, sizes.rows), B * H](
         _descriptor(query, sizes.rows), _descriptor(key, sizes.columns), _descriptor(value, sizes.columns),
-        Z if W is None else _descriptor(W, features), _descriptor(Z_product, features), Z, k, log_scale, places, mask,
-        _descriptor(out, sizes.rows), lse, *mask_strides,
+        Z if W is None else _descriptor(W, features), _descriptor(Z_product, features), Z, k, log_scale, places,
+        table, mask, _descriptor(out, sizes.rows), lse, stride_t, *mask_strides,
         H, H // key.shape[1], H // H_state, L, key.shape[2], d, scale, factor,
         RANDOM=is_random, R=k.shape[-1] - constant, D=d, DV=d_v, CONSTANT=constant, MIXED=index is not None,
-        IS_CAUSAL=is_causal, MASKED=attn_mask is not None,
+        **rotation, IS_CAUSAL=is_causal, MASKED=attn_mask is not None,
         BM=sizes.rows, BN=sizes.columns, BD=padded(d), BDV=padded(d_v), BF=features,
         num_warps=sizes.warps, num_stages=sizes.stages, maxnreg=sizes.registers,
     )  # fmt: skip
@@ -116,11 +118,12 @@ def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tens
 
 def merge_prefix(query: Tensor, context: Tensor, lse: Tensor, state: StateTensors) -> tuple[Tensor, Tensor]:
     """See `fused_torch.merge_prefix`; context and lse are given up."""
-    Z, k, log_scale, index, _, constant, factor = state
+    index, constant, factor = state.rows, state.constant, state.factor
     B, H, L, d = query.shape
     d_v = context.shape[-1]
-    H_state = Z.shape[-3]
+    H_state = state.Z.shape[-3]
     Z, k, log_scale, places = _state_arguments(state)
+    table, stride_t, rotation = _rotation_arguments(state, query)
     lse = lse.contiguous()
     out = empty_output(query, context)
     if out.stride() == context.stride():
@@ -130,9 +133,10 @@ def merge_prefix(query: Tensor, context: Tensor, lse: Tensor, state: StateTensor
     programs = max(1, sizes.programs * _multiprocessors(query) // (groups * H))
     merge_kernel[groups * H, programs](
         _descriptor(query, sizes.rows), _descriptor(context, sizes.rows), _descriptor(Z, padded(d)),
-        Z, k, log_scale, places, _descriptor(out, sizes.rows), lse, B // groups, H, H // H_state, L, factor,
-        D=d, DV=d_v, CONSTANT=constant, MIXED=index is not None, BM=sizes.rows, BD=padded(d), BDV=padded(d_v),
-        STAGES=sizes.stages, num_warps=sizes.warps, maxnreg=sizes.registers,
+        Z, k, log_scale, places, table, _descriptor(out, sizes.rows), lse, stride_t, B // groups, H, H // H_state, L,
+        factor, D=d, DV=d_v, CONSTANT=constant, **rotation, MIXED=index is not None,
+        BM=sizes.rows, BD=padded(d), BDV=padded(d_v), STAGES=sizes.stages,
+        num_warps=sizes.warps, maxnreg=sizes.registers,
     )  # fmt: skip
     return out, lse
 
@@ -148,9 +152,12 @@ def prefix_backward(
             grads = prefix_backward(grad_out, query, out, lse, described, state)
             grad_query.copy_(described)
             return grads
+    if state.table is not None and state.W is None and padded(query.shape[-1]) > 128:
+        return _backward_beside_rotation(grad_out, query, out, lse, grad_query, state)
     if state.W is not None:
         return _random_backward(grad_out, query, out, lse, grad_query, state)
-    Z, k, log_scale, _, _, constant, factor = state
+    Z, k, log_scale, constant, factor = state.Z, state.k, state.log_scale, state.constant, state.factor
+    table, stride_t, rotation = _rotation_arguments(state, query)
     B, H, L, d = query.shape
     d_v = out.shape[-1]
     H_state, r = k.shape
@@ -165,8 +172,8 @@ def prefix_backward(
     prefix_backward_kernel[feature_blocks, H_state, splits](
         _descriptor(grad_out, sizes.rows), _descriptor(query, sizes.rows, features), _descriptor(out, sizes.rows),
         lse, _descriptor(query if grad_query is None else grad_query, sizes.rows, features),
-        _descriptor(Z.contiguous(), features), k.contiguous(), log_scale, part_Z, part_k, parts.stride(0),
-        B, H, H // H_state, L, factor, D=d, DV=d_v, CONSTANT=constant, ADD_TO_GRAD_Q=adds,
+        _descriptor(Z.contiguous(), features), k.contiguous(), log_scale, table, part_Z, part_k, stride_t,
+        parts.stride(0), B, H, H // H_state, L, factor, D=d, DV=d_v, CONSTANT=constant, **rotation, ADD_TO_GRAD_Q=adds,
         BM=sizes.rows, BDV=padded(d_v), BF=features,
         STAGES=sizes.stages, num_warps=sizes.warps, maxnreg=sizes.registers,
     )  # fmt: skip
@@ -174,11 +181,26 @@ def prefix_backward(
     return grad_Z.view_as(Z), grad_k.view_as(k)
 
 
+def _backward_beside_rotation(
+    grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, grad_query: Tensor | None, state: StateTensors
+) -> tuple[Tensor, Tensor]:
+    """The same for large heads, whose pairs are not in one block of the kernel: positions are undone beside it."""
+    rotation = state.rotation
+    assert rotation is not None
+    state = state._replace(table=None)
+    grad_x = None if grad_query is None else torch.zeros_like(query)
+    grads = prefix_backward(grad_out, unrotated(query, rotation).to(query.dtype), out, lse, grad_x, state)
+    if grad_query is not None and grad_x is not None:
+        grad_query.add_(turned(grad_x, rotation, forward=True))
+    return grads
+
+
 def _random_backward(
     grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, grad_query: Tensor | None, state: StateTensors
 ) -> tuple[Tensor, Tensor]:
-    Z, k, log_scale, _, W, constant, factor = state
+    Z, k, log_scale, _, W, _, constant, factor, *_ = state
     assert W is not None
+    table, stride_t, rotation = _rotation_arguments(state, query)
     B, H, L, d = query.shape
     d_v = out.shape[-1]
     H_state, r = k.shape
@@ -199,15 +221,16 @@ def _random_backward(
         "BD": padded(d),
         "BDV": padded(d_v),
         "BF": sizes.columns,
+        **rotation,
     }
     random_backward[feature_blocks, H_state, splits](
-        *rows, lse, directions, log_scale, part_Z, part_k, parts.stride(0), B, H, H // H_state, L, factor,
-        DV=d_v, STAGES=1, num_warps=warps, **constants,
+        *rows, lse, directions, log_scale, table, part_Z, part_k, stride_t, parts.stride(0), B, H, H // H_state, L,
+        factor, DV=d_v, STAGES=1, num_warps=warps, **constants,
     )  # fmt: skip
     if grad_query is not None:
         random_grad_query[ceil_div(L, sizes.rows), B * H](
             *rows, lse, _descriptor(grad_query, sizes.rows), directions, _descriptor(Z.contiguous(), sizes.columns),
-            k.contiguous(), log_scale, H, H // H_state, L, factor, num_warps=warps, **constants,
+            k.contiguous(), log_scale, table, stride_t, H, H // H_state, L, factor, num_warps=warps, **constants,
         )  # fmt: skip
     grad_Z, grad_k = parts.sum(dim=0).split((H_state * r * d_v, H_state * r))
     return grad_Z.view_as(Z), grad_k.view_as(k)
@@ -216,11 +239,12 @@ def _random_backward(
 def decode(tokens: Tokens, state: StateTensors) -> Tensor:
     """out [B, H, L, d_v] of a short query that sees all keys, or those that the mask shows; one launch."""
     query, key, value, attn_mask, _, _, scale = tokens
-    Z, k, log_scale, index, W, constant, factor = state
+    W, index, constant, factor = state.W, state.rows, state.constant, state.factor
     B, H, L, d = query.shape
     H_kv, S, d_v = key.shape[1], key.shape[2], value.shape[-1]
-    H_state = Z.shape[-3]
+    H_state = state.Z.shape[-3]
     Z, k, log_scale, places = _state_arguments(state)
+    table, stride_t, rotation = _rotation_arguments(state, query)
     out = empty_output(query, value)
     rows, keys = padded(H // H_kv * L), 64 if max(d, d_v) <= 128 else 32
     features = min(64, padded(d)) if W is None else 32
@@ -235,12 +259,12 @@ def decode(tokens: Tokens, state: StateTensors) -> Tensor:
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     query = query if query.stride(-1) == 1 else query.contiguous()
     decode_kernel[splits + (splits > 1), B * H_kv](
-        query, key, value, Z if W is None else W.contiguous(), Z, k, log_scale, places, mask, out, partial, counter,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, *out.stride()[:3],
-        H_kv, H // H_kv, H // H_state, L, S, keys_per_split, scale, factor,
-        RANDOM=W is not None, R=k.shape[-1] - constant, D=d, DV=d_v, CONSTANT=constant, MIXED=index is not None,
-        MASKED=attn_mask is not None, SPLITS=splits, ROWS=rows, BN=keys, BD=padded(d), BDV=padded(d_v),
-        BF=features, STAGES=3, num_warps=4,
+        query, key, value, Z if W is None else W.contiguous(), Z, k, log_scale, places, table, mask, out, partial,
+        counter, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], stride_t, *mask_strides,
+        *out.stride()[:3], H_kv, H // H_kv, H // H_state, L, S, keys_per_split, scale, factor,
+        RANDOM=W is not None, R=k.shape[-1] - constant, D=d, DV=d_v, CONSTANT=constant, **rotation,
+        MIXED=index is not None, MASKED=attn_mask is not None, SPLITS=splits,
+        ROWS=rows, BN=keys, BD=padded(d), BDV=padded(d_v), BF=features, STAGES=3, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -327,6 +351,15 @@ def _state_arguments(state: StateTensors) -> tuple[Tensor, Tensor, Tensor, Tenso
     if state.rows is None:
         return Z, k, log_scale, log_scale
     return Z.flatten(0, 1), k.flatten(0, 1), log_scale, state.rows.contiguous()
+
+
+def _rotation_arguments(state: StateTensors, query: Tensor) -> tuple[Tensor, int, dict[str, int]]:
+    """The table of the positions to undo, from one row of the batch to the next in it, and its constants."""
+    if state.table is None:
+        return query, 0, {"ROTATED": 0, "WIDTH": 2, "START": 0}  # a table that is not looked at
+    shared = state.table.shape[0] == 1
+    constants = {"ROTATED": state.table.shape[-1], "WIDTH": state.width, "START": state.start}
+    return state.table, 0 if shared else state.table.stride(0), constants
 
 
 def _mask_arguments(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, ...]]:

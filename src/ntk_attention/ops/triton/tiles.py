@@ -7,6 +7,9 @@ R = D, or with RANDOM that of positive random features, whose directions W [R, D
 DV rounded up to powers of two, BF is the number of features handled at once. Exponents are to base 2 inside a
 softmax; every stored lse is to base e.
 
+With ROTATED > 0 phi sees queries whose rotary positions are undone: Table, WIDTH and START are explained in
+rotation.py; stride_t is from one row of the batch to the next in Table, 0 where all have the same positions.
+
 In a batch whose rows have different states (MIXED) Z, k and b are a stack of them, [A H_state, r, d_v] and so on, and
 Index [B] has the place of each row's state in it, or -1. A row without a state is plain attention.
 """
@@ -16,6 +19,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
+
+from .rotation import partner, turned_with
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, for tests
@@ -134,10 +139,10 @@ def attend_blocks(
 
 @triton.jit
 def elu_prefix(
-    q, Z_blocks, Z, k_state, state, head_dim, factor,
+    x, like: tl.constexpr, Z_blocks, Z, k_state, state, head_dim, factor,
     D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    """phi(q) Z [BM, BDV], their scale to base 2 and phi(q) k [BM], without e^b."""
+    """phi(x) Z [BM, BDV], their scale to base 2 and phi(x) k [BM], without e^b."""
     z_one, k_one = constant_row(Z, k_state, state, D, DV, CONSTANT, BDV)
     k = k_block(k_state, state, 0, D, CONSTANT, BD)
     phi_Z = tl.zeros([BM, BDV], tl.float32) + z_one[None, :]
@@ -145,28 +150,29 @@ def elu_prefix(
     # A loop of one round: its memory, for Z, is free again before K and V take theirs.
     for j in tl.range(0, head_dim, BD, num_stages=1):
         z = Z_blocks.load([state, j, 0]).reshape([BD, BDV])
-        phi = elu_features(q.to(tl.float32) * factor, tl.arange(0, BD), D, BD)
+        phi = elu_features(x * factor, tl.arange(0, BD), D, BD)
         phi_k += tl.sum(phi * k[None, :], 1)
         phi_Z = dot(phi.to(z.dtype), z, phi_Z)
     return phi_Z, tl.zeros([BM], tl.float32), phi_k
 
 
 @triton.jit
-def random_exponents(q, w, features, factor, R: tl.constexpr):
-    """w_i.x of positive random features, q [rows, d] against w [BF, d]; -inf in the padding behind R.
+def random_exponents(x, w, features, factor, R: tl.constexpr, like: tl.constexpr, ROTATED: tl.constexpr):
+    """w_i.x of positive random features, x [rows, d] against w [BF, d]; -inf in the padding behind R.
 
-    w in two parts, since an exponent must not have the rounding of bf16.
+    In two parts, high and low, since an exponent must not have the rounding of bf16; x is of bf16 unless it was turned.
     """
-    w_high = w.to(q.dtype)
-    w_low = (w - w_high.to(tl.float32)).to(q.dtype)
-    s = dot(q, w_low.T, dot(q, w_high.T)) * factor
-    return tl.where((features < R)[None, :], s, float("-inf"))
+    w_high, x_high = w.to(like), x.to(like)
+    s = dot(x_high, (w - w_high.to(tl.float32)).to(like).T, dot(x_high, w_high.T))
+    if ROTATED > 0:
+        s = dot((x - x_high.to(tl.float32)).to(like), w_high.T, s)
+    return tl.where((features < R)[None, :], s * factor, float("-inf"))
 
 
 @triton.jit
-def random_norm(q, factor, R: tl.constexpr):
+def random_norm(x, factor, R: tl.constexpr):
     """|x|^2 / 2 + log(r) / 2, what every exponent of positive random features lacks."""
-    x = q.to(tl.float32) * factor
+    x = x * factor
     return 0.5 * (tl.sum(x * x, 1) + tl.log(tl.full([], R, tl.float32)))
 
 
@@ -182,19 +188,19 @@ def add_features(acc, peak, mass, s, z, k):
 
 @triton.jit
 def random_prefix(
-    q, W, Z_blocks, Z, k_state, state, factor,
-    R: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+    x, like: tl.constexpr, W, Z_blocks, Z, k_state, state, factor,
+    R: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr,
+    BM: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The same as `elu_prefix` for positive random features, which are like keys: an online softmax over them."""
     z_one, k_one = constant_row(Z, k_state, state, R, DV, CONSTANT, BDV)
     acc = tl.zeros([BM, BDV], tl.float32) + z_one[None, :]
     mass = tl.zeros([BM], tl.float32) + k_one
-    norm = random_norm(q, factor, R) * LOG2E
+    norm = random_norm(x, factor, R) * LOG2E
     peak = norm if CONSTANT else tl.zeros([BM], tl.float32) + NOTHING  # the feature 1 lacks nothing
     for j in tl.range(0, R, BF, num_stages=1):
         w = W.load([j, 0])
-        s = random_exponents(q, w, j + tl.arange(0, BF), factor * LOG2E, R)
+        s = random_exponents(x, w, j + tl.arange(0, BF), factor * LOG2E, R, like, ROTATED)
         z = Z_blocks.load([state, j, 0]).reshape([BF, BDV])
         acc, peak, mass = add_features(acc, peak, mass, s, z, k_block(k_state, state, j, R, CONSTANT, BF))
     return acc, peak - norm, mass
@@ -233,10 +239,23 @@ def attend_cache(
 
 
 @triton.jit
+def unrotated_block(
+    Q, Table, tokens, L, in_rows, f, D: tl.constexpr, ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
+):  # fmt: skip
+    """The numbers f of the queries that Q points at, their rotary positions undone, in float32."""
+    mask = in_rows[:, None] & (f < D)[None, :]
+    x = tl.load(Q + f[None, :], mask=mask, other=0.0).to(tl.float32)
+    if ROTATED > 0:
+        other = tl.load(Q + partner(f, ROTATED, WIDTH, START)[None, :], mask=mask, other=0.0)
+        x = turned_with(x, other, Table, tokens, L, f, False, ROTATED, WIDTH, START)
+    return x
+
+
+@triton.jit
 def elu_part(
-    Q, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
-    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
-    ROWS: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+    Q, Table, tokens, L, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr, WIDTH: tl.constexpr,
+    START: tl.constexpr, ROWS: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The prefixes of all query heads of one KV head: phi(q) Z, b to base 2 and phi(q) k of each row."""
     acc = tl.zeros([ROWS, BDV], tl.float32)
@@ -251,8 +270,8 @@ def elu_part(
         peak += tl.where(mine, tl.load(b_state + state).to(tl.float32) * LOG2E, 0.0)
         for j in tl.range(0, D, BF, num_stages=1):
             f = j + tl.arange(0, BF)
-            x = tl.load(Q + f[None, :], mask=in_rows[:, None] & (f < D)[None, :], other=0.0).to(tl.float32) * factor
-            phi = tl.where(mine[:, None], elu_features(x, f, D, BF), 0.0)
+            x = unrotated_block(Q, Table, tokens, L, in_rows, f, D, ROTATED, WIDTH, START)
+            phi = tl.where(mine[:, None], elu_features(x * factor, f, D, BF), 0.0)
             z, k = state_rows(Z, k_state, state, j, D, DV, CONSTANT, BF, BDV)
             z = for_dot(z, Q.dtype.element_ty)
             mass += tl.sum(phi * k[None, :], 1)
@@ -262,8 +281,8 @@ def elu_part(
 
 @triton.jit
 def random_part(
-    q, W, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
-    R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    x, like: tl.constexpr, W, Z, k_state, b_state, h, h_kv, heads_per_kv, heads_per_state, factor,
+    R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr,
     ROWS: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The same for positive random features."""
@@ -271,7 +290,7 @@ def random_part(
     acc = tl.zeros([ROWS, BDV], tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     log_scale = tl.zeros([ROWS], tl.float32)
-    norm = random_norm(q, factor, R) * LOG2E
+    norm = random_norm(x, factor, R) * LOG2E
     peak = norm if CONSTANT else tl.zeros([ROWS], tl.float32) + NOTHING
     states = heads_per_kv // heads_per_state
     for state in tl.range(h_kv * states, (h_kv + 1) * states, num_stages=1):
@@ -283,27 +302,30 @@ def random_part(
         for j in tl.range(0, R, BF, num_stages=1):
             f = j + tl.arange(0, BF)
             w = tl.load(W + f[:, None] * D + d[None, :], mask=(f < R)[:, None] & (d < D)[None, :], other=0.0)
-            s = tl.where(mine[:, None], random_exponents(q, w, f, factor * LOG2E, R), float("-inf"))
+            s = random_exponents(x, w, f, factor * LOG2E, R, like, ROTATED)
+            s = tl.where(mine[:, None], s, float("-inf"))
             z, k = state_rows(Z, k_state, state, j, R, DV, CONSTANT, BF, BDV)
-            acc, peak, mass = add_features(acc, peak, mass, s, for_dot(z, q.dtype), k)
+            acc, peak, mass = add_features(acc, peak, mass, s, for_dot(z, like), k)
     return acc, log_scale + peak - norm, mass
 
 
 @triton.jit
 def prefix_part(
-    q, Q, W, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+    Q, Table, tokens, L, W, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
     RANDOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
+    ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
     ROWS: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     if RANDOM:
+        x = unrotated_block(Q, Table, tokens, L, in_rows, tl.arange(0, BD), D, ROTATED, WIDTH, START)
         return random_part(
-            q, W, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
-            R, D, DV, CONSTANT, ROWS, BD, BDV, BF,
+            x, Q.dtype.element_ty, W, Z, k_state, b_state, h, h_kv, heads_per_kv, heads_per_state, factor,
+            R, D, DV, CONSTANT, ROTATED, ROWS, BD, BDV, BF,
         )  # fmt: skip
     else:
         return elu_part(
-            Q, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
-            D, DV, CONSTANT, ROWS, BDV, BF,
+            Q, Table, tokens, L, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+            D, DV, CONSTANT, ROTATED, WIDTH, START, ROWS, BDV, BF,
         )  # fmt: skip
 
 
