@@ -28,11 +28,12 @@ def without_hopper(monkeypatch):
     monkeypatch.setattr(plan, "PATHS", {})
 
 
-def flat(inputs, index=None, W=None, *, is_causal=True, constant=True, scale=32**-0.5):
+def flat(inputs, index=None, W=None, rotation=None, *, is_causal=True, constant=True, scale=32**-0.5):
     """The arguments of the custom operators, but for the path."""
     query, key, value, *state = inputs
     tokens = Tokens(query, key, value, is_causal=is_causal, scale=scale)
-    return *tokens, *StateTensors(*state, index, W, constant, math.sqrt(scale))
+    table, width, start = rotation or (None, 0, 0)
+    return *tokens, *StateTensors(*state, index, W, table, constant, math.sqrt(scale), width, start)
 
 
 def paths(query, value):

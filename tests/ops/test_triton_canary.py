@@ -1,17 +1,20 @@
-"""What the launches use of Triton without a promise: that a descriptor filled by hand is one that Triton makes.
+"""What the launches use of Triton without a promise: that a descriptor filled by hand is one that Triton makes, and how
+a compiled kernel is run.
 
-`launch.py` goes around the constructors of tensor descriptors, whose checks cost more than a short kernel, and
-`forward_sm90.py` takes names of Gluon, which is experimental. When one of these tests fails, Triton has changed, and
+`launcher.py` and `launch.py` go around the constructors of tensor descriptors, whose checks cost more than a short
+kernel, `launcher.py` runs a compiled kernel as Triton's own `JITFunction.run` does, and `forward_sm90.py` takes names of Gluon, which is experimental. When one of these tests fails, Triton has changed, and
 its message names the place to change. They need no GPU.
 """
 
 import dataclasses
 import importlib
+import inspect
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
-from ntk_attention.ops.triton import launch
+from ntk_attention.ops.triton import launch, launcher
 
 pytestmark = pytest.mark.skipif(launch.triton is None, reason="needs Triton")
 BLOCK = (1, 1, 16, 64)
@@ -47,15 +50,40 @@ def compare(ours, theirs, place):
 
 def test_descriptor():
     tensor = x()
-    theirs = launch.TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(BLOCK))
-    compare(launch._descriptor(tensor, 16), theirs, "launch._descriptor")
+    theirs = launcher.TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(BLOCK))
+    compare(launcher.descriptor(tensor, 16, 64), theirs, "launcher.descriptor")
 
 
 def test_gluon_descriptor():
     module, tensor = gluon(), x()
     layout = module.shared_layout(BLOCK)
     theirs = module.TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(BLOCK), layout)
-    compare(launch._gluon_descriptor(tensor, BLOCK), theirs, "launch._gluon_descriptor")
+    compare(launch.gluon_descriptor(tensor, BLOCK), theirs, "launch.gluon_descriptor")
+
+
+def test_run_of_a_compiled_kernel():
+    """`launcher.py` hands a compiled kernel the arguments that Triton does, and takes the same attributes of it."""
+    source = "".join(inspect.getsource(JITFunction.run).split())
+    expected = (
+        "kernel.run(grid_0,grid_1,grid_2,stream,kernel.function,kernel.packed_metadata,launch_metadata,"
+        "knobs.runtime.launch_enter_hook,knobs.runtime.launch_exit_hook,*bound_args.values())"
+    )
+    version = f"Triton {launch.triton.__version__}"
+    assert expected in source, f"{version}: JITFunction.run runs a compiled kernel otherwise than launcher.Launcher"
+    assert source.endswith("returnkernel"), f"{version}: JITFunction.run does not return what it has run"
+    for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream"):
+        assert hasattr(torch._C, name), f"torch {torch.__version__} lacks torch._C.{name}, which launcher.py calls"
+
+
+@pytest.mark.parametrize("name", ["forward", "merge", "decode", "backward", "random_backward", "random_query"])
+def test_numbers_and_vectors_are_never_special(name):
+    """What a launch finds by its types and constants must not depend on values: else it would run a wrong kernel."""
+    kernel = getattr(launch, f"{name}_kernel").kernel
+    for parameter in JITFunction(kernel.fn).params if INTERPRETED else kernel.params:
+        is_number = parameter.name in tiles.SIZES or parameter.name.startswith("stride")
+        is_pointer = parameter.name in tiles.VECTORS
+        if not parameter.is_constexpr:
+            assert is_number or parameter.name[0].isupper() or is_pointer, f"{parameter.name} is of no known kind"
 
 
 def test_gluon_names():
@@ -66,16 +94,16 @@ def test_gluon_names():
 def test_a_change_is_seen():
     """A field more, a value that is another, a field less: the comparison must not pass by itself."""
     tensor = x()
-    theirs = launch.TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(BLOCK))
+    theirs = launcher.TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(BLOCK))
     for change, message in (
         ({"origin": 0}, "makes 'origin', the test does not"),
         ({"block_shape": [1, 1, 32, 64]}, "block_shape of .* is .*32"),
     ):
-        changed = launch.TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(BLOCK))
+        changed = launcher.TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(BLOCK))
         changed.__dict__.update(change)
         with pytest.raises(AssertionError, match=message):
-            compare(launch._descriptor(tensor, 16), changed, "the test")
-    ours = launch._descriptor(tensor, 16)
+            compare(launcher.descriptor(tensor, 16, 64), changed, "the test")
+    ours = launcher.descriptor(tensor, 16, 64)
     ours.__dict__["gone"] = 0
     with pytest.raises(AssertionError, match=r"has no \['gone'\]"):
         compare(ours, theirs, "the test")

@@ -23,7 +23,7 @@ class Rotation(NamedTuple):
     every run of `width`. Most models have one run of all (width = 2 P), GPT-J pairs of neighbours (width = 2).
     """
 
-    table: Tensor  # [B or 1, L, 2 P] in float32 (float64), contiguous: P cosines, P sines, over their squares' sum
+    table: Tensor  # [B or 1, L, 2 P], floating point, contiguous: P cosines, P sines; both times the rotation's scale
     width: int
     start: int = 0
 
@@ -49,10 +49,7 @@ class Rotation(NamedTuple):
                 f"the numbers of {P} pairs come in runs of an even width from a place that is not negative, got a "
                 f"width of {width} and the place {start}"
             )
-        dtype = torch.promote_types(cos.dtype, torch.float32)
-        table = torch.cat([cos, sin], dim=-1).to(dtype)
-        squares = table.square().unflatten(-1, (2, P)).sum(dim=-2, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-        return cls((table.unflatten(-1, (2, P)) / squares).flatten(-2), width, start)
+        return cls(torch.cat([cos, sin], dim=-1), width, start)
 
     @property
     def num_pairs(self) -> int:
@@ -65,7 +62,7 @@ class Rotation(NamedTuple):
 
 
 def unrotated(query: Tensor, rotation: Rotation) -> Tensor:
-    """x of y = query [B, H, L, d], in the dtype of both; differentiable with respect to the query."""
+    """x of y = query [B, H, L, d], in float32 (float64); differentiable with respect to the query."""
     return turned(query, rotation, forward=False)
 
 
@@ -76,10 +73,11 @@ def turned(x: Tensor, rotation: Rotation, forward: bool) -> Tensor:
     """
     table, width, start = rotation
     P = rotation.num_pairs
-    dtype = torch.promote_types(x.dtype, table.dtype)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, table.dtype), torch.float32)
     cos, sin = table[:, None].to(dtype).unflatten(-1, (2, -1, width // 2)).unbind(-3)  # [B or 1, 1, L, runs, width / 2]
+    squares = (cos.square() + sin.square()).clamp_min(torch.finfo(dtype).tiny)
+    cos, sin = cos / squares, (-sin if forward else sin) / squares
     before, inside, after = x.to(dtype).split([start, 2 * P, x.shape[-1] - start - 2 * P], dim=-1)
     first, second = inside.unflatten(-1, (-1, 2, width // 2)).unbind(-2)
-    sin = -sin if forward else sin
     pairs = torch.stack([cos * first + sin * second, cos * second - sin * first], dim=-2)
     return torch.cat([before, pairs.flatten(-3), after], dim=-1)

@@ -3,44 +3,66 @@
 The arguments are explained in tiles.py.
 """
 
+import triton
 import triton.language as tl
 
-from .rotation import turned
+from .pairs import load_halves, load_rows, turned
 from .tiles import (
     LOG2E,
     compiled,
     dot,
     for_dot,
-    k_block,
-    random_exponents,
+    random_logits,
     random_norm,
+    state_rows,
 )
+
+
+@triton.jit
+def add_half(Grad_x, b, h, start, place, addend, BM: tl.constexpr, BH: tl.constexpr):
+    """Add [BM, BH] to what Grad_x holds from `place` on in each head."""
+    x = Grad_x.load([b, h, start, place]).reshape([BM, BH]).to(tl.float32) + addend
+    Grad_x.store([b, h, start, place], x.to(Grad_x.dtype).reshape([1, 1, BM, BH]))
+
+
+@triton.jit
+def half_of_features(x, k, z_grad, delta, w, p, D: tl.constexpr, BH: tl.constexpr):
+    """w phi and dphi/dx w dphi of one number x of each pair, transposed [BH, rows]; z_grad is Z dout^T."""
+    # Nothing is added; but the features are then computed where the products need them, in registers.
+    x += 0.0 * z_grad
+    w_phi = tl.where(x < 0, tl.math.exp2(x * LOG2E), x + 1) * w[None, :]
+    if D // 2 % BH != 0:
+        w_phi = tl.where((p < D // 2)[:, None], w_phi, 0.0)
+    grad_x = (z_grad - delta[None, :] * k[:, None]) * tl.where(x < 0, w_phi, w[None, :])
+    return w_phi, grad_x
 
 
 @compiled
 def prefix_backward(
-    Grad, Q, Out, Lse, Grad_q, Z_blocks, k_state, b_state, Table, Grad_Z, Grad_k, stride_t, stride_split,
-    B, H, heads_per_state, L, factor,
-    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
-    ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr, ADD_TO_GRAD_Q: tl.constexpr,
-    BM: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
+    Grad, Out, X_blocks, Table_blocks, Grad_x, Z, k_state, b_state, Lse, Grad_Z, Grad_k,
+    stride_split, table_step, B, H, heads_per_state, L, factor,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr,
+    ADD_TO_GRAD: tl.constexpr, GRAD_HALF: tl.constexpr,
+    BM: tl.constexpr, BDV: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What the prefix adds to the gradient of q, and its own; everything transposed, features in rows.
 
     With w = exp(b - lse) and delta = rowsum(dout * out): dphi = w (dout Z^T - delta k), dZ = phi^T (w dout),
-    dk = -phi^T (w delta). Each split of the rows writes its own sums, so that the result does not depend on an order.
-    With a rotation a block has all features of a head (BF >= D).
+    dk = -phi^T (w delta). In Grad_x the halves of a head are GRAD_HALF numbers apart. Each split of the rows writes its own sums, so that the result does not depend on an order.
     """
-    j = tl.program_id(0) * BF
+    j = tl.program_id(0) * BH
     state = tl.program_id(1)
     split = tl.program_id(2)
-    f = j + tl.arange(0, BF)
+    p = j + tl.arange(0, BH)
     v = tl.arange(0, BDV)
-    z = for_dot(Z_blocks.load([state, j, 0]).reshape([BF, BDV]), Q.dtype)
-    k = k_block(k_state, state, j, D, CONSTANT, BF)
+    z1, k1 = state_rows(Z, k_state, state, p, p < D // 2, D, DV, CONSTANT, BDV)
+    z2, k2 = state_rows(Z, k_state, state, p + D // 2, p < D // 2, D, DV, CONSTANT, BDV)
+    z1, z2 = for_dot(z1, Grad.dtype), for_dot(z2, Grad.dtype)
     log_scale = tl.load(b_state + state).to(tl.float32)
-    grad_Z = tl.zeros([BF, BDV], tl.float32)
-    grad_k = tl.zeros([BF], tl.float32)
+    grad_Z1 = tl.zeros([BH, BDV], tl.float32)
+    grad_Z2 = tl.zeros([BH, BDV], tl.float32)
+    grad_k1 = tl.zeros([BH], tl.float32)
+    grad_k2 = tl.zeros([BH], tl.float32)
     grad_z_one = tl.zeros([16, BDV], tl.float32)
     grad_k_one = tl.zeros([BM], tl.float32)
     blocks = tl.cdiv(L, BM)
@@ -53,33 +75,34 @@ def prefix_backward(
         rows = start + tl.arange(0, BM)
         grad = Grad.load([b, h, start, 0]).reshape([BM, BDV])
         out = Out.load([b, h, start, 0]).reshape([BM, BDV])
-        table = Table + b.to(tl.int64) * stride_t
-        q = Q.load([b, h, start, j]).reshape([BM, BF])
-        x = turned(q, table, rows, L, f, False, ROTATED, WIDTH, START).T * factor
+        x1, x2, cos, sin = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, j, D, ROTATED, BM, BH)
         lse = tl.load(Lse + (b.to(tl.int64) * H + h) * L + rows, mask=rows < L, other=float("inf"))
         w = tl.exp(log_scale - lse)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        z_grad = dot(z, grad.to(z.dtype).T)
-        # Nothing is added; but the features are then computed where the products need them, in registers.
-        x += 0.0 * z_grad
-        w_phi = tl.where(x < 0, tl.math.exp2(x * LOG2E), x + 1) * w[None, :]
-        if D % BF != 0:
-            w_phi = tl.where((f < D)[:, None], w_phi, 0.0)
-        grad_k -= tl.sum(w_phi * delta[None, :], 1)
-        grad_Z = dot(w_phi.to(z.dtype), grad.to(z.dtype), grad_Z)
+        grad_T = grad.to(z1.dtype).T
+        w_phi1, grad_x1 = half_of_features(x1.T * factor, k1, dot(z1, grad_T), delta, w, p, D, BH)
+        w_phi2, grad_x2 = half_of_features(x2.T * factor, k2, dot(z2, grad_T), delta, w, p, D, BH)
+        grad_k1 -= tl.sum(w_phi1 * delta[None, :], 1)
+        grad_k2 -= tl.sum(w_phi2 * delta[None, :], 1)
+        grad_Z1 = dot(w_phi1.to(z1.dtype), grad.to(z1.dtype), grad_Z1)
+        grad_Z2 = dot(w_phi2.to(z2.dtype), grad.to(z2.dtype), grad_Z2)
         if CONSTANT:
             w_grad = grad.to(tl.float32) * w[:, None]
             grad_z_one += tl.sum(w_grad.reshape([BM // 16, 16, BDV]), 0)  # over the rows that one thread holds
             grad_k_one -= w * delta
-        if ADD_TO_GRAD_Q:
-            grad_x = (z_grad - delta[None, :] * k[:, None]) * tl.where(x < 0, w_phi, w[None, :])
-            grad_x = turned(grad_x.T, table, rows, L, f, True, ROTATED, WIDTH, START)
-            grad_q = Grad_q.load([b, h, start, j]).reshape([BM, BF]).to(tl.float32) + factor * grad_x
-            Grad_q.store([b, h, start, j], grad_q.to(Q.dtype).reshape([1, 1, BM, BF]))
+        if ADD_TO_GRAD:
+            grad_x1, grad_x2 = grad_x1.T, grad_x2.T
+            if ROTATED > 0:
+                grad_x1, grad_x2 = turned(grad_x1, grad_x2, cos, sin, True)
+            add_half(Grad_x, b, h, start, j, factor * grad_x1, BM, BH)
+            add_half(Grad_x, b, h, start, j + GRAD_HALF, factor * grad_x2, BM, BH)
     Grad_Z += split.to(tl.int64) * stride_split + state * (D + CONSTANT) * DV
     Grad_k += split.to(tl.int64) * stride_split + state * (D + CONSTANT)
-    tl.store(Grad_Z + f[:, None] * DV + v[None, :], grad_Z, mask=(f < D)[:, None] & (v < DV)[None, :])
-    tl.store(Grad_k + f, grad_k, mask=f < D)
+    is_own = (p < D // 2)[:, None] & (v < DV)[None, :]
+    tl.store(Grad_Z + p[:, None] * DV + v[None, :], grad_Z1, mask=is_own)
+    tl.store(Grad_Z + (p + D // 2)[:, None] * DV + v[None, :], grad_Z2, mask=is_own)
+    tl.store(Grad_k + p, grad_k1, mask=p < D // 2)
+    tl.store(Grad_k + p + D // 2, grad_k2, mask=p < D // 2)
     if CONSTANT and j == 0:
         tl.store(Grad_Z + D * DV + v, tl.sum(grad_z_one, 0), mask=v < DV)
         tl.store(Grad_k + D, tl.sum(grad_k_one, 0))
@@ -87,10 +110,10 @@ def prefix_backward(
 
 @compiled
 def random_backward(
-    Grad, Q, Out, Lse, W, b_state, Table, Grad_Z, Grad_k, stride_t, stride_split, B, H, heads_per_state, L, factor,
-    R: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
-    ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
+    Grad, Out, X_blocks, Table_blocks, W, b_state, Lse, Grad_Z, Grad_k,
+    stride_split, table_step, B, H, heads_per_state, L, factor,
+    R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of Z and k for positive random features: dZ = phi^T (w dout), dk = -phi^T (w delta), in splits."""
     j = tl.program_id(0) * BF
@@ -98,7 +121,7 @@ def random_backward(
     split = tl.program_id(2)
     f = j + tl.arange(0, BF)
     v = tl.arange(0, BDV)
-    directions = W.load([j, 0])
+    w1, w2 = load_rows(W, f, f < R, D // 2, BH), load_rows(W + R * (D // 2), f, f < R, D // 2, BH)
     log_scale = tl.load(b_state + state).to(tl.float32)
     grad_Z = tl.zeros([BF, BDV], tl.float32)
     grad_k = tl.zeros([BF], tl.float32)
@@ -113,13 +136,11 @@ def random_backward(
         rows = start + tl.arange(0, BM)
         grad = Grad.load([b, h, start, 0]).reshape([BM, BDV])
         out = Out.load([b, h, start, 0]).reshape([BM, BDV])
-        q = Q.load([b, h, start, 0]).reshape([BM, BD])
+        x1, x2, _, _ = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, 0, D, ROTATED, BM, BH)
         lse = tl.load(Lse + (b.to(tl.int64) * H + h) * L + rows, mask=rows < L, other=float("inf"))
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        table = Table + b.to(tl.int64) * stride_t
-        x = turned(q, table, rows, L, tl.arange(0, BD), False, ROTATED, WIDTH, START)
-        s = random_exponents(x, directions, f, factor, R, q.dtype, ROTATED)
-        w_phi = tl.exp(s + (log_scale - lse - random_norm(x, factor, R))[:, None])
+        s = random_logits(x1, x2, w1, w2, f, factor, R, grad.dtype, ROTATED)
+        w_phi = tl.exp(s + (log_scale - lse - random_norm(x1, x2, factor, R))[:, None])
         grad_k -= tl.sum(w_phi * delta[:, None], 0)
         grad_Z = dot(w_phi.to(grad.dtype).T, grad, grad_Z)
         if CONSTANT:
@@ -137,9 +158,10 @@ def random_backward(
 
 @compiled
 def random_grad_query(
-    Grad, Q, Out, Lse, Grad_q, W, Z_blocks, k_state, b_state, Table, stride_t, H, heads_per_state, L, factor,
-    R: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+    Grad, Out, X_blocks, Table_blocks, Grad_x, W, Z, k_state, b_state, Lse,
+    table_step, H, heads_per_state, L, factor,
+    R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr,
+    GRAD_HALF: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """What the prefix adds to the gradient of q for positive random features: with the exponents' gradient
     ds = w phi (dout Z^T - delta k) it is dx = ds W - (ds 1) x."""
@@ -148,25 +170,28 @@ def random_grad_query(
     b, h = bh // H, bh % H
     state = h // heads_per_state
     rows = start + tl.arange(0, BM)
-    q = Q.load([b, h, start, 0]).reshape([BM, BD])
     grad = Grad.load([b, h, start, 0]).reshape([BM, BDV])
     out = Out.load([b, h, start, 0]).reshape([BM, BDV])
+    x1, x2, cos, sin = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, 0, D, ROTATED, BM, BH)
     lse = tl.load(Lse + bh.to(tl.int64) * L + rows, mask=rows < L, other=float("inf"))
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    table = Table + b.to(tl.int64) * stride_t
-    x = turned(q, table, rows, L, tl.arange(0, BD), False, ROTATED, WIDTH, START)
-    log_w = tl.load(b_state + state).to(tl.float32) - lse - random_norm(x, factor, R)
-    grad_x = tl.zeros([BM, BD], tl.float32)
+    log_w = tl.load(b_state + state).to(tl.float32) - lse - random_norm(x1, x2, factor, R)
+    grad_x1 = tl.zeros([BM, BH], tl.float32)
+    grad_x2 = tl.zeros([BM, BH], tl.float32)
     total = tl.zeros([BM], tl.float32)
     for j in tl.range(0, R, BF, num_stages=1):
-        directions = W.load([j, 0])
-        s = random_exponents(x, directions, j + tl.arange(0, BF), factor, R, q.dtype, ROTATED)
-        z = for_dot(Z_blocks.load([state, j, 0]).reshape([BF, BDV]), Q.dtype)
-        k = k_block(k_state, state, j, R, CONSTANT, BF)
+        f = j + tl.arange(0, BF)
+        w1, w2 = load_rows(W, f, f < R, D // 2, BH), load_rows(W + R * (D // 2), f, f < R, D // 2, BH)
+        s = random_logits(x1, x2, w1, w2, f, factor, R, grad.dtype, ROTATED)
+        z, k = state_rows(Z, k_state, state, f, f < R, R, DV, CONSTANT, BDV)
+        z = for_dot(z, grad.dtype)
         grad_s = tl.exp(s + log_w[:, None]) * (dot(grad.to(z.dtype), z.T) - delta[:, None] * k[None, :])
         total += tl.sum(grad_s, 1)
-        grad_x = dot(grad_s.to(q.dtype), directions.to(q.dtype), grad_x)
-    grad_x -= total[:, None] * x * factor
-    grad_x = turned(grad_x, table, rows, L, tl.arange(0, BD), True, ROTATED, WIDTH, START)
-    grad_q = Grad_q.load([b, h, start, 0]).reshape([BM, BD]).to(tl.float32) + factor * grad_x
-    Grad_q.store([b, h, start, 0], grad_q.to(Q.dtype).reshape([1, 1, BM, BD]))
+        grad_x1 = dot(grad_s.to(grad.dtype), w1.to(grad.dtype), grad_x1)
+        grad_x2 = dot(grad_s.to(grad.dtype), w2.to(grad.dtype), grad_x2)
+    grad_x1 -= total[:, None] * x1 * factor
+    grad_x2 -= total[:, None] * x2 * factor
+    if ROTATED > 0:
+        grad_x1, grad_x2 = turned(grad_x1, grad_x2, cos, sin, True)
+    add_half(Grad_x, b, h, start, 0, factor * grad_x1, BM, BH)
+    add_half(Grad_x, b, h, start, GRAD_HALF, factor * grad_x2, BM, BH)

@@ -5,6 +5,7 @@ The arguments are explained in tiles.py.
 
 import triton.language as tl
 
+from .pairs import UNIT, head_of
 from .tiles import (
     LOG2E,
     NOTHING,
@@ -27,7 +28,7 @@ def decode(
     RANDOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
     ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
     MIXED: tl.constexpr, MASKED: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A short query against a long cache: the query heads of one KV head are the rows, its keys are split.
@@ -49,13 +50,14 @@ def decode(
     in_rows = row < heads_per_kv * L
     d = tl.arange(0, BD)
     v = tl.arange(0, BDV)
-    Q += b * stride_qb + wide_h * stride_qh + (row % L)[:, None] * stride_ql
+    Q = head_of(Q, b, wide_h, stride_qb, stride_qh) + (row % L)[:, None] * (stride_ql * UNIT)
     Table += b * stride_t
     q = tl.load(Q + d[None, :], mask=in_rows[:, None] & (d < D)[None, :], other=0.0)
 
     acc, peak, mass = attend_cache(
-        q, K + b * stride_kb + wide_h_kv * stride_kh, V + b * stride_vb + wide_h_kv * stride_vh,
-        Mask + b * stride_mb + wide_h * stride_mh + (row % L)[:, None] * stride_ml, stride_ks, stride_vs, stride_ms,
+        q, head_of(K, b, wide_h_kv, stride_kb, stride_kh), head_of(V, b, wide_h_kv, stride_vb, stride_vh),
+        Mask + b * stride_mb + wide_h * stride_mh + (row % L)[:, None] * stride_ml,
+        stride_ks * UNIT, stride_vs * UNIT, stride_ms,
         in_rows, split * keys_per_split, tl.minimum((split + 1) * keys_per_split, S), scale * LOG2E,
         D, DV, MASKED, ROWS, BN, BD, BDV, STAGES,
     )  # fmt: skip
@@ -67,8 +69,8 @@ def decode(
     if SPLITS > 1:
         if split == SPLITS:
             acc, peak, mass = prefix_part(
-                Q, Table, row % L, L, W, Z, k_state, b_state, in_rows, state_h, state_kv, heads_per_kv,
-                heads_per_state, factor, RANDOM, R, D, DV, CONSTANT, ROTATED, WIDTH, START, ROWS, BD, BDV, BF,
+                Q, Table, row % L, W, Z, k_state, b_state, in_rows, state_h, state_kv, heads_per_kv,
+                heads_per_state, factor, RANDOM, R, D, DV, CONSTANT, ROTATED, WIDTH, START, ROWS, BH, BDV, BF,
             )  # fmt: skip
         tl.store(Partial_peak + part + split * ROWS, peak)
         tl.store(Partial_mass + part + split * ROWS, mass)
@@ -88,13 +90,13 @@ def decode(
             phi_Z, log_scale, phi_k = stored_part(Partial, Partial_peak, Partial_mass, part + SPLITS * ROWS, BDV)
         else:
             phi_Z, log_scale, phi_k = prefix_part(
-                Q, Table, row % L, L, W, Z, k_state, b_state, in_rows, state_h, state_kv, heads_per_kv,
-                heads_per_state, factor, RANDOM, R, D, DV, CONSTANT, ROTATED, WIDTH, START, ROWS, BD, BDV, BF,
+                Q, Table, row % L, W, Z, k_state, b_state, in_rows, state_h, state_kv, heads_per_kv,
+                heads_per_state, factor, RANDOM, R, D, DV, CONSTANT, ROTATED, WIDTH, START, ROWS, BH, BDV, BF,
             )  # fmt: skip
         sees_prefix = (peak > NOTHING) & (phi_k > TINY) & has_state  # not where it sees no key
         log_scale = tl.where(sees_prefix, log_scale, NOTHING)
         phi_k = tl.where(sees_prefix, phi_k, 0.0)
         acc, peak, mass = merged(acc, peak, mass, tl.where(sees_prefix[:, None], phi_Z, 0.0), log_scale, phi_k)
         out = acc / tl.where(mass > 0, mass, 1.0)[:, None]
-        out_rows = Out + b * stride_ob + h[:, None] * stride_oh + (row % L)[:, None] * stride_ol
+        out_rows = head_of(Out, b, wide_h, stride_ob, stride_oh) + (row % L)[:, None] * (stride_ol * UNIT)
         tl.store(out_rows + v[None, :], out.to(q.dtype), mask=in_rows[:, None] & (v < DV)[None, :])

@@ -5,7 +5,7 @@ The arguments are explained in tiles.py.
 
 import triton.language as tl
 
-from .rotation import turned
+from .pairs import load_halves
 from .tiles import (
     LOG2E,
     NOTHING,
@@ -17,21 +17,20 @@ from .tiles import (
     elu_features,
     elu_prefix,
     for_dot,
-    k_block,
     random_prefix,
     stacked_head,
+    state_rows,
 )
 
 
 @compiled
 def fused_forward(
-    Q, K, V, W, Z_blocks, Z, k_state, b_state, Index, Table, Mask, Out, Lse,
-    stride_t, stride_mb, stride_mh, stride_ml, stride_ms,
-    H, heads_per_kv, heads_per_state, L, S, head_dim, scale, factor,
+    Q, K, V, X_blocks, Table_blocks, Z_blocks, Out, Z, k_state, b_state, W, Index, Mask, Lse,
+    stride_mb, stride_mh, stride_ml, stride_ms, table_step,
+    H, heads_per_kv, heads_per_state, L, S, one, scale, factor,
     RANDOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
-    ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
-    MIXED: tl.constexpr, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+    ROTATED: tl.constexpr, MIXED: tl.constexpr, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Flash attention whose online softmax starts from the block of the prefix instead of from nothing."""
     i = tl.cdiv(L, BM) - 1 - tl.program_id(0)  # under causality the longest rows first
@@ -43,14 +42,14 @@ def fused_forward(
     rows = i * BM + tl.arange(0, BM)
     q = Q.load([b, h, i * BM, 0]).reshape([BM, BD])
     log_scale = tl.load(b_state + state).to(tl.float32) * LOG2E
-    x = turned(q, Table + b.to(tl.int64) * stride_t, rows, L, tl.arange(0, BD), False, ROTATED, WIDTH, START)
+    x1, x2, _, _ = load_halves(X_blocks, Table_blocks, b, b * table_step, h, i * BM, 0, D, ROTATED, BM, BH)
     if RANDOM:
         phi_Z, peak, phi_k = random_prefix(
-            x, q.dtype, W, Z_blocks, Z, k_state, state, factor, R, DV, CONSTANT, ROTATED, BM, BDV, BF
+            x1, x2, q.dtype, W, Z_blocks, Z, k_state, state, factor, R, D, DV, CONSTANT, ROTATED, BM, BH, BDV, BF
         )  # fmt: skip
     else:
         phi_Z, peak, phi_k = elu_prefix(
-            x, q.dtype, Z_blocks, Z, k_state, state, head_dim, factor, D, DV, CONSTANT, BM, BD, BDV
+            x1, x2, q.dtype, Z_blocks, Z, k_state, state, one, factor, D, DV, CONSTANT, BM, BH, BDV
         )  # fmt: skip
     has_weight = (phi_k > TINY) & has_state
     prefix_out = phi_Z * tl.where(has_weight, 1 / phi_k, 0.0)[:, None]
@@ -90,10 +89,10 @@ def fused_forward(
 
 @compiled
 def merge_prefix(
-    Q, Context, Z_blocks, Z, k_state, b_state, Index, Table, Out, Lse, stride_t, B, H, heads_per_state, L, factor,
-    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
-    ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr, MIXED: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, STAGES: tl.constexpr,
+    X_blocks, Table_blocks, Context, Out, Z, k_state, b_state, Index, Lse,
+    table_step, B, H, heads_per_state, L, factor,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr, MIXED: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, BDV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Merge the prefix into the output and lse of plain attention; Out may be Context, Lse is changed in place.
 
@@ -102,8 +101,10 @@ def merge_prefix(
     first, h = tl.program_id(0) // H * B, tl.program_id(0) % H
     head, has_state = stacked_head(Index, first, h, H, MIXED)
     state = head // heads_per_state
-    z = for_dot(Z_blocks.load([state, 0, 0]).reshape([BD, BDV]), Q.dtype)
-    k = k_block(k_state, state, 0, D, CONSTANT, BD)
+    p = tl.arange(0, BH)
+    z1, k1 = state_rows(Z, k_state, state, p, p < D // 2, D, DV, CONSTANT, BDV)
+    z2, k2 = state_rows(Z, k_state, state, p + D // 2, p < D // 2, D, DV, CONSTANT, BDV)
+    z1, z2 = for_dot(z1, Context.dtype), for_dot(z2, Context.dtype)
     z_one, k_one = constant_row(Z, k_state, state, D, DV, CONSTANT, BDV)
     log_scale = tl.load(b_state + state).to(tl.float32)
     blocks = tl.cdiv(L, BM)
@@ -111,19 +112,17 @@ def merge_prefix(
         t = B * blocks - 1 - step  # backwards: what was written last is still in the cache
         b, start = first + t // blocks, t % blocks * BM
         rows = start + tl.arange(0, BM)
-        q = Q.load([b, h, start, 0]).reshape([BM, BD])
+        x1, x2, _, _ = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, 0, D, ROTATED, BM, BH)
         context = Context.load([b, h, start, 0]).reshape([BM, BDV])
         lse_rows = Lse + (b.to(tl.int64) * H + h) * L + rows
         lse = tl.load(lse_rows, mask=rows < L, other=0.0)
-        table = Table + b.to(tl.int64) * stride_t
-        x = turned(q, table, rows, L, tl.arange(0, BD), False, ROTATED, WIDTH, START)
-        phi = elu_features(x * factor, tl.arange(0, BD), D, BD)
-        phi_k = tl.sum(phi * k[None, :], 1) + k_one
-        phi_Z = dot(phi.to(z.dtype), z) + z_one[None, :]
+        phi1, phi2 = elu_features(x1 * factor, p, D, BH), elu_features(x2 * factor, p, D, BH)
+        phi_k = tl.sum(phi1 * k1[None, :], 1) + tl.sum(phi2 * k2[None, :], 1) + k_one
+        phi_Z = dot(phi2.to(z2.dtype), z2, dot(phi1.to(z1.dtype), z1)) + z_one[None, :]
         peak = tl.maximum(lse, log_scale)
         a = tl.exp(lse - peak)
         c = tl.where((phi_k > TINY) & has_state, tl.exp(log_scale - peak), 0.0)
         total = a + c * phi_k
         out = phi_Z * (c / total)[:, None] + context.to(tl.float32) * (a / total)[:, None]
-        Out.store([b, h, start, 0], out.to(q.dtype).reshape([1, 1, BM, BDV]))
+        Out.store([b, h, start, 0], out.to(context.dtype).reshape([1, 1, BM, BDV]))
         tl.store(lse_rows, peak + tl.log(total), mask=rows < L)

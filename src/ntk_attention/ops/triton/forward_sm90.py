@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .tiles import LOG2E, NOTHING, TINY
+from .tiles import LOG2E, NOTHING, TINY, decorated
 
 __all__ = ["TensorDescriptor", "fused_forward", "shared_layout"]
 
@@ -44,9 +44,9 @@ def load_block(X, b, h, n, blocks, ready, i, exists):
     load(X, [b, h, n, 0], ready.index(i), blocks.index(i), pred=exists)
 
 
-@gluon.jit
+@functools.partial(decorated, gluon.jit)
 def fused_forward(
-    Q, K, V, Z_blocks, Z, k_state, b_state, Index, Table, Out, Lse, stride_t,
+    Q, K, V, Z_blocks, Out, Z, k_state, b_state, Index, Table, Lse, stride_t,
     H, heads_per_kv, heads_per_state, L, S, scale, factor,
     D: gl.constexpr, CONSTANT: gl.constexpr, ROTATED: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
@@ -56,8 +56,10 @@ def fused_forward(
     The blocks of keys go from the last, the only one that hides keys, to the first. Block t is in stage t % STAGES,
     its keys in the buffer 2 stage, its values behind them; Z, in blocks of BN rows, is in the last stage before it.
     """
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
-    mma_out: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[BM // 16, 1], instr_shape=[16, BN, 16])
+    mma_out: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[BM // 16, 1], instr_shape=[16, D, 16]
+    )
     operand: gl.constexpr = gl.DotOperandLayout(0, mma_out, 2)
     row: gl.constexpr = gl.SliceLayout(1, mma)
     row_out: gl.constexpr = gl.SliceLayout(1, mma_out)
@@ -111,8 +113,10 @@ def fused_forward(
         tokens = i * BM + gl.arange(0, BM, gl.SliceLayout(1, operand))
         angles = Table + b.to(gl.int64) * stride_t + tokens.to(gl.int64)[:, None] * D + columns[None, :]
         in_rows = (tokens < L)[:, None]
-        cos = gl.load(angles, mask=in_rows, other=1.0)
-        sin = gl.load(angles + PART, mask=in_rows, other=0.0)
+        cos = gl.load(angles, mask=in_rows, other=1.0).to(gl.float32)
+        sin = gl.load(angles + PART, mask=in_rows, other=0.0).to(gl.float32)
+        norm = 1 / gl.maximum(cos * cos + sin * sin, 1e-30)
+        cos, sin = cos * norm, sin * norm
     mbarrier.wait(q_ready.index(0), 0)
     for part in gl.static_range(D // PART):
         k = gl.load(k_state + part * PART + features).to(gl.float32)

@@ -1,28 +1,36 @@
-"""Launches of the Triton kernels: block sizes, descriptors, work space."""
+"""Launches of the Triton kernels: block sizes, the order of the features, work space."""
 
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..bundles import StateTensors, Tokens
-from ..rotation import turned, unrotated
+from ..rotation import Rotation
 from ..sdpa import empty_output
+from .launcher import Launcher, Options, aligned, ceil_div, contiguous, described, descriptor, padded, steps
 from .support import forward_sm90, properties, triton
 
 if triton is not None:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from . import backward as backward_kernels
+    from . import beside
+    from . import decode as decode_kernels
+    from . import forward as forward_kernels
 
-    from .backward import prefix_backward as prefix_backward_kernel
-    from .backward import random_backward, random_grad_query
-    from .decode import decode as decode_kernel
-    from .forward import fused_forward as forward_kernel
-    from .forward import merge_prefix as merge_kernel
+    forward_kernel = Launcher(forward_kernels.fused_forward)
+    merge_kernel = Launcher(forward_kernels.merge_prefix)
+    decode_kernel = Launcher(decode_kernels.decode)
+    backward_kernel = Launcher(backward_kernels.prefix_backward)
+    random_backward_kernel = Launcher(backward_kernels.random_backward)
+    random_query_kernel = Launcher(backward_kernels.random_grad_query)
+    turn_kernel = Launcher(beside.turn_rows)
+if forward_sm90 is not None:
+    sm90_kernel = Launcher(forward_sm90.fused_forward)
 
 
 class Sizes(NamedTuple):
-    """Sizes of a launch, by measurement on an H100."""
+    """Sizes of a launch, by measurement on an H200."""
 
     rows: int  # of queries (BM)
     columns: int  # keys (BN) of the forward pass, features (BF) of the backward pass
@@ -30,6 +38,10 @@ class Sizes(NamedTuple):
     stages: int
     programs: int = 1  # per multiprocessor, where each goes through many rows
     registers: int | None = None  # at most, per thread
+
+    @property
+    def options(self) -> Options:
+        return Options(self.warps, self.stages, self.registers)
 
 
 def forward_sizes(head_dim: int, length: int, is_masked: bool) -> Sizes:
@@ -65,79 +77,152 @@ def backward_sizes(head_dim: int, dtype: torch.dtype) -> Sizes:
     return Sizes(rows=64, columns=64, warps=8, stages=2)
 
 
-def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. triton.cdiv serves kernels too, and is much slower for that."""
-    return -(-a // b)
+class KernelState(NamedTuple):
+    """A state as the kernels read it; where there is none of a thing stands a tensor that is not looked at."""
+
+    Z: Tensor  # [H_state, r, d_v], the heads of a stack one after another
+    k: Tensor
+    log_scale: Tensor
+    W: Tensor  # [2, r, d / 2]
+    index: Tensor
+
+    @classmethod
+    def of(cls, state: StateTensors, order: Tensor | None = None) -> "KernelState":
+        """The numbers of W in an order, or in their own."""
+        Z, k, log_scale, index, W, *_ = state
+        if index is not None:
+            Z, k, index = Z.flatten(0, 1), k.flatten(0, 1), index.contiguous()
+        k = k.contiguous()
+        if W is not None:
+            W = W if order is None else W.index_select(1, order)
+            W = W.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
+        return cls(contiguous(Z), k, log_scale.contiguous(), k if W is None else W, k if index is None else index)
 
 
-def padded(size: int) -> int:
-    """A power of two that a matrix unit takes."""
-    return max(16, 1 << (size - 1).bit_length())
+class PhiQueries(NamedTuple):
+    """The queries that phi sees, and what tiles still have to undo of their positions."""
+
+    x: Tensor  # [B, H, L, d]
+    table: Tensor | None  # [B or 1, L, d], of pairs in the halves of a head
+    is_beside: bool = False  # whether x is not the query, but a copy without positions
+
+    @classmethod
+    def of(cls, query: Tensor, state: StateTensors) -> "PhiQueries":
+        rotation = state.rotation
+        if rotation is None:
+            return cls(described(query), None)
+        table = contiguous(rotation.table.float() if rotation.table.dtype == torch.float64 else rotation.table)
+        if rotation.width == table.shape[-1] == query.shape[-1]:
+            return cls(described(query), table)
+        return cls(turn(query, rotation._replace(table=table)), None, True)
+
+    @property
+    def rotated(self) -> int:
+        return 0 if self.table is None else self.table.shape[-1]
+
+    @property
+    def table_step(self) -> int:
+        return 0 if self.table is None or self.table.shape[0] == 1 else 1
+
+    def descriptors(self, rows: int, columns: int) -> list[Any]:
+        """Of both, in blocks; without a table the queries stand for it, at which nobody looks."""
+        x = descriptor(self.x, rows, columns)
+        return [x, x if self.table is None else descriptor(self.table, rows, columns)]
+
+
+def turn(x: Tensor, rotation: Rotation, forward: bool = False, add_to: Tensor | None = None) -> Tensor:
+    """`rotation.turned` in one launch, in the dtype of x; or added to a tensor in place."""
+    B, H, L, d = x.shape
+    x = aligned(x)
+    out = torch.empty_like(x) if add_to is None else add_to
+    table, width, start = rotation
+    turn_kernel(
+        (ceil_div(L, 32), B * H, 1),
+        (),
+        (x, table, out),
+        (*steps(x), *steps(out), 0 if table.shape[0] == 1 else table.stride(0), H, L),
+        (d, table.shape[-1], width, start, forward, add_to is not None, 32, padded(d // 2)),
+        Options(4),
+    )
+    return out
 
 
 def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tensor, Tensor]:
     """One kernel for tokens and prefix: out [B, H, L, d_v] and the lse of both [B, H, L]; `sm90`: that for Hopper."""
     query, key, value, attn_mask, _, is_causal, scale = tokens
-    W, index, constant, factor = state.W, state.rows, state.constant, state.factor
     B, H, L, d = query.shape
-    d_v = value.shape[-1]
-    H_state = state.Z.shape[-3]
-    Z, k, log_scale, places = _state_arguments(state)
-    table, stride_t, rotation = _rotation_arguments(state, query)
+    H_kv, S, d_v = value.shape[1:]
+    own = KernelState.of(state)
     # In the dtype of matrix products, since every program reads it: tf32 next to fp16, whose exponents are too few.
-    Z_product = Z.to(torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32)
+    Z_product = own.Z.to(torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32)
     out = empty_output(query, value)
     lse = query.new_empty(B, H, L, dtype=torch.float32)
+    heads = (H, H // H_kv, H // state.Z.shape[-3])
+    constant, is_mixed = state.constant, state.rows is not None
     if sm90:
         sizes = sm90_sizes(d, L)
         x, y = (1, 1, sizes.rows, d), (1, 1, sizes.columns, d)
-        forward_sm90.fused_forward[ceil_div(L, sizes.rows), B * H](
-            _gluon_descriptor(query, x), _gluon_descriptor(key, y), _gluon_descriptor(value, y),
-            _gluon_descriptor(Z_product[None], y), Z, k, log_scale, places, table, _gluon_descriptor(out, x),
-            lse, stride_t, H, H // key.shape[1], H // H_state, L, key.shape[2], scale, factor,
-            D=d, CONSTANT=constant, ROTATED=rotation["ROTATED"] > 0, MIXED=index is not None, IS_CAUSAL=is_causal,
-            BM=sizes.rows, BN=sizes.columns, STAGES=sizes.stages, num_warps=sizes.warps,
-        )  # fmt: skip
+        blocks = zip((query, key, value, Z_product[None], out), (x, y, y, y, x), strict=True)
+        table = lse if state.table is None else contiguous(state.table)
+        stride_t = 0 if state.table is None or len(table) == 1 else table.stride(0)
+        sm90_kernel(
+            (ceil_div(L, sizes.rows), B * H, 1),
+            [gluon_descriptor(tensor, block) for tensor, block in blocks],
+            (own.Z, own.k, own.log_scale, own.index, table, lse),
+            (stride_t, *heads, L, S, scale, state.factor),
+            (d, constant, state.table is not None, is_mixed, is_causal, sizes.rows, sizes.columns, sizes.stages),
+            sizes.options,
+        )
         return out, lse
-    is_random = W is not None
+    is_random = state.W is not None
     sizes = random_sizes() if is_random else forward_sizes(max(d, d_v), L, attn_mask is not None)
-    features = sizes.columns if is_random else padded(d)
-    mask, mask_strides = _mask_arguments(attn_mask, query)
-    forward_kernel[ceil_div(L, sizes.rows), B * H](
-        _descriptor(query, sizes.rows), _descriptor(key, sizes.columns), _descriptor(value, sizes.columns),
-        Z if W is None else _descriptor(W, features), _descriptor(Z_product, features), Z, k, log_scale, places,
-        table, mask, _descriptor(out, sizes.rows), lse, stride_t, *mask_strides,
-        H, H // key.shape[1], H // H_state, L, key.shape[2], d, scale, factor,
-        RANDOM=is_random, R=k.shape[-1] - constant, D=d, DV=d_v, CONSTANT=constant, MIXED=index is not None,
-        **rotation, IS_CAUSAL=is_causal, MASKED=attn_mask is not None,
-        BM=sizes.rows, BN=sizes.columns, BD=padded(d), BDV=padded(d_v), BF=features,
-        num_warps=sizes.warps, num_stages=sizes.stages, maxnreg=sizes.registers,
+    BD, BDV, BH = padded(d), padded(d_v), padded(d // 2)
+    features = sizes.columns if is_random else BH
+    mask, mask_strides = mask_arguments(attn_mask, query)
+    queries = PhiQueries.of(query, state)
+    forward_kernel(
+        (ceil_div(L, sizes.rows), B * H, 1),
+        [
+            descriptor(query, sizes.rows, BD), descriptor(key, sizes.columns, BD),
+            descriptor(value, sizes.columns, BDV), *queries.descriptors(sizes.rows, BH),
+            descriptor(Z_product, features, BDV), descriptor(out, sizes.rows, BDV),
+        ],
+        (own.Z, own.k, own.log_scale, own.W, own.index, mask, lse),
+        (*mask_strides, queries.table_step, *heads, L, S, 1, scale, state.factor),
+        (
+            is_random, state.k.shape[-1] - constant, d, d_v, constant, queries.rotated, is_mixed, is_causal,
+            attn_mask is not None, sizes.rows, sizes.columns, BD, BH, BDV, features,
+        ),
+        sizes.options,
     )  # fmt: skip
     return out, lse
 
 
 def merge_prefix(query: Tensor, context: Tensor, lse: Tensor, state: StateTensors) -> tuple[Tensor, Tensor]:
     """See `fused_torch.merge_prefix`; context and lse are given up."""
-    index, constant, factor = state.rows, state.constant, state.factor
     B, H, L, d = query.shape
     d_v = context.shape[-1]
-    H_state = state.Z.shape[-3]
-    Z, k, log_scale, places = _state_arguments(state)
-    table, stride_t, rotation = _rotation_arguments(state, query)
-    lse = lse.contiguous()
+    own, queries = KernelState.of(state), PhiQueries.of(query, state)
+    context, lse = described(context), lse.contiguous()
     out = empty_output(query, context)
     if out.stride() == context.stride():
         out = context
     sizes = merge_sizes(max(d, d_v))
-    groups = 1 if index is None else B  # of rows that have the same state
+    groups = 1 if state.rows is None else B  # of rows that have the same state
     programs = max(1, sizes.programs * _multiprocessors(query) // (groups * H))
-    merge_kernel[groups * H, programs](
-        _descriptor(query, sizes.rows), _descriptor(context, sizes.rows), _descriptor(Z, padded(d)),
-        Z, k, log_scale, places, table, _descriptor(out, sizes.rows), lse, stride_t, B // groups, H, H // H_state, L,
-        factor, D=d, DV=d_v, CONSTANT=constant, **rotation, MIXED=index is not None,
-        BM=sizes.rows, BD=padded(d), BDV=padded(d_v), STAGES=sizes.stages,
-        num_warps=sizes.warps, maxnreg=sizes.registers,
-    )  # fmt: skip
+    BH, BDV = padded(d // 2), padded(d_v)
+    merge_kernel(
+        (groups * H, programs, 1),
+        [
+            *queries.descriptors(sizes.rows, BH),
+            descriptor(context, sizes.rows, BDV),
+            descriptor(out, sizes.rows, BDV),
+        ],
+        (own.Z, own.k, own.log_scale, own.index, lse),
+        (queries.table_step, B // groups, H, H // state.Z.shape[-3], L, state.factor),
+        (d, d_v, state.constant, queries.rotated, state.rows is not None, sizes.rows, BH, BDV, sizes.stages),
+        sizes.options,
+    )
     return out, lse
 
 
@@ -145,128 +230,155 @@ def prefix_backward(
     grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, grad_query: Tensor | None, state: StateTensors
 ) -> tuple[Tensor, Tensor]:
     """See `fused_torch.prefix_backward`."""
-    state, lse = state._replace(log_scale=state.log_scale.contiguous()), lse.contiguous()
-    if grad_query is not None:
-        described = _described(grad_query)
-        if described is not grad_query:  # the kernels add to a copy
-            grads = prefix_backward(grad_out, query, out, lse, described, state)
-            grad_query.copy_(described)
-            return grads
-    if state.table is not None and state.W is None and padded(query.shape[-1]) > 128:
-        return _backward_beside_rotation(grad_out, query, out, lse, grad_query, state)
-    if state.W is not None:
-        return _random_backward(grad_out, query, out, lse, grad_query, state)
-    Z, k, log_scale, constant, factor = state.Z, state.k, state.log_scale, state.constant, state.factor
-    table, stride_t, rotation = _rotation_arguments(state, query)
     B, H, L, d = query.shape
     d_v = out.shape[-1]
-    H_state, r = k.shape
-    sizes = backward_sizes(max(d, d_v), query.dtype)
-    features = min(sizes.columns, padded(d))
-    feature_blocks = ceil_div(d, features)
-    programs = sizes.programs * _multiprocessors(query) // (H_state * feature_blocks)
-    splits = max(1, min(programs, ceil_div(L, sizes.rows) * B * H // H_state))
-    parts = query.new_empty(splits, H_state * r * (d_v + 1), dtype=torch.float32)
+    own, queries = KernelState.of(state), PhiQueries.of(query, state)
+    H_state, r = state.k.shape
+    parts, cut = backward_work(query, d_v, own.k, state)
     part_Z, part_k = parts.split((H_state * r * d_v, H_state * r), dim=1)
+    grad_x, half = gradient_of_x(queries, grad_query, cut.half)
+    lse, BDV = lse.contiguous(), padded(d_v)
+    tiles = [
+        descriptor(grad_out, cut.sizes.rows, BDV),
+        descriptor(out, cut.sizes.rows, BDV),
+        *queries.descriptors(cut.sizes.rows, cut.half),
+    ]
+    grads = descriptor(grad_x, cut.sizes.rows, cut.half)
+    grid = (cut.blocks, H_state, len(parts))
+    numbers = (parts.stride(0), queries.table_step, B, H, H // H_state, L, state.factor)
+    common = (d, d_v, state.constant, queries.rotated)
     adds = grad_query is not None
-    prefix_backward_kernel[feature_blocks, H_state, splits](
-        _descriptor(grad_out, sizes.rows), _descriptor(query, sizes.rows, features), _descriptor(out, sizes.rows),
-        lse, _descriptor(query if grad_query is None else grad_query, sizes.rows, features),
-        _descriptor(Z.contiguous(), features), k.contiguous(), log_scale, table, part_Z, part_k, stride_t,
-        parts.stride(0), B, H, H // H_state, L, factor, D=d, DV=d_v, CONSTANT=constant, **rotation, ADD_TO_GRAD_Q=adds,
-        BM=sizes.rows, BDV=padded(d_v), BF=features,
-        STAGES=sizes.stages, num_warps=sizes.warps, maxnreg=sizes.registers,
-    )  # fmt: skip
+    if state.W is None:
+        backward_kernel(
+            grid, [*tiles, grads], (own.Z, own.k, own.log_scale, lse, part_Z, part_k), numbers,
+            (*common, adds, half, cut.sizes.rows, BDV, cut.half, cut.sizes.stages), cut.sizes.options,
+        )  # fmt: skip
+    else:
+        common = (r - state.constant, *common)
+        blocks = (cut.sizes.rows, cut.half, BDV, cut.sizes.columns)
+        options = Options(8 if max(d, d_v) > 64 else 4)
+        random_backward_kernel(
+            grid, tiles, (own.W, own.log_scale, lse, part_Z, part_k), numbers, (*common, *blocks, 1), options
+        )
+        if adds:
+            random_query_kernel(
+                (ceil_div(L, cut.sizes.rows), B * H, 1), [*tiles, grads],
+                (own.W, own.Z, own.k, own.log_scale, lse), (numbers[1], *numbers[3:]),
+                (*common, half, *blocks), options,
+            )  # fmt: skip
+    if grad_query is not None and grad_x is not grad_query:
+        add_gradient(grad_query, grad_x, half, queries, state)
     grad_Z, grad_k = parts.sum(dim=0).split((H_state * r * d_v, H_state * r))
-    return grad_Z.view_as(Z), grad_k.view_as(k)
+    return grad_Z.view(H_state, r, d_v), grad_k.view(H_state, r)
 
 
-def _backward_beside_rotation(
-    grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, grad_query: Tensor | None, state: StateTensors
-) -> tuple[Tensor, Tensor]:
-    """The same for large heads, whose pairs are not in one block of the kernel: positions are undone beside it."""
-    rotation = state.rotation
-    assert rotation is not None
-    state = state._replace(table=None)
-    grad_x = None if grad_query is None else torch.zeros_like(query)
-    grads = prefix_backward(grad_out, unrotated(query, rotation).to(query.dtype), out, lse, grad_x, state)
-    if grad_query is not None and grad_x is not None:
-        grad_query.add_(turned(grad_x, rotation, forward=True))
-    return grads
+def gradient_of_x(queries: PhiQueries, grad_query: Tensor | None, half: int) -> tuple[Tensor, int]:
+    """What the kernels add the gradient of phi's input to, and how far the halves of a head are apart in it.
+
+    That is the gradient of the query itself where it is an input, or where the kernels turn the one into the other;
+    and not where memory or padding does not allow it.
+    """
+    B, H, L, d = queries.x.shape
+    if grad_query is None:
+        return queries.x, d // 2  # not looked at
+    if (d // 2) % half:  # blocks of the one half would overwrite the other
+        return grad_query.new_zeros(B, H, L, 2 * half), half
+    is_beside = queries.is_beside
+    return (torch.zeros_like(queries.x) if is_beside or described(grad_query) is not grad_query else grad_query), d // 2
 
 
-def _random_backward(
-    grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, grad_query: Tensor | None, state: StateTensors
-) -> tuple[Tensor, Tensor]:
-    Z, k, log_scale, _, W, _, constant, factor, *_ = state
-    assert W is not None
-    table, stride_t, rotation = _rotation_arguments(state, query)
+def add_gradient(grad_query: Tensor, grad_x: Tensor, half: int, queries: PhiQueries, state: StateTensors) -> None:
+    """Add a gradient of phi's input that was kept beside to that of the query."""
+    d = grad_query.shape[-1]
+    if half != d // 2:
+        grad_x = torch.cat([grad_x[..., : d // 2], grad_x[..., half : half + d // 2]], dim=-1)
+    if not queries.is_beside:
+        grad_query.add_(grad_x)
+        return
+    assert state.rotation is not None
+    writable = aligned(grad_query)
+    turn(grad_x, state.rotation, forward=True, add_to=writable)
+    if writable is not grad_query:
+        grad_query.copy_(writable)
+
+
+class Cut(NamedTuple):
+    """How rows and features are cut in the backward pass."""
+
+    sizes: Sizes
+    half: int  # numbers of one half of a head in a block (BH)
+    blocks: int  # of features
+
+
+def backward_work(query: Tensor, d_v: int, k: Tensor, state: StateTensors) -> tuple[Tensor, Cut]:
+    """Memory for the sums of each split of the rows, and the blocks."""
     B, H, L, d = query.shape
-    d_v = out.shape[-1]
     H_state, r = k.shape
-    R = r - constant
-    sizes = random_sizes()
-    warps = 8 if max(d, d_v) > 64 else 4
-    feature_blocks = ceil_div(R, sizes.columns)
-    programs = 2 * _multiprocessors(query) // (H_state * feature_blocks)
+    half = padded(d // 2)
+    if state.W is None:
+        sizes = backward_sizes(max(d, d_v), query.dtype)
+        half = min(sizes.columns // 2, half)
+        blocks = ceil_div(d // 2, half)
+    else:
+        sizes = random_sizes()._replace(programs=2)
+        blocks = ceil_div(r - state.constant, sizes.columns)
+    programs = sizes.programs * _multiprocessors(query) // (H_state * blocks)
     splits = max(1, min(programs, ceil_div(L, sizes.rows) * B * H // H_state))
     parts = query.new_empty(splits, H_state * r * (d_v + 1), dtype=torch.float32)
-    part_Z, part_k = parts.split((H_state * r * d_v, H_state * r), dim=1)
-    rows = tuple(_descriptor(x, sizes.rows) for x in (grad_out, query, out))
-    directions = _descriptor(W, sizes.columns)
-    constants = {
-        "R": R,
-        "CONSTANT": constant,
-        "BM": sizes.rows,
-        "BD": padded(d),
-        "BDV": padded(d_v),
-        "BF": sizes.columns,
-        **rotation,
-    }
-    random_backward[feature_blocks, H_state, splits](
-        *rows, lse, directions, log_scale, table, part_Z, part_k, stride_t, parts.stride(0), B, H, H // H_state, L,
-        factor, DV=d_v, STAGES=1, num_warps=warps, **constants,
-    )  # fmt: skip
-    if grad_query is not None:
-        random_grad_query[ceil_div(L, sizes.rows), B * H](
-            *rows, lse, _descriptor(grad_query, sizes.rows), directions, _descriptor(Z.contiguous(), sizes.columns),
-            k.contiguous(), log_scale, table, stride_t, H, H // H_state, L, factor, num_warps=warps, **constants,
-        )  # fmt: skip
-    grad_Z, grad_k = parts.sum(dim=0).split((H_state * r * d_v, H_state * r))
-    return grad_Z.view_as(Z), grad_k.view_as(k)
+    return parts, Cut(sizes, half, blocks)
 
 
 def decode(tokens: Tokens, state: StateTensors) -> Tensor:
     """out [B, H, L, d_v] of a short query that sees all keys, or those that the mask shows; one launch."""
     query, key, value, attn_mask, _, _, scale = tokens
-    W, index, constant, factor = state.W, state.rows, state.constant, state.factor
     B, H, L, d = query.shape
-    H_kv, S, d_v = key.shape[1], key.shape[2], value.shape[-1]
-    H_state = state.Z.shape[-3]
-    Z, k, log_scale, places = _state_arguments(state)
-    table, stride_t, rotation = _rotation_arguments(state, query)
+    H_kv, S, d_v = value.shape[1:]
+    is_random, table, rotation, stride_t = state.W is not None, state.table, (0, 2, 0), 0
+    if table is not None:
+        rotation = (table.shape[-1], state.width, state.start)
+        table = contiguous(table)
+        stride_t = 0 if len(table) == 1 else table.stride(0)
+    own = KernelState.of(state, order_of_pairs(d, *rotation, query.device) if is_random else None)
     out = empty_output(query, value)
+    BDV = padded(d_v)
     rows, keys = padded(H // H_kv * L), 64 if max(d, d_v) <= 128 else 32
-    features = min(64, padded(d)) if W is None else 32
     splits = max(1, min(ceil_div(_multiprocessors(query), B * H_kv), ceil_div(S, 2 * keys), 64))
     keys_per_split = ceil_div(ceil_div(S, splits), keys) * keys
     splits = ceil_div(S, keys_per_split)
-    partial, counter = out, out  # not looked at
+    partial, counter = own.k, own.k  # not looked at
     if splits > 1:
-        partial = query.new_empty(B * H_kv * (splits + 1) * rows * (padded(d_v) + 2), dtype=torch.float32)
+        partial = query.new_empty(B * H_kv * (splits + 1) * rows * (BDV + 2), dtype=torch.float32)
         counter = COUNTERS.take(query.device, B * H_kv)
-    mask, mask_strides = _mask_arguments(attn_mask, query)
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    decode_kernel[splits + (splits > 1), B * H_kv](
-        query, key, value, Z if W is None else W.contiguous(), Z, k, log_scale, places, table, mask, out, partial,
-        counter, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], stride_t, *mask_strides,
-        *out.stride()[:3], H_kv, H // H_kv, H // H_state, L, S, keys_per_split, scale, factor,
-        RANDOM=W is not None, R=k.shape[-1] - constant, D=d, DV=d_v, CONSTANT=constant, **rotation,
-        MIXED=index is not None, MASKED=attn_mask is not None, SPLITS=splits,
-        ROWS=rows, BN=keys, BD=padded(d), BDV=padded(d_v), BF=features, STAGES=3, num_warps=4,
+    mask, mask_strides = mask_arguments(attn_mask, query)
+    query, key, value = aligned(query), aligned(key), aligned(value)
+    state_tensors = (own.W, own.Z, own.k, own.log_scale, own.index, own.k if table is None else table)
+    decode_kernel(
+        (splits + (splits > 1), B * H_kv, 1),
+        (),
+        (query, key, value, *state_tensors, mask, out, partial, counter),
+        (
+            *steps(query), *steps(key), *steps(value), stride_t, *mask_strides, *steps(out),
+            H_kv, H // H_kv, H // state.Z.shape[-3], L, S, keys_per_split, scale, state.factor,
+        ),
+        (
+            is_random, state.k.shape[-1] - state.constant, d, d_v, state.constant, *rotation,
+            state.rows is not None, attn_mask is not None, splits, rows, keys, padded(d),
+            padded(d // 2) if is_random else min(64, padded(d // 2)), BDV, 32, 3,
+        ),
+        Options(4),
     )  # fmt: skip
     return out
+
+
+def order_of_pairs(head_dim: int, rotated: int, width: int, start: int, device: torch.device) -> Tensor | None:
+    """The numbers of a head in pairs, int64 [d]: all first members, then all second ones, see pairs.py. None where that
+    is their own order."""
+    if rotated == 0 or width == rotated == head_dim:
+        return None
+    place = torch.arange(head_dim, device=device)
+    inside = place[start : start + rotated].view(-1, 2, width // 2)
+    outside = torch.cat([place[:start], place[start + rotated :]]).view(2, -1)
+    return torch.cat([inside.transpose(0, 1).reshape(2, -1), outside], dim=1).flatten()
 
 
 class Counters:
@@ -317,52 +429,17 @@ def _multiprocessors(x: Tensor) -> int:
     return properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
-def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> "TensorDescriptor":
-    """Blocks [..., rows, columns] of x [..., L, d]; x is copied only where the memory does not allow it."""
-    x = _described(x)
-    block = [1] * (x.dim() - 2) + [rows, columns or padded(x.shape[-1])]
-    descriptor = object.__new__(TensorDescriptor)  # its constructor would check all this again, at every launch
-    descriptor.__dict__.update(base=x, shape=x.shape, strides=x.stride(), block_shape=block)
-    return descriptor
-
-
-def _gluon_descriptor(x: Tensor, block: tuple[int, ...]) -> "forward_sm90.TensorDescriptor":
-    """The same for Gluon, which wants to know how a block lies in shared memory."""
-    x = _described(x)
-    descriptor = object.__new__(forward_sm90.TensorDescriptor)
-    descriptor.__dict__.update(
+def gluon_descriptor(x: Tensor, block: tuple[int, ...]) -> "forward_sm90.TensorDescriptor":
+    """Blocks of x for Gluon, which wants to know how a block lies in shared memory."""
+    x = described(x)
+    made = object.__new__(forward_sm90.TensorDescriptor)
+    made.__dict__.update(
         base=x, shape=x.shape, strides=x.stride(), block_shape=list(block), layout=forward_sm90.shared_layout(block)
     )
-    return descriptor
+    return made
 
 
-def _described(x: Tensor) -> Tensor:
-    """x, or a copy where the memory of x does not allow a descriptor."""
-    strides = x.stride()
-    unit = 16 // x.element_size()
-    if strides[-1] != 1 or x.data_ptr() % 16 or any(s % unit or not s for s in strides[:-1]):
-        return x.new_empty(x.shape).copy_(x)
-    return x
-
-
-def _state_arguments(state: StateTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The state as the kernels read it, the heads of a stack one after another, and what stands for Index."""
-    Z, k, log_scale = (x.contiguous() for x in state[:3])
-    if state.rows is None:
-        return Z, k, log_scale, log_scale
-    return Z.flatten(0, 1), k.flatten(0, 1), log_scale, state.rows.contiguous()
-
-
-def _rotation_arguments(state: StateTensors, query: Tensor) -> tuple[Tensor, int, dict[str, int]]:
-    """The table of the positions to undo, from one row of the batch to the next in it, and its constants."""
-    if state.table is None:
-        return query, 0, {"ROTATED": 0, "WIDTH": 2, "START": 0}  # a table that is not looked at
-    shared = state.table.shape[0] == 1
-    constants = {"ROTATED": state.table.shape[-1], "WIDTH": state.width, "START": state.start}
-    return state.table, 0 if shared else state.table.stride(0), constants
-
-
-def _mask_arguments(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def mask_arguments(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     if attn_mask is None:
         return query, (0, 0, 0, 0)
     return attn_mask.view(torch.uint8), attn_mask.stride()

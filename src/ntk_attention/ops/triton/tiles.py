@@ -1,37 +1,48 @@
 """What the Triton kernels are made of: the features, and attention to a block of keys or features.
 
 In all of them: bf16 or fp16 tensors with 4 dimensions [B, H, L, d] come as tensor descriptors, which fill what lies
-outside with zeros; Z [H_state, r, d_v], k [H_state, r] and b [H_state] as pointers to contiguous memory, where r is R,
-or R + 1 with the feature 1 as the last one (CONSTANT). Z_blocks is a descriptor of Z. The map is elu(x) + 1, where
-R = D, or with RANDOM that of positive random features, whose directions W [R, D] are in float32. BD and BDV are D and
-DV rounded up to powers of two, BF is the number of features handled at once. Exponents are to base 2 inside a
-softmax; every stored lse is to base e.
-
-With ROTATED > 0 phi sees queries whose rotary positions are undone: Table, WIDTH and START are explained in
-rotation.py; stride_t is from one row of the batch to the next in Table, 0 where all have the same positions.
+outside with zeros, or as pointers with strides in units of UNIT numbers, 16 bytes; Z [H_state, r, d_v], k [H_state, r]
+and b [H_state] as pointers to contiguous memory, where r is R, or R + 1 with the feature 1 as the last one (CONSTANT).
+Z_blocks is a descriptor of Z. X_blocks holds what phi sees of the queries, in halves: the queries, whose rotary
+positions are undone if ROTATED > 0 (pairs.py), with Table_blocks, of which a row of the batch is table_step rows after
+the one before. The map is elu(x) + 1, where R = D, or with RANDOM that of positive random features, whose directions W
+[2, R, D / 2] are in float32, one half of their numbers after the other. BD, BH and BDV are D, D / 2 and DV rounded up
+to powers of two, BF is the number of features handled at once. Exponents are to base 2 inside a softmax; every stored
+lse is to base e.
 
 In a batch whose rows have different states (MIXED) Z, k and b are a stack of them, [A H_state, r, d_v] and so on, and
 Index [B] has the place of each row's state in it, or -1. A row without a state is plain attention.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from .rotation import partner, turned_with
+from .pairs import load_pairs, load_rows, members
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, for tests
-# Sizes that change from call to call; a kernel is not compiled anew for each kind of number.
-SIZES = ["B", "H", "H_kv", "heads_per_kv", "heads_per_state", "L", "S", "head_dim", "keys_per_split", "stride_split"]
+# Sizes that change from call to call; a kernel is not compiled anew for each kind of number, nor for where small
+# vectors begin: what is compiled depends on the types of pointers and on constants alone, which launcher.py relies on.
+SIZES = {
+    "B", "H", "H_kv", "heads_per_kv", "heads_per_state", "L", "S", "one", "keys_per_split",
+    "table_step", "scale", "factor",
+}  # fmt: skip
+VECTORS = {"k_state", "b_state", "Index", "Mask"}
 
 
-def compiled(kernel: Callable[..., Any]) -> Any:
-    return triton.jit(kernel, do_not_specialize=[name for name in SIZES if name in kernel.__code__.co_varnames])
+def decorated(jit: Callable[..., Any], kernel: Callable[..., Any]) -> Any:
+    """A kernel for `Launcher`, by `triton.jit` or `gluon.jit`."""
+    names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    numbers = [name for name in names if name in SIZES or name.startswith("stride")]
+    vectors = [name for name in names if name in VECTORS]
+    return jit(kernel, do_not_specialize=numbers, do_not_specialize_on_alignment=vectors)
 
 
+compiled = partial(decorated, triton.jit)
 TINY = tl.constexpr(1.2e-38)  # the least phi(q) k that is a weight
 NOTHING = tl.constexpr(-1e30)  # a running maximum before the first logit; finite, so that differences are numbers
 
@@ -54,11 +65,11 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
-def elu_features(x, columns, D: tl.constexpr, BF: tl.constexpr):
-    """phi of [rows, features] in float32; 0 in the padding behind D, where Z and k have no row."""
+def elu_features(x, p, D: tl.constexpr, BH: tl.constexpr):
+    """phi of one number of each pair, [rows, BH] in float32; 0 in the padding, where Z and k have no row."""
     phi = tl.where(x < 0, tl.math.exp2(x * LOG2E), x + 1)
-    if D % BF != 0:
-        phi = tl.where(columns[None, :] < D, phi, 0.0)
+    if D // 2 % BH != 0:
+        phi = tl.where(p[None, :] < D // 2, phi, 0.0)
     return phi
 
 
@@ -69,26 +80,18 @@ def for_dot(z, like: tl.constexpr):
 
 
 @triton.jit
-def k_block(k_state, state, j, R: tl.constexpr, CONSTANT: tl.constexpr, BF: tl.constexpr):
-    """k of the features j ... j + BF of one head."""
-    features = j + tl.arange(0, BF)
-    return tl.load(k_state + state * (R + CONSTANT) + features, mask=features < R, other=0.0).to(tl.float32)
+def k_rows(k_state, state, rows, in_rows, R: tl.constexpr, CONSTANT: tl.constexpr):
+    """k of these features of one head; 0 outside."""
+    return tl.load(k_state + state * (R + CONSTANT) + rows, mask=in_rows, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def state_rows(
-    Z, k_state, state, j,
-    R: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, BF: tl.constexpr, BDV: tl.constexpr,
+    Z, k_state, state, rows, in_rows, R: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    """Z [BF, BDV] and k [BF] of the features j ... j + BF of one head."""
-    f = j + tl.arange(0, BF)
-    v = tl.arange(0, BDV)
-    Z += ((state * (R + CONSTANT) + f) * DV)[:, None]
-    if R % BF == 0 and DV == BDV:
-        z = tl.load(Z + v[None, :])
-    else:
-        z = tl.load(Z + v[None, :], mask=(f < R)[:, None] & (v < DV)[None, :], other=0.0)
-    return z, k_block(k_state, state, j, R, CONSTANT, BF)
+    """Z [features, BDV] and k of these features of one head; 0 outside."""
+    z = load_rows(Z + state * (R + CONSTANT) * DV, rows, in_rows, DV, BDV)
+    return z, k_rows(k_state, state, rows, in_rows, R, CONSTANT)
 
 
 @triton.jit
@@ -139,41 +142,51 @@ def attend_blocks(
 
 @triton.jit
 def elu_prefix(
-    x, like: tl.constexpr, Z_blocks, Z, k_state, state, head_dim, factor,
-    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    x1, x2, like: tl.constexpr, Z_blocks, Z, k_state, state, one, factor,
+    D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """phi(x) Z [BM, BDV], their scale to base 2 and phi(x) k [BM], without e^b."""
     z_one, k_one = constant_row(Z, k_state, state, D, DV, CONSTANT, BDV)
-    k = k_block(k_state, state, 0, D, CONSTANT, BD)
     phi_Z = tl.zeros([BM, BDV], tl.float32) + z_one[None, :]
     phi_k = tl.zeros([BM], tl.float32) + k_one
+    p = tl.arange(0, BH)
     # A loop of one round: its memory, for Z, is free again before K and V take theirs.
-    for j in tl.range(0, head_dim, BD, num_stages=1):
-        z = Z_blocks.load([state, j, 0]).reshape([BD, BDV])
-        phi = elu_features(x * factor, tl.arange(0, BD), D, BD)
-        phi_k += tl.sum(phi * k[None, :], 1)
-        phi_Z = dot(phi.to(z.dtype), z, phi_Z)
+    for j in tl.range(0, one, 1, num_stages=1):
+        z1 = Z_blocks.load([state, j, 0]).reshape([BH, BDV])
+        z2 = Z_blocks.load([state, j + D // 2, 0]).reshape([BH, BDV])
+        phi1, phi2 = elu_features(x1 * factor, p, D, BH), elu_features(x2 * factor, p, D, BH)
+        phi_k += tl.sum(phi1 * k_rows(k_state, state, p, p < D // 2, D, CONSTANT)[None, :], 1)
+        phi_k += tl.sum(phi2 * k_rows(k_state, state, p + D // 2, p < D // 2, D, CONSTANT)[None, :], 1)
+        phi_Z = dot(phi2.to(z2.dtype), z2, dot(phi1.to(z1.dtype), z1, phi_Z))
     return phi_Z, tl.zeros([BM], tl.float32), phi_k
 
 
 @triton.jit
-def random_exponents(x, w, features, factor, R: tl.constexpr, like: tl.constexpr, ROTATED: tl.constexpr):
-    """w_i.x of positive random features, x [rows, d] against w [BF, d]; -inf in the padding behind R.
+def random_exponents(x, w, s, like: tl.constexpr, ROTATED: tl.constexpr):
+    """s + x w^T of x [rows, BH] and directions w [BF, BH] in float32, for positive random features.
 
     In two parts, high and low, since an exponent must not have the rounding of bf16; x is of bf16 unless it was turned.
     """
     w_high, x_high = w.to(like), x.to(like)
-    s = dot(x_high, (w - w_high.to(tl.float32)).to(like).T, dot(x_high, w_high.T))
+    s = dot(x_high, (w - w_high.to(tl.float32)).to(like).T, dot(x_high, w_high.T, s))
     if ROTATED > 0:
         s = dot((x - x_high.to(tl.float32)).to(like), w_high.T, s)
+    return s
+
+
+@triton.jit
+def random_logits(x1, x2, w1, w2, features, factor, R: tl.constexpr, like: tl.constexpr, ROTATED: tl.constexpr):
+    """The exponents w_i.x of both parts of the numbers; -inf in the padding behind R."""
+    s = random_exponents(x1, w1, tl.zeros([x1.shape[0], w1.shape[0]], tl.float32), like, ROTATED)
+    s = random_exponents(x2, w2, s, like, ROTATED)
     return tl.where((features < R)[None, :], s * factor, float("-inf"))
 
 
 @triton.jit
-def random_norm(x, factor, R: tl.constexpr):
+def random_norm(x1, x2, factor, R: tl.constexpr):
     """|x|^2 / 2 + log(r) / 2, what every exponent of positive random features lacks."""
-    x = x * factor
-    return 0.5 * (tl.sum(x * x, 1) + tl.log(tl.full([], R, tl.float32)))
+    squares = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
+    return 0.5 * (squares * factor * factor + tl.log(tl.full([], R, tl.float32)))
 
 
 @triton.jit
@@ -188,21 +201,22 @@ def add_features(acc, peak, mass, s, z, k):
 
 @triton.jit
 def random_prefix(
-    x, like: tl.constexpr, W, Z_blocks, Z, k_state, state, factor,
-    R: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr,
-    BM: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+    x1, x2, like: tl.constexpr, W, Z_blocks, Z, k_state, state, factor,
+    R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The same as `elu_prefix` for positive random features, which are like keys: an online softmax over them."""
     z_one, k_one = constant_row(Z, k_state, state, R, DV, CONSTANT, BDV)
     acc = tl.zeros([BM, BDV], tl.float32) + z_one[None, :]
     mass = tl.zeros([BM], tl.float32) + k_one
-    norm = random_norm(x, factor, R) * LOG2E
+    norm = random_norm(x1, x2, factor, R) * LOG2E
     peak = norm if CONSTANT else tl.zeros([BM], tl.float32) + NOTHING  # the feature 1 lacks nothing
     for j in tl.range(0, R, BF, num_stages=1):
-        w = W.load([j, 0])
-        s = random_exponents(x, w, j + tl.arange(0, BF), factor * LOG2E, R, like, ROTATED)
+        f = j + tl.arange(0, BF)
+        w1, w2 = load_rows(W, f, f < R, D // 2, BH), load_rows(W + R * (D // 2), f, f < R, D // 2, BH)
+        s = random_logits(x1, x2, w1, w2, f, factor * LOG2E, R, like, ROTATED)
         z = Z_blocks.load([state, j, 0]).reshape([BF, BDV])
-        acc, peak, mass = add_features(acc, peak, mass, s, z, k_block(k_state, state, j, R, CONSTANT, BF))
+        acc, peak, mass = add_features(acc, peak, mass, s, z, k_rows(k_state, state, f, f < R, R, CONSTANT))
     return acc, peak - norm, mass
 
 
@@ -239,25 +253,12 @@ def attend_cache(
 
 
 @triton.jit
-def unrotated_block(
-    Q, Table, tokens, L, in_rows, f, D: tl.constexpr, ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
-):  # fmt: skip
-    """The numbers f of the queries that Q points at, their rotary positions undone, in float32."""
-    mask = in_rows[:, None] & (f < D)[None, :]
-    x = tl.load(Q + f[None, :], mask=mask, other=0.0).to(tl.float32)
-    if ROTATED > 0:
-        other = tl.load(Q + partner(f, ROTATED, WIDTH, START)[None, :], mask=mask, other=0.0)
-        x = turned_with(x, other, Table, tokens, L, f, False, ROTATED, WIDTH, START)
-    return x
-
-
-@triton.jit
 def elu_part(
-    Q, Table, tokens, L, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+    Q, Table, tokens, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
     D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr, WIDTH: tl.constexpr,
-    START: tl.constexpr, ROWS: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+    START: tl.constexpr, ROWS: tl.constexpr, BDV: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """The prefixes of all query heads of one KV head: phi(q) Z, b to base 2 and phi(q) k of each row."""
+    """The prefixes of all query heads of one KV head: phi(x) Z, b to base 2 and phi(x) k of each row."""
     acc = tl.zeros([ROWS, BDV], tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     peak = tl.zeros([ROWS], tl.float32)
@@ -268,29 +269,31 @@ def elu_part(
         acc += tl.where(mine[:, None], z_one[None, :], 0.0)
         mass += tl.where(mine, k_one, 0.0)
         peak += tl.where(mine, tl.load(b_state + state).to(tl.float32) * LOG2E, 0.0)
-        for j in tl.range(0, D, BF, num_stages=1):
-            f = j + tl.arange(0, BF)
-            x = unrotated_block(Q, Table, tokens, L, in_rows, f, D, ROTATED, WIDTH, START)
-            phi = tl.where(mine[:, None], elu_features(x * factor, f, D, BF), 0.0)
-            z, k = state_rows(Z, k_state, state, j, D, DV, CONSTANT, BF, BDV)
-            z = for_dot(z, Q.dtype.element_ty)
-            mass += tl.sum(phi * k[None, :], 1)
-            acc = dot(phi.to(z.dtype), z, acc)
+        for j in tl.range(0, D // 2, BH, num_stages=1):
+            p = j + tl.arange(0, BH)
+            x1, x2 = load_pairs(Q, Table, tokens, in_rows, p, D, ROTATED, WIDTH, START)
+            first, second = members(p, D, ROTATED, WIDTH, START)
+            phi1 = tl.where(mine[:, None], elu_features(x1 * factor, p, D, BH), 0.0)
+            phi2 = tl.where(mine[:, None], elu_features(x2 * factor, p, D, BH), 0.0)
+            z1, k1 = state_rows(Z, k_state, state, first, p < D // 2, D, DV, CONSTANT, BDV)
+            z2, k2 = state_rows(Z, k_state, state, second, p < D // 2, D, DV, CONSTANT, BDV)
+            z1, z2 = for_dot(z1, Q.dtype.element_ty), for_dot(z2, Q.dtype.element_ty)
+            mass += tl.sum(phi1 * k1[None, :], 1) + tl.sum(phi2 * k2[None, :], 1)
+            acc = dot(phi2.to(z2.dtype), z2, dot(phi1.to(z1.dtype), z1, acc))
     return acc, peak, mass
 
 
 @triton.jit
 def random_part(
-    x, like: tl.constexpr, W, Z, k_state, b_state, h, h_kv, heads_per_kv, heads_per_state, factor,
+    x1, x2, like: tl.constexpr, W, Z, k_state, b_state, h, h_kv, heads_per_kv, heads_per_state, factor,
     R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr,
-    ROWS: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+    ROWS: tl.constexpr, BH: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """The same for positive random features."""
-    d = tl.arange(0, BD)
     acc = tl.zeros([ROWS, BDV], tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     log_scale = tl.zeros([ROWS], tl.float32)
-    norm = random_norm(x, factor, R) * LOG2E
+    norm = random_norm(x1, x2, factor, R) * LOG2E
     peak = norm if CONSTANT else tl.zeros([ROWS], tl.float32) + NOTHING
     states = heads_per_kv // heads_per_state
     for state in tl.range(h_kv * states, (h_kv + 1) * states, num_stages=1):
@@ -301,31 +304,31 @@ def random_part(
         log_scale += tl.where(mine, tl.load(b_state + state).to(tl.float32) * LOG2E, 0.0)
         for j in tl.range(0, R, BF, num_stages=1):
             f = j + tl.arange(0, BF)
-            w = tl.load(W + f[:, None] * D + d[None, :], mask=(f < R)[:, None] & (d < D)[None, :], other=0.0)
-            s = random_exponents(x, w, f, factor * LOG2E, R, like, ROTATED)
+            w1, w2 = load_rows(W, f, f < R, D // 2, BH), load_rows(W + R * (D // 2), f, f < R, D // 2, BH)
+            s = random_logits(x1, x2, w1, w2, f, factor * LOG2E, R, like, ROTATED)
             s = tl.where(mine[:, None], s, float("-inf"))
-            z, k = state_rows(Z, k_state, state, j, R, DV, CONSTANT, BF, BDV)
+            z, k = state_rows(Z, k_state, state, f, f < R, R, DV, CONSTANT, BDV)
             acc, peak, mass = add_features(acc, peak, mass, s, for_dot(z, like), k)
     return acc, log_scale + peak - norm, mass
 
 
 @triton.jit
 def prefix_part(
-    Q, Table, tokens, L, W, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+    Q, Table, tokens, W, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
     RANDOM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr,
     ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
-    ROWS: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
+    ROWS: tl.constexpr, BH: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     if RANDOM:
-        x = unrotated_block(Q, Table, tokens, L, in_rows, tl.arange(0, BD), D, ROTATED, WIDTH, START)
+        x1, x2 = load_pairs(Q, Table, tokens, in_rows, tl.arange(0, BH), D, ROTATED, WIDTH, START)
         return random_part(
-            x, Q.dtype.element_ty, W, Z, k_state, b_state, h, h_kv, heads_per_kv, heads_per_state, factor,
-            R, D, DV, CONSTANT, ROTATED, ROWS, BD, BDV, BF,
+            x1, x2, Q.dtype.element_ty, W, Z, k_state, b_state, h, h_kv, heads_per_kv, heads_per_state, factor,
+            R, D, DV, CONSTANT, ROTATED, ROWS, BH, BDV, BF,
         )  # fmt: skip
     else:
         return elu_part(
-            Q, Table, tokens, L, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
-            D, DV, CONSTANT, ROTATED, WIDTH, START, ROWS, BDV, BF,
+            Q, Table, tokens, Z, k_state, b_state, in_rows, h, h_kv, heads_per_kv, heads_per_state, factor,
+            D, DV, CONSTANT, ROTATED, WIDTH, START, ROWS, BDV, BH,
         )  # fmt: skip
 
 
