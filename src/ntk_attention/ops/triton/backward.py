@@ -6,7 +6,7 @@ The arguments are explained in tiles.py.
 import triton
 import triton.language as tl
 
-from .pairs import load_halves, load_rows, turned
+from .pairs import cut, features_of, joined, load_halves, load_rows, turned
 from .tiles import (
     LOG2E,
     compiled,
@@ -25,18 +25,6 @@ def add_half(Grad_x, b, h, start, place, addend, BM: tl.constexpr, BH: tl.conste
     Grad_x.store([b, h, start, place], x.to(Grad_x.dtype).reshape([1, 1, BM, BH]))
 
 
-@triton.jit
-def half_of_features(x, k, z_grad, delta, w, p, D: tl.constexpr, BH: tl.constexpr):
-    """w phi and dphi/dx w dphi of one number x of each pair, transposed [BH, rows]; z_grad is Z dout^T."""
-    # Nothing is added; but the features are then computed where the products need them, in registers.
-    x += 0.0 * z_grad
-    w_phi = tl.where(x < 0, tl.math.exp2(x * LOG2E), x + 1) * w[None, :]
-    if D // 2 % BH != 0:
-        w_phi = tl.where((p < D // 2)[:, None], w_phi, 0.0)
-    grad_x = (z_grad - delta[None, :] * k[:, None]) * tl.where(x < 0, w_phi, w[None, :])
-    return w_phi, grad_x
-
-
 @compiled
 def prefix_backward(
     Grad, Out, X_blocks, Table_blocks, Grad_x, Z, k_state, b_state, Lse, Grad_Z, Grad_k,
@@ -48,21 +36,19 @@ def prefix_backward(
     """What the prefix adds to the gradient of q, and its own; everything transposed, features in rows.
 
     With w = exp(b - lse) and delta = rowsum(dout * out): dphi = w (dout Z^T - delta k), dZ = phi^T (w dout),
-    dk = -phi^T (w delta). In Grad_x the halves of a head are GRAD_HALF numbers apart. Each split of the rows writes its own sums, so that the result does not depend on an order.
+    dk = -phi^T (w delta). In Grad_x the halves of a head are GRAD_HALF numbers apart. Each split of the rows writes its
+    own sums, so that the result does not depend on an order.
     """
     j = tl.program_id(0) * BH
     state = tl.program_id(1)
     split = tl.program_id(2)
-    p = j + tl.arange(0, BH)
+    f, is_own = features_of(j, D, BH)
     v = tl.arange(0, BDV)
-    z1, k1 = state_rows(Z, k_state, state, p, p < D // 2, D, DV, CONSTANT, BDV)
-    z2, k2 = state_rows(Z, k_state, state, p + D // 2, p < D // 2, D, DV, CONSTANT, BDV)
-    z1, z2 = for_dot(z1, Grad.dtype), for_dot(z2, Grad.dtype)
+    z, k = state_rows(Z, k_state, state, f, is_own, D, DV, CONSTANT, BDV)
+    z = for_dot(z, Grad.dtype)
     log_scale = tl.load(b_state + state).to(tl.float32)
-    grad_Z1 = tl.zeros([BH, BDV], tl.float32)
-    grad_Z2 = tl.zeros([BH, BDV], tl.float32)
-    grad_k1 = tl.zeros([BH], tl.float32)
-    grad_k2 = tl.zeros([BH], tl.float32)
+    grad_Z = tl.zeros([2 * BH, BDV], tl.float32)
+    grad_k = tl.zeros([2 * BH], tl.float32)
     grad_z_one = tl.zeros([16, BDV], tl.float32)
     grad_k_one = tl.zeros([BM], tl.float32)
     blocks = tl.cdiv(L, BM)
@@ -76,33 +62,33 @@ def prefix_backward(
         grad = Grad.load([b, h, start, 0]).reshape([BM, BDV])
         out = Out.load([b, h, start, 0]).reshape([BM, BDV])
         x1, x2, cos, sin = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, j, D, ROTATED, BM, BH)
+        turned1, turned2 = turned(x1, x2, cos, sin, ROTATED, False)
+        x = joined(turned1.to(Grad.dtype), turned2.to(Grad.dtype), BM, BH).T.to(tl.float32) * factor
         lse = tl.load(Lse + (b.to(tl.int64) * H + h) * L + rows, mask=rows < L, other=float("inf"))
         w = tl.exp(log_scale - lse)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        grad_T = grad.to(z1.dtype).T
-        w_phi1, grad_x1 = half_of_features(x1.T * factor, k1, dot(z1, grad_T), delta, w, p, D, BH)
-        w_phi2, grad_x2 = half_of_features(x2.T * factor, k2, dot(z2, grad_T), delta, w, p, D, BH)
-        grad_k1 -= tl.sum(w_phi1 * delta[None, :], 1)
-        grad_k2 -= tl.sum(w_phi2 * delta[None, :], 1)
-        grad_Z1 = dot(w_phi1.to(z1.dtype), grad.to(z1.dtype), grad_Z1)
-        grad_Z2 = dot(w_phi2.to(z2.dtype), grad.to(z2.dtype), grad_Z2)
+        z_grad = dot(z, grad.to(z.dtype).T)
+        # Nothing is added; but the features are then computed where the products need them, in registers.
+        x += 0.0 * z_grad
+        w_phi = tl.where(x < 0, tl.math.exp2(x * LOG2E), x + 1) * w[None, :]
+        if D // 2 % BH != 0:
+            w_phi = tl.where(is_own[:, None], w_phi, 0.0)
+        grad_k -= tl.sum(w_phi * delta[None, :], 1)
+        grad_Z = dot(w_phi.to(z.dtype), grad.to(z.dtype), grad_Z)
         if CONSTANT:
             w_grad = grad.to(tl.float32) * w[:, None]
             grad_z_one += tl.sum(w_grad.reshape([BM // 16, 16, BDV]), 0)  # over the rows that one thread holds
             grad_k_one -= w * delta
         if ADD_TO_GRAD:
-            grad_x1, grad_x2 = grad_x1.T, grad_x2.T
-            if ROTATED > 0:
-                grad_x1, grad_x2 = turned(grad_x1, grad_x2, cos, sin, True)
-            add_half(Grad_x, b, h, start, j, factor * grad_x1, BM, BH)
-            add_half(Grad_x, b, h, start, j + GRAD_HALF, factor * grad_x2, BM, BH)
+            grad_x = (z_grad - delta[None, :] * k[:, None]) * tl.where(x < 0, w_phi, w[None, :])
+            grad_x1, grad_x2 = cut((factor * grad_x).T, BM, BH)
+            grad_x1, grad_x2 = turned(grad_x1, grad_x2, cos, sin, ROTATED, True)
+            add_half(Grad_x, b, h, start, j, grad_x1, BM, BH)
+            add_half(Grad_x, b, h, start, j + GRAD_HALF, grad_x2, BM, BH)
     Grad_Z += split.to(tl.int64) * stride_split + state * (D + CONSTANT) * DV
     Grad_k += split.to(tl.int64) * stride_split + state * (D + CONSTANT)
-    is_own = (p < D // 2)[:, None] & (v < DV)[None, :]
-    tl.store(Grad_Z + p[:, None] * DV + v[None, :], grad_Z1, mask=is_own)
-    tl.store(Grad_Z + (p + D // 2)[:, None] * DV + v[None, :], grad_Z2, mask=is_own)
-    tl.store(Grad_k + p, grad_k1, mask=p < D // 2)
-    tl.store(Grad_k + p + D // 2, grad_k2, mask=p < D // 2)
+    tl.store(Grad_Z + f[:, None] * DV + v[None, :], grad_Z, mask=is_own[:, None] & (v < DV)[None, :])
+    tl.store(Grad_k + f, grad_k, mask=is_own)
     if CONSTANT and j == 0:
         tl.store(Grad_Z + D * DV + v, tl.sum(grad_z_one, 0), mask=v < DV)
         tl.store(Grad_k + D, tl.sum(grad_k_one, 0))
@@ -136,7 +122,8 @@ def random_backward(
         rows = start + tl.arange(0, BM)
         grad = Grad.load([b, h, start, 0]).reshape([BM, BDV])
         out = Out.load([b, h, start, 0]).reshape([BM, BDV])
-        x1, x2, _, _ = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, 0, D, ROTATED, BM, BH)
+        x1, x2, cos, sin = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, 0, D, ROTATED, BM, BH)
+        x1, x2 = turned(x1, x2, cos, sin, ROTATED, False)
         lse = tl.load(Lse + (b.to(tl.int64) * H + h) * L + rows, mask=rows < L, other=float("inf"))
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
         s = random_logits(x1, x2, w1, w2, f, factor, R, grad.dtype, ROTATED)
@@ -173,6 +160,7 @@ def random_grad_query(
     grad = Grad.load([b, h, start, 0]).reshape([BM, BDV])
     out = Out.load([b, h, start, 0]).reshape([BM, BDV])
     x1, x2, cos, sin = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, 0, D, ROTATED, BM, BH)
+    x1, x2 = turned(x1, x2, cos, sin, ROTATED, False)
     lse = tl.load(Lse + bh.to(tl.int64) * L + rows, mask=rows < L, other=float("inf"))
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     log_w = tl.load(b_state + state).to(tl.float32) - lse - random_norm(x1, x2, factor, R)
@@ -191,7 +179,6 @@ def random_grad_query(
         grad_x2 = dot(grad_s.to(grad.dtype), w2.to(grad.dtype), grad_x2)
     grad_x1 -= total[:, None] * x1 * factor
     grad_x2 -= total[:, None] * x2 * factor
-    if ROTATED > 0:
-        grad_x1, grad_x2 = turned(grad_x1, grad_x2, cos, sin, True)
+    grad_x1, grad_x2 = turned(grad_x1, grad_x2, cos, sin, ROTATED, True)
     add_half(Grad_x, b, h, start, 0, factor * grad_x1, BM, BH)
     add_half(Grad_x, b, h, start, GRAD_HALF, factor * grad_x2, BM, BH)

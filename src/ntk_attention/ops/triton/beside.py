@@ -29,7 +29,7 @@ def turn_rows(
     is_rotated = mask & (p < ROTATED // 2)[None, :]
     cos = tl.load(angles, mask=is_rotated, other=1.0)
     sin = tl.load(angles + ROTATED // 2, mask=is_rotated, other=0.0)
-    x1, x2 = turned(x1, x2, cos, sin, FORWARD)
+    x1, x2 = turned(x1, x2, cos, sin, ROTATED, FORWARD)
     out = head_of(Out, b, h, stride_ob, stride_oh) + rows.to(tl.int64)[:, None] * (stride_ol * UNIT)
     if ADD:
         x1 += tl.load(out + first[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -5,7 +5,7 @@ The arguments are explained in tiles.py.
 
 import triton.language as tl
 
-from .pairs import load_halves
+from .pairs import load_halves, turned
 from .tiles import (
     LOG2E,
     NOTHING,
@@ -42,7 +42,8 @@ def fused_forward(
     rows = i * BM + tl.arange(0, BM)
     q = Q.load([b, h, i * BM, 0]).reshape([BM, BD])
     log_scale = tl.load(b_state + state).to(tl.float32) * LOG2E
-    x1, x2, _, _ = load_halves(X_blocks, Table_blocks, b, b * table_step, h, i * BM, 0, D, ROTATED, BM, BH)
+    x1, x2, cos, sin = load_halves(X_blocks, Table_blocks, b, b * table_step, h, i * BM, 0, D, ROTATED, BM, BH)
+    x1, x2 = turned(x1, x2, cos, sin, ROTATED, False)
     if RANDOM:
         phi_Z, peak, phi_k = random_prefix(
             x1, x2, q.dtype, W, Z_blocks, Z, k_state, state, factor, R, D, DV, CONSTANT, ROTATED, BM, BH, BDV, BF
@@ -112,7 +113,8 @@ def merge_prefix(
         t = B * blocks - 1 - step  # backwards: what was written last is still in the cache
         b, start = first + t // blocks, t % blocks * BM
         rows = start + tl.arange(0, BM)
-        x1, x2, _, _ = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, 0, D, ROTATED, BM, BH)
+        x1, x2, cos, sin = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, 0, D, ROTATED, BM, BH)
+        x1, x2 = turned(x1, x2, cos, sin, ROTATED, False)
         context = Context.load([b, h, start, 0]).reshape([BM, BDV])
         lse_rows = Lse + (b.to(tl.int64) * H + h) * L + rows
         lse = tl.load(lse_rows, mask=rows < L, other=0.0)

@@ -22,26 +22,30 @@ def head_of(X, b, h, stride_b, stride_h):
 def members(p, D: tl.constexpr, ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr):
     """Where the first and the second numbers of the pairs p stand in a head."""
     if ROTATED == 0 or (ROTATED == D and WIDTH == D):
-        return p, p + D // 2
-    first = p // (WIDTH // 2) * WIDTH + p % (WIDTH // 2) + START
-    second = first + WIDTH // 2
-    other_first = p - ROTATED // 2
-    other_second = other_first + (D - ROTATED) // 2
-    other_first = tl.where(other_first < START, other_first, other_first + ROTATED)
-    other_second = tl.where(other_second < START, other_second, other_second + ROTATED)
-    is_rotated = p < ROTATED // 2
-    return tl.where(is_rotated, first, other_first), tl.where(is_rotated, second, other_second)
+        first, second = p, p + D // 2
+    else:
+        first = p // (WIDTH // 2) * WIDTH + p % (WIDTH // 2) + START
+        second = first + WIDTH // 2
+        other_first = p - ROTATED // 2
+        other_second = other_first + (D - ROTATED) // 2
+        other_first = tl.where(other_first < START, other_first, other_first + ROTATED)
+        other_second = tl.where(other_second < START, other_second, other_second + ROTATED)
+        first = tl.where(p < ROTATED // 2, first, other_first)
+        second = tl.where(p < ROTATED // 2, second, other_second)
+    return first, second
 
 
 @triton.jit
-def turned(x1, x2, cos, sin, FORWARD: tl.constexpr):
+def turned(x1, x2, cos, sin, ROTATED: tl.constexpr, FORWARD: tl.constexpr):
     """Both tiles in float32, with every pair turned back by its angle, or FORWARD, without the angle's scale."""
-    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
-    norm = 1 / tl.maximum(cos * cos + sin * sin, 1e-30)
-    cos, sin = cos * norm, sin * norm
-    if FORWARD:
-        sin = -sin
-    return cos * x1 + sin * x2, cos * x2 - sin * x1
+    if ROTATED > 0:
+        cos, sin = cos.to(tl.float32), sin.to(tl.float32)
+        norm = 1 / tl.maximum(cos * cos + sin * sin, 1e-30)
+        cos, sin = cos * norm, sin * norm
+        if FORWARD:
+            sin = -sin
+        x1, x2 = cos * x1 + sin * x2, cos * x2 - sin * x1
+    return x1, x2
 
 
 @triton.jit
@@ -58,15 +62,38 @@ def load_halves(
     X_blocks, Table_blocks, b, table_b, h, start, j,
     D: tl.constexpr, ROTATED: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of these numbers, turned back, and the cosines and sines of their angles (themselves without any)."""
+    """Both halves of these numbers, to be turned back with the cosines and sines of their angles.
+
+    With ROTATED = 0 there are none, and the numbers stand for them.
+    """
     x1 = load_half(X_blocks, b, h, start, 0, j, D, BM, BH)
     x2 = load_half(X_blocks, b, h, start, 1, j, D, BM, BH)
-    if ROTATED == 0:
-        return x1, x2, x1, x2
-    cos = Table_blocks.load([table_b, start, j]).reshape([BM, BH])
-    sin = Table_blocks.load([table_b, start, j + D // 2]).reshape([BM, BH])
-    x1, x2 = turned(x1, x2, cos, sin, False)
+    if ROTATED > 0:
+        cos = Table_blocks.load([table_b, start, j]).reshape([BM, BH]).to(tl.float32)
+        sin = Table_blocks.load([table_b, start, j + D // 2]).reshape([BM, BH]).to(tl.float32)
+    else:
+        cos, sin = x1, x2
     return x1, x2, cos, sin
+
+
+@triton.jit
+def features_of(j, D: tl.constexpr, BH: tl.constexpr):
+    """The numbers of the pairs j ... j + BH of a head, all first members, then all second ones; and which there are."""
+    i = tl.arange(0, 2 * BH)
+    p = j + i % BH
+    return p + i // BH * (D // 2), p < D // 2
+
+
+@triton.jit
+def joined(x1, x2, BM: tl.constexpr, BH: tl.constexpr):
+    """[BM, BH] and [BM, BH] side by side."""
+    return tl.join(x1, x2).permute(0, 2, 1).reshape([BM, 2 * BH])
+
+
+@triton.jit
+def cut(x, BM: tl.constexpr, BH: tl.constexpr):
+    """The two of which `joined` made x."""
+    return x.reshape([BM, 2, BH]).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -84,7 +111,7 @@ def load_pairs(
         mask = in_rows[:, None] & (p < ROTATED // 2)[None, :]
         cos = tl.load(angles, mask=mask, other=1.0)
         sin = tl.load(angles + ROTATED // 2, mask=mask, other=0.0)
-        x1, x2 = turned(x1, x2, cos, sin, False)
+        x1, x2 = turned(x1, x2, cos, sin, ROTATED, False)
     return x1, x2
 
 
