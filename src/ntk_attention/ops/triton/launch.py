@@ -27,6 +27,8 @@ if triton is not None:
     turn_kernel = Launcher(beside.turn_rows)
 if forward_sm90 is not None:
     sm90_kernel = Launcher(forward_sm90.fused_forward)
+    from . import forward_ws
+    ws_kernel = Launcher(forward_ws.fused_forward)
 
 
 class Sizes(NamedTuple):
@@ -55,7 +57,7 @@ def forward_sizes(head_dim: int, length: int, is_masked: bool) -> Sizes:
 
 
 def sm90_sizes(head_dim: int, length: int) -> Sizes:
-    return Sizes(rows=64, columns=64, warps=4, stages=3 if head_dim == 128 and length > 1024 else 2)
+    return Sizes(rows=128, columns=128 if head_dim == 128 else 128, warps=4, stages=2, registers=240)
 
 
 def random_sizes() -> Sizes:
@@ -161,17 +163,29 @@ def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tens
     constant, is_mixed = state.constant, state.rows is not None
     if sm90:
         sizes = sm90_sizes(d, L)
-        x, y = (1, 1, sizes.rows, d), (1, 1, sizes.columns, d)
-        blocks = zip((query, key, value, Z_product[None], out), (x, y, y, y, x), strict=True)
         table = lse if state.table is None else contiguous(state.table)
         stride_t = 0 if state.table is None or len(table) == 1 else table.stride(0)
-        sm90_kernel(
-            (ceil_div(L, sizes.rows), B * H, 1),
+        if sizes.programs < 0:
+            x, y = (1, 1, sizes.rows, d), (1, 1, sizes.columns, d)
+            blocks = zip((query, key, value, Z_product[None], out), (x, y, y, y, x), strict=True)
+            sm90_kernel(
+                (ceil_div(L, sizes.rows), B * H, 1),
+                [gluon_descriptor(tensor, block) for tensor, block in blocks],
+                (own.Z, own.k, own.log_scale, own.index, table, lse),
+                (stride_t, *heads, L, S, scale, state.factor),
+                (d, constant, state.table is not None, is_mixed, is_causal, sizes.rows, sizes.columns, sizes.stages),
+                sizes.options,
+            )
+            return out, lse
+        x, y = (1, 1, sizes.rows // 2, d), (1, 1, sizes.columns, d)
+        blocks = zip((query, key, value, Z_product[None], out), (x, y, y, y, x), strict=True)
+        ws_kernel(
+            (min(_multiprocessors(query), ceil_div(L, sizes.rows) * B * H), 1, 1),
             [gluon_descriptor(tensor, block) for tensor, block in blocks],
             (own.Z, own.k, own.log_scale, own.index, table, lse),
-            (stride_t, *heads, L, S, scale, state.factor),
-            (d, constant, state.table is not None, is_mixed, is_causal, sizes.rows, sizes.columns, sizes.stages),
-            sizes.options,
+            (stride_t, B, *heads, L, S, scale, state.factor),
+            (d, constant, state.table is not None, is_mixed, is_causal, sizes.rows, sizes.columns, sizes.stages, sizes.registers),
+            Options(4),
         )
         return out, lse
     is_random = state.W is not None
