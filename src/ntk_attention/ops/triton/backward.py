@@ -19,10 +19,10 @@ from .tiles import (
 
 
 @triton.jit
-def add_half(Grad_x, b, h, start, place, addend, BM: tl.constexpr, BH: tl.constexpr):
-    """Add [BM, BH] to what Grad_x holds from `place` on in each head."""
-    x = Grad_x.load([b, h, start, place]).reshape([BM, BH]).to(tl.float32) + addend
-    Grad_x.store([b, h, start, place], x.to(Grad_x.dtype).reshape([1, 1, BM, BH]))
+def add_block(Grad_x, b, h, start, place, addend, BM: tl.constexpr, BF: tl.constexpr):
+    """Add [BM, BF] to what Grad_x holds from `place` on in each head."""
+    x = Grad_x.load([b, h, start, place]).reshape([BM, BF]).to(tl.float32) + addend
+    Grad_x.store([b, h, start, place], x.to(Grad_x.dtype).reshape([1, 1, BM, BF]))
 
 
 @compiled
@@ -30,14 +30,15 @@ def prefix_backward(
     Grad, Out, X_blocks, Table_blocks, Grad_x, Z, k_state, b_state, Lse, Grad_Z, Grad_k,
     stride_split, table_step, B, H, heads_per_state, L, factor,
     D: tl.constexpr, DV: tl.constexpr, CONSTANT: tl.constexpr, ROTATED: tl.constexpr,
-    ADD_TO_GRAD: tl.constexpr, GRAD_HALF: tl.constexpr,
+    ADD_TO_GRAD: tl.constexpr, GRAD_HALF: tl.constexpr, WHOLE: tl.constexpr,
     BM: tl.constexpr, BDV: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What the prefix adds to the gradient of q, and its own; everything transposed, features in rows.
 
     With w = exp(b - lse) and delta = rowsum(dout * out): dphi = w (dout Z^T - delta k), dZ = phi^T (w dout),
-    dk = -phi^T (w delta). In Grad_x the halves of a head are GRAD_HALF numbers apart. Each split of the rows writes its
-    own sums, so that the result does not depend on an order.
+    dk = -phi^T (w delta). Blocks of X_blocks and Grad_x are WHOLE heads, where these need not be turned, or halves of
+    heads; these are GRAD_HALF numbers apart in Grad_x. Each split of the rows writes its own sums, so that the result
+    does not depend on an order.
     """
     j = tl.program_id(0) * BH
     state = tl.program_id(1)
@@ -61,9 +62,12 @@ def prefix_backward(
         rows = start + tl.arange(0, BM)
         grad = Grad.load([b, h, start, 0]).reshape([BM, BDV])
         out = Out.load([b, h, start, 0]).reshape([BM, BDV])
-        x1, x2, cos, sin = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, j, D, ROTATED, BM, BH)
-        turned1, turned2 = turned(x1, x2, cos, sin, ROTATED, False)
-        x = joined(turned1.to(Grad.dtype), turned2.to(Grad.dtype), BM, BH).T.to(tl.float32) * factor
+        if WHOLE:
+            x = X_blocks.load([b, h, start, 0]).reshape([BM, 2 * BH]).T.to(tl.float32) * factor
+        else:
+            x1, x2, cos, sin = load_halves(X_blocks, Table_blocks, b, b * table_step, h, start, j, D, ROTATED, BM, BH)
+            x1, x2 = turned(x1, x2, cos, sin, ROTATED, False)
+            x = joined(x1.to(Grad.dtype), x2.to(Grad.dtype), BM, BH).T.to(tl.float32) * factor
         lse = tl.load(Lse + (b.to(tl.int64) * H + h) * L + rows, mask=rows < L, other=float("inf"))
         w = tl.exp(log_scale - lse)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
@@ -81,10 +85,14 @@ def prefix_backward(
             grad_k_one -= w * delta
         if ADD_TO_GRAD:
             grad_x = (z_grad - delta[None, :] * k[:, None]) * tl.where(x < 0, w_phi, w[None, :])
-            grad_x1, grad_x2 = cut((factor * grad_x).T, BM, BH)
-            grad_x1, grad_x2 = turned(grad_x1, grad_x2, cos, sin, ROTATED, True)
-            add_half(Grad_x, b, h, start, j, grad_x1, BM, BH)
-            add_half(Grad_x, b, h, start, j + GRAD_HALF, grad_x2, BM, BH)
+            grad_x = (factor * grad_x).T
+            if WHOLE:
+                add_block(Grad_x, b, h, start, 0, grad_x, BM, 2 * BH)
+            else:
+                grad_x1, grad_x2 = cut(grad_x.to(Grad.dtype), BM, BH)
+                grad_x1, grad_x2 = turned(grad_x1.to(tl.float32), grad_x2.to(tl.float32), cos, sin, ROTATED, True)
+                add_block(Grad_x, b, h, start, j, grad_x1, BM, BH)
+                add_block(Grad_x, b, h, start, j + GRAD_HALF, grad_x2, BM, BH)
     Grad_Z += split.to(tl.int64) * stride_split + state * (D + CONSTANT) * DV
     Grad_k += split.to(tl.int64) * stride_split + state * (D + CONSTANT)
     tl.store(Grad_Z + f[:, None] * DV + v[None, :], grad_Z, mask=is_own[:, None] & (v < DV)[None, :])
@@ -180,5 +188,5 @@ def random_grad_query(
     grad_x1 -= total[:, None] * x1 * factor
     grad_x2 -= total[:, None] * x2 * factor
     grad_x1, grad_x2 = turned(grad_x1, grad_x2, cos, sin, ROTATED, True)
-    add_half(Grad_x, b, h, start, 0, factor * grad_x1, BM, BH)
-    add_half(Grad_x, b, h, start, GRAD_HALF, factor * grad_x2, BM, BH)
+    add_block(Grad_x, b, h, start, 0, factor * grad_x1, BM, BH)
+    add_block(Grad_x, b, h, start, GRAD_HALF, factor * grad_x2, BM, BH)

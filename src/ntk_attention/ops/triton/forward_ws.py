@@ -74,12 +74,13 @@ def fill(X, b, h, n, buffer, ready):
 
 @gluon.jit
 def load_tiles(
-    Q, K, V, Z_blocks, Index, q, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-    items, tiles, H, heads_per_kv, heads_per_state, S,
-    MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    Q, K, V, Z_blocks, Table, Index, q, angles, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
+    items, tiles, table_step, H, heads_per_kv, heads_per_state, S,
+    ROTATED: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """All loads of a program, in the order in which the groups ask for them."""
     HALF: gl.constexpr = BM // 2
+    BYTES: gl.constexpr = Q.block_type.nbytes + (Table.block_type.nbytes if ROTATED else 0)
     k_stage, k_phase, v_stage, v_phase, q_phase = 0, 1, 0, 1, 1  # a buffer that was never filled is free
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
         bh, i = tile_of(t, tiles, IS_CAUSAL)
@@ -90,7 +91,11 @@ def load_tiles(
         blocks = blocks_of(i, S, IS_CAUSAL, BM, BN)
         for group in gl.static_range(2):
             mbarrier.wait(q_free.index(group), q_phase)
-            fill(Q, b, h, i * BM + group * HALF, q.index(group), q_ready.index(group))
+            mbarrier.expect(q_ready.index(group), BYTES)
+            start = i * BM + group * HALF
+            load(Q, [b, h, start, 0], q_ready.index(group), q.index(group))
+            if ROTATED:
+                load(Table, [0, b * table_step, start, 0], q_ready.index(group), angles.index(group))
         q_phase ^= 1
         mbarrier.wait(v_free.index(v_stage), v_phase)
         fill(Z_blocks, 0, state, 0, v.index(v_stage), v_ready.index(v_stage))
@@ -107,9 +112,9 @@ def load_tiles(
 
 @gluon.jit
 def attend_tiles(
-    group: gl.constexpr, Out, Z, k_state, b_state, Index, Table, Lse,
-    q, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-    items, tiles, stride_t, H, heads_per_state, L, S, scale, factor,
+    group: gl.constexpr, Out, Z, k_state, b_state, Index, Lse,
+    q, angles, out, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
+    items, tiles, H, heads_per_state, L, S, scale, factor,
     D: gl.constexpr, CONSTANT: gl.constexpr, ROTATED: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -121,11 +126,11 @@ def attend_tiles(
     operand: gl.constexpr = gl.DotOperandLayout(0, mma_out, 2)
     row: gl.constexpr = gl.SliceLayout(1, mma)
     row_out: gl.constexpr = gl.SliceLayout(1, mma_out)
-    row_in: gl.constexpr = gl.SliceLayout(1, operand)
     qk_scale = scale * LOG2E
     no_logits = gl.zeros([ROWS, BN], gl.float32, mma)
     k_stage, k_phase, v_stage, v_phase, q_phase = 0, 0, 0, 0, 0
     q_block = q.index(group).reshape([ROWS, D])
+    angle_block = angles.index(group).reshape([ROWS, D])
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
         bh, i = tile_of(t, tiles, IS_CAUSAL)
         b, h = bh // H, bh % H
@@ -142,14 +147,6 @@ def attend_tiles(
         k1 = gl.load(k_state + state * (D + CONSTANT) + columns).to(gl.float32)
         k2 = gl.load(k_state + state * (D + CONSTANT) + HALF + columns).to(gl.float32)
         log_scale = gl.load(b_state + state).to(gl.float32) * LOG2E
-        if ROTATED:
-            tokens = start + gl.arange(0, ROWS, row_in)
-            angles = Table + b.to(gl.int64) * stride_t + tokens.to(gl.int64)[:, None] * D + columns[None, :]
-            in_rows = (tokens < L)[:, None]
-            cos = gl.load(angles, mask=in_rows, other=1.0).to(gl.float32)
-            sin = gl.load(angles + HALF, mask=in_rows, other=0.0).to(gl.float32)
-            norm = factor / gl.maximum(cos * cos + sin * sin, 1e-30)
-            cos, sin = cos * norm, sin * norm
         acc = gl.zeros([ROWS, D], gl.float32, mma_out)
         phi_k = gl.zeros([ROWS], gl.float32, row_out)
         if CONSTANT:
@@ -161,7 +158,10 @@ def attend_tiles(
         q1 = q_block.slice(0, HALF, dim=1).load(operand).to(gl.float32)
         q2 = q_block.slice(HALF, HALF, dim=1).load(operand).to(gl.float32)
         if ROTATED:
-            x1, x2 = cos * q1 + sin * q2, cos * q2 - sin * q1
+            cos = angle_block.slice(0, HALF, dim=1).load(operand).to(gl.float32)
+            sin = angle_block.slice(HALF, HALF, dim=1).load(operand).to(gl.float32)
+            norm = factor / gl.maximum(cos * cos + sin * sin, 1e-30)
+            x1, x2 = norm * (cos * q1 + sin * q2), norm * (cos * q2 - sin * q1)
         else:
             x1, x2 = q1 * factor, q2 * factor
         phi1 = gl.where(x1 < 0, gl.exp2(x1 * LOG2E), x1 + 1)
@@ -214,27 +214,32 @@ def attend_tiles(
             if block < blocks - 1:
                 mbarrier.arrive(k_free.index(k_stage))
                 k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
+        mbarrier.arrive(q_free.index(group))
         gl.store(Lse + bh.to(gl.int64) * L + rows, (peak + gl.log2(mass)) / LOG2E, mask=rows < L)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_free.index(v_stage))
         v_stage, v_phase = next_stage(v_stage, v_phase, STAGES)
-        # Out by the memory of q, which nobody reads any more
-        q_block.store((acc * gl.convert_layout(1 / mass, row_out)[:, None]).to(dtype))
+        tma.store_wait(0)  # of the tile before
+        synchronize()
+        out.index(group).reshape([ROWS, D]).store((acc * gl.convert_layout(1 / mass, row_out)[:, None]).to(dtype))
         fence_async_shared()
-        store(Out, [b, h, start, 0], q.index(group))
-        tma.store_wait(0)
-        mbarrier.arrive(q_free.index(group))
+        store(Out, [b, h, start, 0], out.index(group))
+    tma.store_wait(0)
 
 
 @functools.partial(decorated, gluon.jit)
 def fused_forward(
-    Q, K, V, Z_blocks, Out, Z, k_state, b_state, Index, Table, Lse, stride_t,
-    B, H, heads_per_kv, heads_per_state, L, S, scale, factor,
+    Q, K, V, Z_blocks, Table, Out, Z, k_state, b_state, Index, Lse,
+    table_step, B, H, heads_per_kv, heads_per_state, L, S, scale, factor,
     D: gl.constexpr, CONSTANT: gl.constexpr, ROTATED: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Arguments as in tiles.py."""
     q = gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, BM // 2, D], Q.layout)
+    out = gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, BM // 2, D], Out.layout)
+    angles = q
+    if ROTATED:
+        angles = gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, BM // 2, D], Table.layout)
     k = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, 1, BN, D], K.layout)
     v = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, 1, BN, D], V.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -259,18 +264,18 @@ def fused_forward(
     gl.warp_specialize(
         [
             (attend_tiles, (
-                0, Out, Z, k_state, b_state, Index, Table, Lse, q, k, v, q_ready, q_free, k_ready, k_free, v_ready,
-                v_free, items, tiles, stride_t, H, heads_per_state, L, S, scale, factor,
+                0, Out, Z, k_state, b_state, Index, Lse, q, angles, out, k, v, q_ready, q_free, k_ready, k_free,
+                v_ready, v_free, items, tiles, H, heads_per_state, L, S, scale, factor,
                 D, CONSTANT, ROTATED, MIXED, IS_CAUSAL, BM, BN, STAGES,
             )),
             (attend_tiles, (
-                1, Out, Z, k_state, b_state, Index, Table, Lse, q, k, v, q_ready, q_free, k_ready, k_free, v_ready,
-                v_free, items, tiles, stride_t, H, heads_per_state, L, S, scale, factor,
+                1, Out, Z, k_state, b_state, Index, Lse, q, angles, out, k, v, q_ready, q_free, k_ready, k_free,
+                v_ready, v_free, items, tiles, H, heads_per_state, L, S, scale, factor,
                 D, CONSTANT, ROTATED, MIXED, IS_CAUSAL, BM, BN, STAGES,
             )),
             (load_tiles, (
-                Q, K, V, Z_blocks, Index, q, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                items, tiles, H, heads_per_kv, heads_per_state, S, MIXED, IS_CAUSAL, BM, BN, STAGES,
+                Q, K, V, Z_blocks, Table, Index, q, angles, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
+                items, tiles, table_step, H, heads_per_kv, heads_per_state, S, ROTATED, MIXED, IS_CAUSAL, BM, BN, STAGES,
             )),
         ],
         [4, 1],

@@ -28,6 +28,7 @@ if triton is not None:
 if forward_sm90 is not None:
     sm90_kernel = Launcher(forward_sm90.fused_forward)
     from . import forward_ws
+
     ws_kernel = Launcher(forward_ws.fused_forward)
 
 
@@ -143,7 +144,7 @@ def turn(x: Tensor, rotation: Rotation, forward: bool = False, add_to: Tensor | 
         (),
         (x, table, out),
         (*steps(x), *steps(out), 0 if table.shape[0] == 1 else table.stride(0), H, L),
-        (d, table.shape[-1], width, start, forward, add_to is not None, 32, padded(d // 2)),
+        (d, table.shape[-1], width, start, forward, add_to is not None, 32, padded(d)),
         Options(4),
     )
     return out
@@ -178,13 +179,24 @@ def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tens
             )
             return out, lse
         x, y = (1, 1, sizes.rows // 2, d), (1, 1, sizes.columns, d)
-        blocks = zip((query, key, value, Z_product[None], out), (x, y, y, y, x), strict=True)
+        angles = query if state.table is None else table[None]
+        blocks = zip((query, key, value, Z_product[None], angles, out), (x, y, y, y, x, x), strict=True)
         ws_kernel(
             (min(_multiprocessors(query), ceil_div(L, sizes.rows) * B * H), 1, 1),
             [gluon_descriptor(tensor, block) for tensor, block in blocks],
-            (own.Z, own.k, own.log_scale, own.index, table, lse),
-            (stride_t, B, *heads, L, S, scale, state.factor),
-            (d, constant, state.table is not None, is_mixed, is_causal, sizes.rows, sizes.columns, sizes.stages, sizes.registers),
+            (own.Z, own.k, own.log_scale, own.index, lse),
+            (0 if stride_t == 0 else 1, B, *heads, L, S, scale, state.factor),
+            (
+                d,
+                constant,
+                state.table is not None,
+                is_mixed,
+                is_causal,
+                sizes.rows,
+                sizes.columns,
+                sizes.stages,
+                sizes.registers,
+            ),
             Options(4),
         )
         return out, lse
@@ -252,12 +264,14 @@ def prefix_backward(
     part_Z, part_k = parts.split((H_state * r * d_v, H_state * r), dim=1)
     grad_x, half = gradient_of_x(queries, grad_query, cut.half)
     lse, BDV = lse.contiguous(), padded(d_v)
+    whole = state.W is None and queries.rotated == 0 and d == 2 * cut.half
+    columns = d if whole else cut.half
     tiles = [
         descriptor(grad_out, cut.sizes.rows, BDV),
         descriptor(out, cut.sizes.rows, BDV),
-        *queries.descriptors(cut.sizes.rows, cut.half),
+        *queries.descriptors(cut.sizes.rows, columns),
     ]
-    grads = descriptor(grad_x, cut.sizes.rows, cut.half)
+    grads = descriptor(grad_x, cut.sizes.rows, columns)
     grid = (cut.blocks, H_state, len(parts))
     numbers = (parts.stride(0), queries.table_step, B, H, H // H_state, L, state.factor)
     common = (d, d_v, state.constant, queries.rotated)
@@ -265,7 +279,7 @@ def prefix_backward(
     if state.W is None:
         backward_kernel(
             grid, [*tiles, grads], (own.Z, own.k, own.log_scale, lse, part_Z, part_k), numbers,
-            (*common, adds, half, cut.sizes.rows, BDV, cut.half, cut.sizes.stages), cut.sizes.options,
+            (*common, adds, half, whole, cut.sizes.rows, BDV, cut.half, cut.sizes.stages), cut.sizes.options,
         )  # fmt: skip
     else:
         common = (r - state.constant, *common)
