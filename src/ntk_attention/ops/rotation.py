@@ -23,7 +23,7 @@ class Rotation(NamedTuple):
     every run of `width`. Most models have one run of all (width = 2 P), GPT-J pairs of neighbours (width = 2).
     """
 
-    table: Tensor  # [B or 1, L, 2 P], floating point, contiguous: P cosines, P sines; both times the rotation's scale
+    table: Tensor  # [B or 1, L, 2 P], floating point, contiguous: P cosines, P sines, both over the rotation's scale
     width: int
     start: int = 0
 
@@ -49,7 +49,10 @@ class Rotation(NamedTuple):
                 f"the numbers of {P} pairs come in runs of an even width from a place that is not negative, got a "
                 f"width of {width} and the place {start}"
             )
-        return cls(torch.cat([cos, sin], dim=-1), width, start)
+        # Over the squares of the scale times the scale: 1 / scale. Rounded tables have squares that are not quite 1.
+        exact = torch.stack([cos, sin], dim=-2).to(torch.promote_types(cos.dtype, torch.float32))
+        squares = exact.square().sum(dim=-2, keepdim=True).clamp_min(torch.finfo(exact.dtype).tiny)
+        return cls((exact / squares).flatten(-2).to(cos.dtype), width, start)
 
     @property
     def num_pairs(self) -> int:
@@ -75,8 +78,7 @@ def turned(x: Tensor, rotation: Rotation, forward: bool) -> Tensor:
     P = rotation.num_pairs
     dtype = torch.promote_types(torch.promote_types(x.dtype, table.dtype), torch.float32)
     cos, sin = table[:, None].to(dtype).unflatten(-1, (2, -1, width // 2)).unbind(-3)  # [B or 1, 1, L, runs, width / 2]
-    squares = (cos.square() + sin.square()).clamp_min(torch.finfo(dtype).tiny)
-    cos, sin = cos / squares, (-sin if forward else sin) / squares
+    sin = -sin if forward else sin
     before, inside, after = x.to(dtype).split([start, 2 * P, x.shape[-1] - start - 2 * P], dim=-1)
     first, second = inside.unflatten(-1, (-1, 2, width // 2)).unbind(-2)
     pairs = torch.stack([cos * first + sin * second, cos * second - sin * first], dim=-2)

@@ -34,9 +34,8 @@ def turn_rows(
     angles = Table + b * stride_t + rows[:, None] * ROTATED + pair[None, :]
     cos = tl.load(angles, mask=mask & is_rotated[None, :], other=1.0).to(tl.float32)
     sin = tl.load(angles + ROTATED // 2, mask=mask & is_rotated[None, :], other=0.0).to(tl.float32)
-    norm = 1 / tl.maximum(cos * cos + sin * sin, 1e-30)
     sin = tl.where((is_first != FORWARD)[None, :], sin, -sin)
-    turned = norm * (cos * x.to(tl.float32) + sin * other.to(tl.float32))
+    turned = cos * x.to(tl.float32) + sin * other.to(tl.float32)
     out = head_of(Out, b, h, stride_ob, stride_oh) + wide_rows * (stride_ol * UNIT) + d[None, :]
     if ADD:
         turned += tl.load(out, mask=mask, other=0.0).to(tl.float32)

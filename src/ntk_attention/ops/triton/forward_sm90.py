@@ -88,11 +88,12 @@ def fused_forward(
         mbarrier.init(z_ready.index(s), count=1)
     fence_async_shared()
     synchronize()
-    LAST: gl.constexpr = 2 * STAGES - 2
+    Z_STAGES: gl.constexpr = gl.cdiv(D // BN, 2)
+    LAST: gl.constexpr = 2 * (STAGES - Z_STAGES)
     load_block(Q, b, h, i * BM, q, q_ready, 0, True)
     for part in gl.static_range(D // BN):
         load_block(Z_blocks, 0, state, part * BN, kv, z_ready, LAST + part, True)
-    for t in gl.static_range(STAGES - 1):
+    for t in gl.static_range(STAGES - Z_STAGES):
         load_block(K, b, h_kv, (blocks - 1 - t) * BN, kv, ready, 2 * t, t < blocks)
         load_block(V, b, h_kv, (blocks - 1 - t) * BN, kv, ready, 2 * t + 1, t < blocks)
 
@@ -115,8 +116,6 @@ def fused_forward(
         in_rows = (tokens < L)[:, None]
         cos = gl.load(angles, mask=in_rows, other=1.0).to(gl.float32)
         sin = gl.load(angles + PART, mask=in_rows, other=0.0).to(gl.float32)
-        norm = 1 / gl.maximum(cos * cos + sin * sin, 1e-30)
-        cos, sin = cos * norm, sin * norm
     mbarrier.wait(q_ready.index(0), 0)
     for part in gl.static_range(D // PART):
         k = gl.load(k_state + part * PART + features).to(gl.float32)
@@ -143,9 +142,9 @@ def fused_forward(
     mass = gl.convert_layout(gl.where(has_weight, 1.0, 0.0), row)
     s = warpgroup_mma_wait(0, deps=[s])
     synchronize()  # nobody reads Z any more
-    n = (blocks - STAGES) * BN
-    load_block(K, b, h_kv, n, kv, ready, LAST, blocks >= STAGES)
-    load_block(V, b, h_kv, n, kv, ready, LAST + 1, blocks >= STAGES)
+    for t in gl.static_range(STAGES - Z_STAGES, STAGES):
+        load_block(K, b, h_kv, (blocks - 1 - t) * BN, kv, ready, 2 * t, t < blocks)
+        load_block(V, b, h_kv, (blocks - 1 - t) * BN, kv, ready, 2 * t + 1, t < blocks)
 
     rows = i * BM + gl.arange(0, BM, row)
     columns = (blocks - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, mma))

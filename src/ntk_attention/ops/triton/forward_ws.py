@@ -160,10 +160,8 @@ def attend_tiles(
         if ROTATED:
             cos = angle_block.slice(0, HALF, dim=1).load(operand).to(gl.float32)
             sin = angle_block.slice(HALF, HALF, dim=1).load(operand).to(gl.float32)
-            norm = factor / gl.maximum(cos * cos + sin * sin, 1e-30)
-            x1, x2 = norm * (cos * q1 + sin * q2), norm * (cos * q2 - sin * q1)
-        else:
-            x1, x2 = q1 * factor, q2 * factor
+            q1, q2 = cos * q1 + sin * q2, cos * q2 - sin * q1
+        x1, x2 = q1 * factor, q2 * factor
         phi1 = gl.where(x1 < 0, gl.exp2(x1 * LOG2E), x1 + 1)
         phi2 = gl.where(x2 < 0, gl.exp2(x2 * LOG2E), x2 + 1)
         phi_k += gl.convert_layout(gl.sum(phi1 * k1[None, :], 1) + gl.sum(phi2 * k2[None, :], 1), row_out)

@@ -37,11 +37,9 @@ def members(p, D: tl.constexpr, ROTATED: tl.constexpr, WIDTH: tl.constexpr, STAR
 
 @triton.jit
 def turned(x1, x2, cos, sin, ROTATED: tl.constexpr, FORWARD: tl.constexpr):
-    """Both tiles in float32, with every pair turned back by its angle, or FORWARD, without the angle's scale."""
+    """Both tiles in float32, with every pair turned back by its angle, or FORWARD."""
     if ROTATED > 0:
         cos, sin = cos.to(tl.float32), sin.to(tl.float32)
-        norm = 1 / tl.maximum(cos * cos + sin * sin, 1e-30)
-        cos, sin = cos * norm, sin * norm
         if FORWARD:
             sin = -sin
         x1, x2 = cos * x1 + sin * x2, cos * x2 - sin * x1
