@@ -150,8 +150,8 @@ class NTKAttentionConfig(PeftConfig):
     def kind(self) -> str:
         """The same for adapters that have parameters of the same kinds: on one module these are of the same shapes, and
         mean the same."""
-        names = ("feature_map", "feature_map_options", "constant_feature", "rank", "feed_forward_rank", "state_heads")
-        names += ("positions",)
+        names = ["feature_map", "feature_map_options", "constant_feature", "rank", "feed_forward_rank", "state_heads"]
+        names.append("positions")
         return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
 
     def for_given_prefix(self) -> NTKAttentionConfig:

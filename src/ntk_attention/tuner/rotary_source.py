@@ -120,10 +120,8 @@ class Method:
         self, call: ast.Call, conditions: tuple[Condition, ...], place: int, *, in_forward: bool
     ) -> RotarySource:
         name = ast.unparse(call.func)
-        own, others = [], []
-        for condition in conditions:
-            free = loads(condition[0]) - {"self"}
-            (own if all(map(self.is_global, free)) else others).append(condition)
+        own = [c for c in conditions if all(map(self.is_global, loads(c[0]) - {"self"}))]
+        others = [c for c in conditions if c not in own]
         is_reached: Any = self.compiled("is_reached", ["self"], [], ast.unparse(joined(own)))
         if isinstance(call.func, ast.Attribute):
             return RotarySource(name, "a method of its own rotates them", is_reached)

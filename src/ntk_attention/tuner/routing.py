@@ -176,8 +176,7 @@ def ntk_attention_forward(
     with without_autocast(query.device.type):
         states = states_for(layer, active, query, key, value)
         rotation = None if positions is None else positions.of(query, type(module).__name__)
-        is_free = layer.sees_no_positions(active)
-        prefixes = Prefixes(states, factor, exact, sink, rotation if is_free else None)
+        prefixes = Prefixes(states, factor, exact, sink, rotation if layer.sees_no_positions(active) else None)
         prefix = None
         if watcher is not None:
             context = context_block(tokens, softcap=softcap, sink=sink)
