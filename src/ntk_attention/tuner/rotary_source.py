@@ -58,7 +58,7 @@ class RotarySource:
         turn: the call itself, of the module, a query, a key and the tables.
         table_names: how the forward method calls the tables.
         is_last: whether the rotated numbers are the last ones of a query that is put together of parts.
-        after: names of the module's children that change the query after it was rotated.
+        after: attributes of the module in what changes the query after it was rotated.
         cuts: whether the module calls its attention function several times, for one piece of the queries after another.
     """
 
@@ -170,7 +170,7 @@ class Method:
             turn,
             tuple(names),
             self.is_last(target),
-            tuple(self.children_after(target, place)),
+            tuple(sorted(self.attributes_after(target, place))),
             self.cuts(),
         )
 
@@ -242,15 +242,20 @@ class Method:
                         return True
         return False
 
-    def children_after(self, target: str | None, place: int) -> Iterator[str]:
-        """Children of the module through which the query goes after it was rotated."""
+    def attributes_after(self, target: str | None, place: int) -> set[str]:
+        """Attributes of the module in the statements that change the query after it was rotated."""
+        queries, found = {target}, set[str]()
+        made: dict[str, set[str]] = {}  # other names that are set meanwhile, with the attributes that they come from
         for statement, _ in self.statements[place + 1 :]:
-            if target not in stores(statement):
-                continue
-            for node in ast.walk(statement):
-                match node:
-                    case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name)):
-                        yield name
+            nodes = [node for node in ast.walk(statement) if isinstance(node, ast.Attribute)]
+            own = {node.attr for node in nodes if ast.unparse(node.value) == "self"}
+            own = own.union(*(made.get(name, set()) for name in loads(statement)))
+            changed = {name for name in stores(statement) if QUERY.fullmatch(name)}
+            if changed and queries & loads(statement):
+                queries |= changed
+                found |= own
+            made |= dict.fromkeys(stores(statement) - changed, own)
+        return found
 
 
 def is_rotation(name: str) -> bool:

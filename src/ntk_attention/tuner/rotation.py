@@ -178,10 +178,11 @@ def rotary_of(module: nn.Module, name: str) -> Rotary | None:
         reason = "it rotates them in several places"
     elif reason is None and found is None:
         reason = "how it pairs their numbers could not be found"
-    for child in sources[0].after:
-        changed = getattr(module, child, None)
-        if isinstance(changed, nn.Module) and any(True for _ in changed.parameters()):
-            reason = f"{child} weighs their numbers after they are rotated"
+    for attribute in sources[0].after:
+        held = getattr(module, attribute, None)
+        parameters = list(held.parameters()) if isinstance(held, nn.Module) else [held]
+        if any(isinstance(x, nn.Parameter) and x.numel() > 1 for x in parameters):
+            reason = f"{attribute} weighs their numbers after they are rotated"
     if reason is not None:
         raise ValueError(
             f"{named(module, name)} puts rotary positions into its queries with {sources[0].name}, which cannot be "
