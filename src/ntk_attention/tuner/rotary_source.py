@@ -254,7 +254,8 @@ class Method:
             if changed and queries & loads(statement):
                 queries |= changed
                 found |= own
-            made |= dict.fromkeys(stores(statement) - changed, own)
+            else:
+                made |= dict.fromkeys(stores(statement), own)
         return found
 
 

@@ -212,8 +212,9 @@ def form_of(source: RotarySource) -> Form | None:
     for before, after, runs, is_single in forms():
         form = Form({}, before, after, runs, is_single)
         layouts = {}
-        for dim, layout in product((3, 2), LAYOUTS):
-            if dim not in layouts and undoes(source, replace(form, layouts={dim: layout}), dim):
+        for (dim, batch), layout in product(((3, B), (3, 1), (2, 1)), LAYOUTS):
+            tried = replace(form, layouts={dim: layout})
+            if dim not in layouts and undoes(source, tried, dim, batch=batch):
                 layouts[dim] = layout
         if layouts:
             form, dim = replace(form, layouts=layouts), next(iter(layouts))
@@ -233,18 +234,21 @@ def forms() -> Iterator[tuple[int | None, int | None, int, bool]]:
         yield before, after, runs, is_single
 
 
-def undoes(source: RotarySource, form: Form, dim: int, *, more_numbers: int = 0, more_tokens: int = 0) -> bool:
+def undoes(
+    source: RotarySource, form: Form, dim: int, *, batch: int = 1, more_numbers: int = 0, more_tokens: int = 0
+) -> bool:
     """Whether a form is that of a function: undoing it gives back a query that is made up.
 
     Args:
         source: of the call.
         form: to try.
         dim: of the tables.
+        batch: of the tables and the query.
         more_numbers: of a head, beside those that are rotated.
         more_tokens: of the query, before those that the tables are for; fewer where negative.
     """
     generator = torch.Generator().manual_seed(0)
-    angles = torch.rand(B if dim == 3 else 1, L, P, generator=generator, dtype=torch.float64) + 0.2
+    angles = torch.rand(batch, L, P, generator=generator, dtype=torch.float64) + 0.2
     x = torch.randn(len(angles), H, L + more_tokens, 2 * P + more_numbers, generator=generator, dtype=torch.float64)
     layout = form.layouts[dim]
     rotary = Rotary(type(None), 0, source, form)
