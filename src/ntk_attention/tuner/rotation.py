@@ -23,6 +23,8 @@ from .rotary_source import RotarySource, rotary_sources
 
 ROTATION = "ntk_rotation"  # the keyword argument with which a call tells our attention function its positions
 WAYS_OUT = 'expected NTKAttentionConfig(positions="rotary"), or to leave the module out with exclude_modules'
+# Functions whose tables have a shape that says something else elsewhere.
+UNKNOWN = {"vision_apply_rotary_emb": "its tables have the tokens in another place than others (Llama 4's pictures)"}
 # Where heads and tokens stand in the tensor that a function rotates.
 LAYOUTS = {"BHLd": "b h l d", "BLHd": "b l h d", "LHd": "l h d"}
 B, H, L, P = 2, 5, 3, 6  # sizes of what is made up, all different
@@ -177,7 +179,9 @@ def rotary_of(module: nn.Module, name: str) -> Rotary | None:
     if reason is None and len(indices) > 1:
         reason = "it rotates them in several places"
     elif reason is None and found is None:
-        reason = "how it pairs their numbers could not be found"
+        reason = UNKNOWN.get(sources[0].name, "how it pairs their numbers could not be found")
+    elif "head_dim" in sources[0].after:
+        reason = "it rotates them before it cuts them into heads"
     for attribute in sources[0].after:
         held = getattr(module, attribute, None)
         parameters = list(held.parameters()) if isinstance(held, nn.Module) else [held]
@@ -195,7 +199,7 @@ def rotary_of(module: nn.Module, name: str) -> Rotary | None:
 def rotary_at(cls: Any, index: int) -> Rotary | None:
     """The call of this index in a class, with what its function does; None where that is not found."""
     source = rotary_sources(cls)[index]
-    form = form_of(source)
+    form = None if source.name in UNKNOWN else form_of(source)
     return None if form is None else Rotary(cls, index, source, form)
 
 
