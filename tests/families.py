@@ -18,6 +18,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gptj import modeling_gptj
 
+from ntk_attention.ops.rotation import unrotated
 from ntk_attention.tuner.routing import ROUTE
 
 from .reference import elu_phi
@@ -145,7 +146,7 @@ def naive_attention(
         with_prefix: whether the prefix changes the output.
     """
 
-    def forward(module, query, key, value, attention_mask, position_bias=None, **_):
+    def forward(module, query, key, value, attention_mask, position_bias=None, ntk_rotation=None, **_):
         saved = module.ntk_states["default"].state_dict()
         Z, log_k, b = (saved[name].to(query.dtype) for name in ("Z", "log_k", "log_scale"))
         Z, k = (x * b.exp().view(-1, 1, 1) for x in (Z, log_k.exp()[..., None]))
@@ -162,6 +163,8 @@ def naive_attention(
         mass = A.sum(dim=-1, keepdim=True)
         if hasattr(module, "sinks"):
             mass = mass + torch.exp(module.sinks).view(-1, 1, 1)
+        if ntk_rotation is not None:  # test_positions.py says what it has to be
+            q = unrotated(q, ntk_rotation.of(q, ""))
         phi = elu_phi(s**0.5 * q)
         phi = torch.cat([phi, torch.ones_like(phi[..., :1])], dim=-1)
         D = mass + phi @ k

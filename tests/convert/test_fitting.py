@@ -114,7 +114,7 @@ def test_a_prefix_that_is_a_state_is_found(name):
         torch.manual_seed(seed)
         query = torch.randn(3, 4, 50, 6, dtype=torch.float64)
         context = Block(torch.randn(3, 4, 50, 5).double(), torch.randn(3, 4, 50).double())
-        blocks.append((query, context, prefix_block(query, known.state(), 0.6), 0.6, torch.ones(3, 50).bool()))
+        blocks.append((query, context, prefix_block(query, known.state(), 0.6), 0.6 * query, torch.ones(3, 50).bool()))
     fit = AdapterFit(fitted, len(blocks))
     for args in blocks:
         fit.observe_normaliser(*args)

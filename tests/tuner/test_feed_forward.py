@@ -48,7 +48,7 @@ def by_hand(model, tensors):
     blocks = feed_forwards(base, attention_of(base))
     for module in base.modules():
         if hasattr(module, "ntk_states"):
-            module.ntk_states.remove_hooks()
+            module.ntk_states.leave_block()
     leaves = {}
     for name, block in blocks.items():
         leaf = leaves[name] = {n: x.clone().requires_grad_() for n, x in tensors[name].items()}

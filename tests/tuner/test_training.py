@@ -122,7 +122,7 @@ def test_autocast_keeps_the_prefix_in_float32():
     inputs = {**INPUTS, "use_cache": False}
     seen = []
 
-    def watch(query, context, prefix, factor):
+    def watch(query, context, prefix, factor, rotation):
         seen.append((query.dtype, prefix.out.dtype))
 
     watchers = dict.fromkeys(adapted_layers(model).values(), watch)

@@ -28,7 +28,7 @@ class CacheFit(HeadFit):
         H, n, _ = keys.shape
         super().__init__(H, n, d_v, torch.ones(n, dtype=torch.bool), None, num_batches, keys.device)
 
-    def features(self, query: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def features(self, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = exact_scores(query.double(), LayerPrefix(self.keys.double(), self.keys), self.scale)
         peak = logits.amax(dim=-1)
         return torch.exp(logits - peak[..., None]), peak

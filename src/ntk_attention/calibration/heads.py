@@ -54,19 +54,19 @@ class HeadStatistics:
         self.log_scale = self.log_k = zeros  # set between the passes, the same for all features
         self.is_finite: Tensor | bool = True  # all that was observed
 
-    def rows(self, query: Tensor, frozen: Block, factor: float, counts: Tensor) -> HeadRows:
-        """The rows that count of queries [B, H_query, L, d]; the arguments are those of an `Observer`.
+    def rows(self, frozen: Block, x: Tensor, counts: Tensor) -> HeadRows:
+        """The rows that count of phi's input [B, H_query, L, d]; the arguments are those of an `Observer`.
 
         Raises:
             ValueError: if the queries have another size than those that the adapter was made for.
         """
         feature_map, features = self.adapter.feature_map, self.moments.sum.shape[-1]
-        if feature_map.num_features(query.shape[-1]) != features:
+        if feature_map.num_features(x.shape[-1]) != features:
             raise ValueError(
-                f"a module has queries of size {query.shape[-1]}, of which {feature_map!r} does not make the "
+                f"a module has queries of size {x.shape[-1]}, of which {feature_map!r} does not make the "
                 f"{features} features of its adapter: leave the module out with exclude_modules"
             )
-        phi, scale = feature_map.scaled(query.float() * factor)
+        phi, scale = feature_map.scaled(x.float())
         parts = (phi, scale, frozen.lse.float(), frozen.out.float())
         return HeadRows(*(select_rows(x, counts, self.adapter.num_heads) for x in parts))
 
@@ -75,9 +75,9 @@ class HeadStatistics:
         features = self.adapter.normaliser_features
         return (phi if features is None else phi[..., features.to(phi.device)]).sum(dim=-1)
 
-    def observe_scale(self, query: Tensor, frozen: Block, prefix: Block | None, factor: float, counts: Tensor) -> None:
+    def observe_scale(self, query: Tensor, frozen: Block, prefix: Block | None, x: Tensor, counts: Tensor) -> None:
         """First pass: the normaliser of the frozen attention, and that of the prefix against it."""
-        rows = self.rows(query, frozen, factor, counts)
+        rows = self.rows(frozen, x, counts)
         advantages = torch.log(self.normaliser(rows.phi)) + rows.scale - rows.lse
         self.is_finite = self.is_finite & torch.isfinite(advantages).all() & torch.isfinite(rows.out).all()
         self.num_rows += rows.lse.shape[1]
@@ -90,11 +90,9 @@ class HeadStatistics:
         self.log_k = offset_for_share(torch.cat(self.advantages, dim=1).double(), share).to(b) - b
         self.advantages.clear()
 
-    def observe_moments(
-        self, query: Tensor, frozen: Block, prefix: Block | None, factor: float, counts: Tensor
-    ) -> None:
+    def observe_moments(self, query: Tensor, frozen: Block, prefix: Block | None, x: Tensor, counts: Tensor) -> None:
         """Second pass: moments of g = d out / d Z, and what the prefix's value has to be."""
-        phi, scale, lse, out = self.rows(query, frozen, factor, counts)
+        phi, scale, lse, out = self.rows(frozen, x, counts)
         weight = scale + self.log_scale[:, None].to(scale)
         prefix_lse = torch.log(self.normaliser(phi)) + self.log_k[:, None].to(weight) + weight
         lse_all = torch.logaddexp(lse, prefix_lse)

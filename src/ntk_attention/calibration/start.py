@@ -79,7 +79,8 @@ def calibrate(
         if others is True:
             beside = own_text(model, batches, settings)
         heads = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
-        observe(model, layers, batches, {name: s.observe_scale for name, s in heads.items()}, source="batches")
+        scale_observers = {name: s.observe_scale for name, s in heads.items()}
+        observe(model, layers, batches, scale_observers, None, "batches", adapter_name)
         check_finite(heads, "batches")
         layers = reached(layers, heads)
         heads = {name: heads[name] for name in layers}
@@ -166,7 +167,8 @@ def measure_moments(
     }
     for source, batches in kinds.items():
         if batches:
-            observe(model, layers, batches, {name: s.observe_moments for name, s in heads.items()}, blocks, source)
+            observers = {name: s.observe_moments for name, s in heads.items()}
+            observe(model, layers, batches, observers, blocks, source, adapter_name)
             for statistics in heads.values():
                 statistics.end_of_kind()
             for block in blocks.values():

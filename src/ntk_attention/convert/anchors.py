@@ -33,13 +33,18 @@ def anchor(
         adapter_name: which adapter.
 
     Raises:
-        ValueError: if the adapter has another feature map.
+        ValueError: if the adapter has another feature map, or sees queries without the positions that keys have.
     """
     layers = adapted_layers(model, adapter_name)
     for name in prefix:
         phi = layers[name][adapter_name].feature_map
         if not isinstance(phi, Anchored):
             raise ValueError(f"{name} has the feature map {phi.name!r}, expected 'anchored'")
+        if layers[name][adapter_name].positions != "rotary":
+            raise ValueError(
+                f"{name} has positions='free', the keys of a prefix have positions: expected positions='rotary', as "
+                "NTKAttentionConfig.for_given_prefix() has it"
+            )
     received = attention_received(model, prefix, batches)
     for name, tokens in prefix.items():
         layer = layers[name]
@@ -73,7 +78,7 @@ class Attended:
         self.prefix, self.scale = prefix, scale
         self.mass = torch.zeros(prefix.keys.shape[:2], dtype=torch.float64, device=prefix.keys.device)
 
-    def observe(self, query: Tensor, context: Block, prefix: Block | None, factor: float, counts: Tensor) -> None:
+    def observe(self, query: Tensor, context: Block, prefix: Block | None, x: Tensor, counts: Tensor) -> None:
         if prefix is None:
             raise ValueError("the layer sees no prefix")
         for one, lse, other, counted in zip(query, context.lse, prefix.lse, counts, strict=True):

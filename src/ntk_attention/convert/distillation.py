@@ -132,7 +132,7 @@ def set_coordinates(model: Any, batches: Batches, adapter_name: str = "default")
     """Coordinates in which a step of Z or log k moves the output alike in every direction; the states stay the same."""
     layers = adapted_layers(model, adapter_name)
     moments = {name: Moments(layer[adapter_name]) for name, layer in layers.items()}
-    observe(model, layers, batches, {name: m.observe for name, m in moments.items()})
+    observe(model, layers, batches, {name: m.observe for name, m in moments.items()}, adapter_name=adapter_name)
     for m in moments.values():
         m.set_coordinates()
 
@@ -146,12 +146,12 @@ class Moments:
         self.moments = SecondMoments((H, r, r), torch.float64, adapter.log_k.device)
         self.square, self.share = 0.0, 0.0
 
-    def observe(self, query: Tensor, context: Block, prefix: Block | None, factor: float, counts: Tensor) -> None:
+    def observe(self, query: Tensor, context: Block, prefix: Block | None, x: Tensor, counts: Tensor) -> None:
         H = len(self.moments.sum)
         if prefix is None:
             raise ValueError("the adapter rests: an active one is expected")
         whole = merge(Block(context.out.float(), context.lse.float()), prefix)
-        phi, row_scale = self.adapter.feature_map.scaled(query.float() * factor)
+        phi, row_scale = self.adapter.feature_map.scaled(x.float())
         b = self.adapter.log_scale.repeat_interleave(query.shape[1] // H)[:, None]
         g = phi * torch.exp(row_scale + b - whole.lse)[..., None]
         g, out, share = (select_rows(x, counts, H) for x in (g, whole.out, torch.exp(prefix.lse - whole.lse)))

@@ -111,7 +111,8 @@ def fit(
             part = {name: layers[name] for name in group}
             for observer in ("observe_normaliser", "observe_values"):
                 for batch in batches:
-                    observe(model, part, [batch], {name: getattr(f, observer) for name, f in fits.items()})
+                    observers = {name: getattr(f, observer) for name, f in fits.items()}
+                    observe(model, part, [batch], observers, adapter_name=adapter_name)
                     if reporter is not None:
                         reporter.advance()
                 for f in fits.values():
@@ -199,18 +200,18 @@ class HeadFit:
         self.split: Split | None = None
         self.k = self.Z = self.error = self.share_error = torch.empty(0)
 
-    def features(self, query: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        """The features [B, H, L, r] of a query and the log of their scale [B, H, L], in float64."""
+    def features(self, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The features [B, H, L, r] of a query and the log of their scale [B, H, L], in float64; x is phi's input."""
         raise NotImplementedError
 
-    def rows(self, query: Tensor, context: Block, prefix: Block, factor: float, counts: Tensor) -> dict[str, Tensor]:
+    def rows(self, query: Tensor, context: Block, prefix: Block, x: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """What counts of a batch, per head of the state and row, in units of D."""
         H = len(self.effect)
         if self.split is not None:
             context, prefix = self.split.blocks(query, context)
         context, prefix = (Block(block.out.double(), block.lse.double()) for block in (context, prefix))
         lse = torch.logaddexp(context.lse, prefix.lse)
-        features, row_scale = self.features(query, factor)
+        features, row_scale = self.features(query, x)
         share = torch.exp(prefix.lse - lse)[..., None]
         wanted = share * prefix.out + (1 - share) * context.out
         made = {"g": features * torch.exp(row_scale - lse)[..., None], "share": share}
@@ -222,8 +223,8 @@ class HeadFit:
         every = min(HELD_OUT_EVERY, self.num_batches)
         return self.seen[kind] % every == 0
 
-    def observe_normaliser(self, query: Tensor, context: Block, prefix: Any, factor: float, counts: Tensor) -> None:
-        rows = self.rows(query, context, prefix, factor, counts)
+    def observe_normaliser(self, query: Tensor, context: Block, prefix: Any, x: Tensor, counts: Tensor) -> None:
+        rows = self.rows(query, context, prefix, x, counts)
         self.rows_seen += rows["g"].shape[1]
         self.sums["share"][self.held_out("share")].add(rows["g"], rows["share"])
 
@@ -238,8 +239,8 @@ class HeadFit:
         self.k = torch.where(self.positive, torch.maximum(k, floor), k)
         self.share_error = (both.error(k[..., None]).clamp_min(0) / max(self.rows_seen, 1)).sqrt()
 
-    def observe_values(self, query: Tensor, context: Block, prefix: Any, factor: float, counts: Tensor) -> None:
-        rows = self.rows(query, context, prefix, factor, counts)
+    def observe_values(self, query: Tensor, context: Block, prefix: Any, x: Tensor, counts: Tensor) -> None:
+        rows = self.rows(query, context, prefix, x, counts)
         others = 1 - rows["share"]
         weight = rows["g"] @ self.k[..., None]
         # Where signed features sum to a negative normaliser, the state will have no weight at all.
@@ -277,8 +278,8 @@ class AdapterFit(HeadFit):
         constant = self.feature_map.constant_index(r)
         super().__init__(H, r, d_v, positive, constant, num_batches, adapter.log_k.device)
 
-    def features(self, query: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        return self.feature_map.scaled(query.double() * factor)
+    def features(self, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.feature_map.scaled(x.double())
 
     def solve_values(self, rank: int | None = None) -> None:
         super().solve_values(self.adapter.rank if self.adapter.is_factored else rank)

@@ -171,6 +171,7 @@ class PrefixAdapter(Coordinated):
         self.register_buffer("log_scale", torch.zeros(shapes["log_scale"]))
         # Those of one kind have the same b and coordinates, if one of them trains: see `NTKAttentionLayer.lead`.
         self.kind = config.kind()
+        self.positions = config.positions  # "free" or "rotary"
         self.trains = not config.inference_mode
         self.feed_forward: FeedForwardPrefix | None = None
         if "feed_forward.Z_A" in shapes:

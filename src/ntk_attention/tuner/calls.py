@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops.exact import LayerPrefix
 from ..ops.reference import Block
+from ..ops.rotation import Rotation
 from ..ops.state import RowStates
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from .layer import NTKAttentionLayer
 
 # Sees every call of an attention: the query, the block of the real tokens, the block of the prefix (None while the
-# adapters rest) and the factor that makes phi's input of the query.
-Watcher = Callable[[Tensor, Block, Block | None, float], None]
+# adapters rest), the factor that makes phi's input of the query, and the positions that a free adapter does without.
+Watcher = Callable[[Tensor, Block, Block | None, float, Rotation | None], None]
 
 
 @dataclass
@@ -34,11 +36,13 @@ class MixedRows:
         rows: of attention; a layer that is missing has none of the adapters.
         feed_forward_rows: of feed-forward blocks, likewise.
         copies: how many neighbouring rows `generate` may make of each, for beams or several answers.
+        free: layers in which phi sees the queries of all rows without their positions; it sees them with in the others.
     """
 
     rows: dict[NTKAttentionLayer, RowStates] = field(default_factory=dict)
     feed_forward_rows: dict[NTKAttentionLayer, FeedForwardRows] = field(default_factory=dict)
     copies: frozenset[int] = frozenset({1})
+    free: set[NTKAttentionLayer] = field(default_factory=set)
 
     def of_batch(self, rows: RowStates, batch_size: int, kind: str) -> RowStates:
         """The prefixes of a batch of this size in a module of this kind."""
@@ -72,6 +76,7 @@ class Calls(threading.local):
         self.exact: Mapping[NTKAttentionLayer, LayerPrefix] = {}  # tokens of a prefix that are all there
         self.resting: frozenset[NTKAttentionLayer] = frozenset()  # layers whose adapters do nothing
         self.inputs: dict[NTKAttentionLayer, Tensor] = {}  # of feed-forward blocks that run, until their end
+        self.rotations: Any = WeakIdKeyDictionary()  # what was made of the tables of this call, as long as they live
 
 
 CALLS = Calls()

@@ -49,9 +49,12 @@ class NTKAttentionConfig(PeftConfig):
         state_heads: one state per "query" head, or per "kv" head (shared by the query heads of its group).
         init_weights: True starts as one neutral token with value zero; False starts at random, with visible output
             (for tests); "published" as the published demo does: Z and k at zero, so that k does not train.
+        positions: what phi sees of a query of a model with rotary positions. "free", the default, the query before it
+            is rotated, since a prefix that is trained stands at no position; "rotary" the query as attention has it,
+            whose features then change with its position. Without rotary positions both are the same.
         geometry: filled when attached: number of attention modules and their sizes. An adapter is refused by a model
             with another geometry.
-        format_version: of the files of an adapter, always the one that this version of the library writes and reads.
+        format_version: of the files of an adapter, always the one that this version of the library writes.
     """
 
     target_modules: list[str] | set[str] | str | None = field(default=None)
@@ -66,6 +69,7 @@ class NTKAttentionConfig(PeftConfig):
     feed_forward_rank: int | Literal["auto"] | None = field(default="auto")
     state_heads: Literal["query", "kv"] = field(default="query")
     init_weights: bool | Literal["published"] = field(default=True)
+    positions: Literal["free", "rotary"] = field(default="free")
     geometry: dict[str, Any] | None = field(default=None)
     format_version: int = field(default=FORMAT_VERSION)
 
@@ -94,6 +98,8 @@ class NTKAttentionConfig(PeftConfig):
             raise ValueError(f"state_heads must be 'query' or 'kv', got {shown(self.state_heads)}")
         if self.init_weights not in (True, False, "published"):
             raise ValueError(f"init_weights must be True, False or 'published', got {shown(self.init_weights)}")
+        if self.positions not in ("free", "rotary"):
+            raise ValueError(f"positions must be 'free' or 'rotary', got {shown(self.positions)}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform needs target_modules as a list or None, got a regex")
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -142,14 +148,17 @@ class NTKAttentionConfig(PeftConfig):
         return config
 
     def kind(self) -> str:
-        """The same for adapters that have parameters of the same kinds: on one module these are of the same shapes."""
-        names = ("feature_map", "feature_map_options", "constant_feature", "rank", "feed_forward_rank", "state_heads")
+        """The same for adapters that have parameters of the same kinds: on one module these are of the same shapes, and
+        mean the same."""
+        names = ["feature_map", "feature_map_options", "constant_feature", "rank", "feed_forward_rank", "state_heads"]
+        names.append("positions")
         return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
 
     def for_given_prefix(self) -> NTKAttentionConfig:
-        """A copy for a prefix that exists, whose sums need a full Z and leave feed-forward blocks alone by default."""
+        """A copy for a prefix that exists: its tokens have positions, its sums need a full Z, and feed-forward blocks
+        are left alone by default."""
         ranks: dict[str, Any] = {name: None for name in ("rank", "feed_forward_rank") if getattr(self, name) == "auto"}
-        return replace(self, **ranks)
+        return replace(self, positions="rotary", **ranks)
 
     def rank_for(self, head_dim: int) -> int | None:
         """The rank of Z in heads of this size, beside feed-forward blocks with a prefix; None for a full Z."""

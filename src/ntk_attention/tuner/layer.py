@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from .coordinates import Coordinated
 from .distributed import is_partitioned
 from .feed_forward import FeedForward
 from .geometry import Geometry
+from .rotation import ROTATION, Rotary
 
 BASE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,6 +60,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self.encodes = encodes
         self._block: FeedForward | None = None
         self._hooks: list[RemovableHandle] = []
+        self._rotary: Rotary | None = None
+        self._position_hook: RemovableHandle | None = None
         self.register_load_state_dict_post_hook(share_loaded)
 
     @property
@@ -78,8 +81,14 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         """The attention module, which goes on being what it was: PEFT would put us in its place."""
         return self._attention[0]
 
-    def add_adapter(self, name: str, config: NTKAttentionConfig, block: FeedForward | None = None) -> None:
-        """A new adapter, which looks after a feed-forward block as well.
+    def add_adapter(
+        self,
+        name: str,
+        config: NTKAttentionConfig,
+        block: FeedForward | None = None,
+        rotary: Rotary | None = None,
+    ) -> None:
+        """A new adapter, which looks after a feed-forward block as well, and sees queries without what `rotary` does.
 
         It takes over what does not train from another one of its kind: one that trains, or else the active one. Where
         none trains only if that leaves it in plain coordinates, in which a file is loaded to the last bit.
@@ -102,6 +111,10 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
                 self.lead(name)
         if block is not None and not self._hooks:
             self.look_after(block)
+        if rotary is not None and self._position_hook is None:
+            self._rotary = rotary
+            hook = self.before_attention
+            self._position_hook = self.get_base_layer().register_forward_pre_hook(hook, with_kwargs=True)
         BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
 
     @property
@@ -115,7 +128,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         Where one module is the block, no state is kept between the hooks, which torch.compile could not put into one
         graph with activation checkpointing.
         """
-        self.remove_hooks()
+        self.leave_block()
         self._block = block
         if block.first is block.last:
             self._hooks = [block.last.register_forward_hook(self.after_block, with_kwargs=True)]
@@ -159,7 +172,41 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         prefixes = [adapter.feed_forward for adapter in self.in_memory(self.active_names())]
         return [prefix for prefix in prefixes if prefix is not None]
 
+    def before_attention(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hand the positions of the queries to our attention function, where phi is to see these without.
+
+        As a keyword argument: torch.compile could not put what is kept elsewhere into one graph with activation
+        checkpointing.
+        """
+        if not (self in CALLS.watchers or self.sees_no_positions(self.active())):
+            return None
+        assert self._rotary is not None
+        positions = self._rotary.of_call(module, args, kwargs, self.geometry.head_dim)
+        return None if positions is None else (args, {**kwargs, ROTATION: positions})
+
+    def sees_no_positions(self, active: Sequence[PrefixAdapter | RowStates]) -> bool:
+        """Whether phi of what `active` gave sees queries without their rotary positions.
+
+        Raises:
+            ValueError: if it is so for some of them only.
+        """
+        if CALLS.mixed is not None:
+            return bool(active) and self in CALLS.mixed.free
+        kinds = {part.positions for part in active if isinstance(part, PrefixAdapter)}
+        if len(kinds) > 1:
+            check_same_positions({name: self[name].positions for name in self.active_names()})
+        return "free" in kinds
+
     def remove_hooks(self) -> None:
+        """Leave the attention module and the feed-forward block alone from here on."""
+        if self._position_hook is not None:
+            self._position_hook.remove()
+            self._position_hook = None
+        self.leave_block()
+
+    def leave_block(self) -> None:
         """Leave the feed-forward block alone from here on."""
         for hook in self._hooks:
             hook.remove()
@@ -283,6 +330,13 @@ def share_loaded(layer: nn.Module, *_: Any) -> None:
         is_cut = is_partitioned(log_k) or (isinstance(log_k, DTensor) and layer.mesh is None)  # ZeRO-3 and FSDP
         if parts and not is_cut:
             layer.lead(name)
+
+
+def check_same_positions(positions: Mapping[str, str]) -> None:
+    """Raise ValueError unless adapters that act together see positions alike; by name, as their configs say."""
+    if len(set(positions.values())) > 1:
+        own = " and ".join(f"{name!r} has {value!r}" for name, value in positions.items())
+        raise ValueError(f"adapters that act together must have the same positions: {own}")
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops.state import RowStates
 from .calls import CALLS, MixedRows
 from .feed_forward import FeedForwardRows
-from .layer import NTKAttentionLayer
+from .layer import NTKAttentionLayer, check_same_positions
 
 # Inputs of towers, and in what the names of their placeholders among the tokens begin.
 SIGNALS = {
@@ -49,6 +49,10 @@ class MixedBatch(MixedRows):
                 device = states[0].Z.device
                 on_device = self.index_on(device)
                 self.rows[layer] = RowStates.stack(states, on_device)
+                positions = {name: layer[name].positions for name in self.adapters if name in layer}
+                check_same_positions(positions)
+                if "free" in positions.values():
+                    self.free.add(layer)
                 blocks = [layer[name].feed_forward if name in layer else None for name in self.adapters]
                 if any(block is not None for block in blocks):
                     self.feed_forward_rows[layer] = FeedForwardRows.stack(blocks, on_device)

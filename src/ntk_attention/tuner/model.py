@@ -26,7 +26,7 @@ from .config import NTKAttentionConfig
 from .coordinates import Coordinated
 from .coverage import Coverage
 from .distributed import is_partitioned, whole
-from .layer import NTKAttentionLayer
+from .layer import NTKAttentionLayer, check_same_positions
 from .mixed import NO_ADAPTER, MixedBatch, check_rows_stay, check_signals, copies_of_rows, hook_heads, names_of_rows
 from .plan import AdapterPlan, check_plan, file_shapes, plan_adapter
 from .registration import NAME
@@ -193,7 +193,7 @@ class NTKAttentionModel(BaseTuner):
             layer = NTKAttentionLayer(target, site.geometry, own_attention(target), site.mesh, encodes=plan.encodes)
             BaseTunerLayer.set_adapter(layer, self.active_adapters)
             attach(target, layer)
-        layer.add_adapter(adapter_name, peft_config, site.block)
+        layer.add_adapter(adapter_name, peft_config, site.block, site.rotary)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The last step of making and of loading an adapter, after which PEFT may have offloaded it."""
@@ -238,7 +238,7 @@ class NTKAttentionModel(BaseTuner):
 
         Raises:
             ValueError: if the model is in training mode, a name is unknown, or two adapters on one module differ in
-                feature map or state heads.
+                feature map, state heads or positions.
         """
         if not len(adapter_names):
             raise ValueError("adapter_names is empty: expected one name for each row of the batch")
@@ -313,6 +313,7 @@ class NTKAttentionModel(BaseTuner):
                 f"weights must be {len(adapters)} finite numbers, none negative (k is a normaliser) and not all zero, "
                 f"got {list(weights)}"
             )
+        check_same_positions({name: self.peft_config[name].positions for name in adapters})
         layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
         if any(any(name in layer for name in adapters) != all(name in layer for name in adapters) for layer in layers):
             raise ValueError(f"the adapters {list(adapters)} sit on different modules: expected the same")

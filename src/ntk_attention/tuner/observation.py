@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..ops.reference import Block
+from ..ops.reference import Block, phi_input
+from ..ops.rotation import Rotation
 from ..ops.sdpa import HIDDEN
 from .batches import calling, checked_batches, named
 from .calls import during_calls
@@ -20,9 +21,9 @@ from .distributed import device_of
 from .feed_forward import FeedForward
 from .layer import NTKAttentionLayer, input_of
 
-# query [B, H, L, d], block of the real tokens, block of the prefix or None, factor of phi's input, and which rows
+# query [B, H, L, d], block of the real tokens, block of the prefix or None, phi's input [B, H, L, d], and which rows
 # [B, L] count
-Observer = Callable[[Tensor, Block, Block | None, float, Tensor], None]
+Observer = Callable[[Tensor, Block, Block | None, Tensor, Tensor], None]
 
 
 class FeedForwardObserver(Protocol):
@@ -68,12 +69,13 @@ def observe(
     observers: Mapping[str, Observer],
     feed_forward_observers: Mapping[str, FeedForwardObserver] | None = None,
     source: str | None = None,
+    adapter_name: str = "default",
 ) -> None:
     """Run the model over the batches, without gradients and dropout, and show its attention to one observer a layer.
 
     Those of feed-forward blocks, by the layer whose adapter looks after them, see these. Rows of padding do not count:
     those whose `attention_mask` is 0, and those that see no token. Errors number the batches of `source`, the argument
-    that they were given as.
+    that they were given as. Phi's input is that of the adapter of this name, with or without positions as it has it.
 
     Raises:
         ValueError: if the model cannot be called with one of them.
@@ -90,7 +92,10 @@ def observe(
                 # Copies: some models write into their inputs.
                 batch = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 masks = {name: padding_mask(model, name, batch) for name in layers}
-                watchers = {layer: partial(show, observers[name], masks[name]) for name, layer in layers.items()}
+                watchers = {
+                    layer: partial(show, observers[name], masks[name], is_free(layer, adapter_name))
+                    for name, layer in layers.items()
+                }
                 stack.enter_context(during_calls(watchers=watchers))
                 for name, layer in layers.items():
                     if name in blocks and layer.block is not None:
@@ -110,8 +115,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def is_free(layer: NTKAttentionLayer, adapter_name: str) -> bool:
+    """Whether phi of an adapter sees queries without their positions."""
+    return adapter_name in layer and layer[adapter_name].positions == "free"
+
+
 def show(
-    observer: Observer, mask: Tensor | None, query: Tensor, context: Block, prefix: Block | None, factor: float
+    observer: Observer,
+    mask: Tensor | None,
+    is_free: bool,
+    query: Tensor,
+    context: Block,
+    prefix: Block | None,
+    factor: float,
+    rotation: Rotation | None,
 ) -> None:
     """Call the observer with the rows [B, L] that count: those of real tokens, and those that see one.
 
@@ -121,7 +138,8 @@ def show(
     counts = ~(context.lse <= lowest).any(dim=1)  # masks are the same for all heads
     if mask is not None and tuple(mask.shape) == tuple(counts.shape):
         counts = counts & mask.bool()
-    observer(query, context, prefix, factor, counts)
+    x = phi_input(query, factor, rotation if is_free else None)
+    observer(query, context, prefix, x, counts)
 
 
 @contextmanager
@@ -176,7 +194,7 @@ def prefix_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapte
     batches = checked_batches(batches, model=model)
 
     def see(name: str) -> Observer:
-        def add(query: Tensor, context: Block, prefix: Block | None, factor: float, counts: Tensor) -> None:
+        def add(query: Tensor, context: Block, prefix: Block | None, x: Tensor, counts: Tensor) -> None:
             if prefix is not None:
                 share = torch.sigmoid(prefix.lse - context.lse).transpose(0, 1)[:, counts]  # [H, N]
                 sums[name] = sums[name] + share.double().sum(dim=1)
@@ -184,7 +202,7 @@ def prefix_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapte
 
         return add
 
-    observe(model, layers, batches, {name: see(name) for name in layers}, source="batches")
+    observe(model, layers, batches, {name: see(name) for name in layers}, None, "batches", adapter_name)
     if not all(rows.values()):
         raise ValueError("no token reached the adapter: is it active, and is the text empty?")
     return torch.stack([sums[name] / rows[name] for name in layers]).cpu()

@@ -15,6 +15,7 @@ from .coverage import Coverage, layers_without
 from .distributed import head_mesh
 from .feed_forward import FeedForward, feed_forwards
 from .geometry import Geometry, encodes, geometry_of
+from .rotation import Rotary, rotary_of
 from .routing import CHILD
 from .saved_modules import check_modules_to_save, modules_to_save
 from .targets import check_task, find_targets
@@ -28,11 +29,13 @@ class Site:
         geometry: sizes of both.
         block: None where the adapter has no prefix for one.
         mesh: of the processes that hold a part of the heads each; None where each holds all.
+        rotary: how the module rotates its queries, where phi is to see them unrotated.
     """
 
     geometry: Geometry
     block: FeedForward | None
     mesh: DeviceMesh | None
+    rotary: Rotary | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def plan_adapter(model: nn.Module, config: NTKAttentionConfig) -> AdapterPlan:
         config: as the user or a file gave it.
 
     Raises:
-        ValueError: if no attention module is left for it, or one that was named cannot have a prefix.
+        ValueError: if no attention module is left for it, one that was named cannot have a prefix, or one has rotary
+            positions that cannot be undone, and phi is to see none.
     """
     targets = find_targets(model, config)
     modules = [model.get_submodule(name) for name in targets.names]
@@ -71,7 +75,8 @@ def plan_adapter(model: nn.Module, config: NTKAttentionConfig) -> AdapterPlan:
     for name, module in zip(targets.names, modules, strict=True):
         block = blocks.get(name)
         geometry = replace(geometry_of(module, name), feed_forward=0 if block is None else block.width)
-        sites[name] = Site(geometry, block, head_mesh(model, name))
+        rotary = rotary_of(module, name) if config.positions == "free" else None
+        sites[name] = Site(geometry, block, head_mesh(model, name), rotary)
     geometries = [site.geometry for site in sites.values()]
     settled: dict[str, Any] = {**settled_ranks(config, geometries), "geometry": recorded_geometry(geometries)}
     if config.target_modules is None:

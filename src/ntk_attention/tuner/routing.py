@@ -31,6 +31,7 @@ from .calls import CALLS
 from .geometry import named
 from .lookup import ROUTE, lookup_of, routed_config
 from .masks import FLASH, IMPLEMENTATIONS, visible_tokens
+from .rotation import ROTATION, Positions
 
 if TYPE_CHECKING:
     from .adapter import PrefixAdapter
@@ -154,6 +155,7 @@ def ntk_attention_forward(
         ValueError: for an argument that changes attention and that we do not handle.
     """
     layer: NTKAttentionLayer = getattr(module, CHILD)
+    positions: Positions | None = kwargs.pop(ROTATION, None)  # no other function may see it
     active = layer.active()  # once: another thread may set or delete adapters meanwhile
     watcher, exact = CALLS.watchers.get(layer), CALLS.exact.get(layer)
     implementation = own_config(module)._attn_implementation
@@ -173,13 +175,14 @@ def ntk_attention_forward(
     softcap, sink = kwargs.get("softcap"), sink_of(kwargs)
     with without_autocast(query.device.type):
         states = states_for(layer, active, query, key, value)
-        prefixes = Prefixes(states, factor, exact, sink)
+        rotation = None if positions is None else positions.of(query, type(module).__name__)
+        prefixes = Prefixes(states, factor, exact, sink, rotation if layer.sees_no_positions(active) else None)
         prefix = None
         if watcher is not None:
             context = context_block(tokens, softcap=softcap, sink=sink)
             if states or exact is not None:
                 prefix = states_block(query, prefixes, scale, softcap)
-            watcher(query, context, prefix, factor)
+            watcher(query, context, prefix, factor, rotation)
         out = attend(tokens, prefixes, softcap=softcap) if states or exact is not None else context.out
         weights = None
         if implementation == "eager" and wants_weights(module, kwargs):

@@ -19,7 +19,9 @@ from torch import Tensor
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-FORMAT_VERSION = 2  # of the two files; 1 is version 0.1.0 of the library, which wrote no number
+# Of the two files. In files of 2 phi saw queries with their rotary positions; 1 is version 0.1.0 of the library, which
+# wrote no number.
+FORMAT_VERSION = 3
 MAX_CONFIG_BYTES = 2**20
 MAX_LOG_K = 80.0  # exp of more is too close to the end of float32
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -68,14 +70,17 @@ def read_config(path: Path, fields: set[str]) -> dict[str, Any]:
     return found
 
 
-def check_format(path: Path, found: Mapping[str, Any]) -> None:
-    """There is one format: files of another are made anew, not guessed at.
+def check_format(path: Path, found: dict[str, Any]) -> None:
+    """Files of another format are made anew, not guessed at; those of 2 say one thing less, which is filled in.
 
     Raises:
         AdapterError: if the number is missing or another.
     """
     version = found.get("format_version")
     if type(version) is int and version == FORMAT_VERSION:
+        return
+    if type(version) is int and version == 2 and "positions" not in found:
+        found |= {"format_version": FORMAT_VERSION, "positions": "rotary"}
         return
     number = f"format_version is {shown(version)}" if "format_version" in found else "there is no format_version"
     raise AdapterError(
