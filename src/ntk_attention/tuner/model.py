@@ -207,8 +207,8 @@ class NTKAttentionModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Around one call of forward or generate: a batch whose rows use different adapters, `adapter_names` of PEFT, or
-        what adapters make of their parameters, kept."""
+        """Around one call of forward or generate: rows that use different adapters, `adapter_names` of PEFT, or what
+        adapters make of their parameters, kept."""
         if kwargs.get("adapter_names") is None:
             with keeping():
                 yield
