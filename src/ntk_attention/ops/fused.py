@@ -36,15 +36,13 @@ Backward = Callable[..., Grads]
 def attend_fused(path: Path, tokens: Tokens, state: StateTensors) -> Tensor:
     """The merged output [B, H, L, d_v], by a path of plan.py."""
     compiling = torch.compiler.is_compiling()  # the operators serve torch.compile; without them a call is cheaper
-    query, key, value, *_ = tokens
-    Z, k, log_scale, *_ = state
-    if not compiling and (query.is_neg() or key.is_neg() or value.is_neg() or Z.is_neg() or k.is_neg()):
+    inputs = *tokens[:3], *state[:3]
+    if not compiling and any(map(torch.is_neg, inputs)):
         # What torch's dispatcher does before it calls an operator: apply a sign that is still to be applied.
-        query, key, value, Z, k = (x.resolve_neg() for x in (query, key, value, Z, k))
+        query, key, value, Z, k, log_scale = (x.resolve_neg() for x in inputs)
+        inputs = query, key, value, Z, k, log_scale
         tokens = tokens._replace(query=query, key=key, value=value)
-        state = state._replace(Z=Z, k=k)
-    if log_scale.is_neg():
-        state = state._replace(log_scale=log_scale.resolve_neg())
+        state = state._replace(Z=Z, k=k, log_scale=log_scale)
     if tokens.attn_mask is not None:
         shape = (*tokens.query.shape[:3], tokens.key.shape[2])
         tokens = tokens._replace(attn_mask=tokens.attn_mask.expand(shape))
@@ -52,7 +50,6 @@ def attend_fused(path: Path, tokens: Tokens, state: StateTensors) -> Tensor:
         return decode_op(*tokens, *state) if compiling else launch.decode(tokens, state)
     if compiling:
         return forward_op(*tokens, *state, path.value)[0]
-    inputs = query, key, value, *state[:3]
     if needs_grad(*inputs):
         return _Forward.apply(*inputs, tokens, state, path)
     return forward(tokens, state, path)[0]

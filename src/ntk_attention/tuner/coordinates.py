@@ -84,7 +84,7 @@ class Coordinated(nn.Module):
 
     def kept(self, what: Hashable, make: Callable[[], T]) -> T:
         """What is made of this module's tensors, see `kept`; made anew where they are parts of spread ones."""
-        if self.mesh is not None:
+        if self.mesh is not None or torch.is_grad_enabled():
             return make()
         return kept((self, what, self.unit), (*self._parameters.values(), *self._buffers.values()), make)
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Kept(threading.local):
     """By what it is, what was made and of which tensors in which versions; None outside of a call."""
 
-    made: dict[Hashable, tuple[Sequence[Tensor | None], list[int], Any]] | None = None
+    made: dict[Hashable, tuple[list[Tensor], list[int], Any]] | None = None
 
 
 KEPT = Kept()
@@ -45,17 +45,17 @@ def kept(what: Hashable, tensors: Sequence[Tensor | None], make: Callable[[], T]
 
     A graph would have it as a constant, and not see a parameter change.
     """
-    if torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or (made := KEPT.made) is None:
         return make()
-    made, given = KEPT.made, [x for x in tensors if x is not None]
-    if made is None or torch.is_grad_enabled() or any(x.is_inference() for x in given):  # which have no versions
+    given = [x for x in tensors if x is not None]
+    if any(map(torch.is_inference, given)):  # which have no versions
         return make()
     if given[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return make()
     versions = [x._version for x in given]
     found = made.get(what)
-    if found is not None and found[1] == versions and all(map(is_, found[0], tensors)):
+    if found is not None and found[1] == versions and all(map(is_, found[0], given)):
         return found[2]
     result = make()
-    made[what] = tensors, versions, result
+    made[what] = given, versions, result
     return result
