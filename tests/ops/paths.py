@@ -32,7 +32,7 @@ def flat(inputs, index=None, W=None, *, is_causal=True, constant=True, scale=32*
     """The arguments of the custom operators, but for the path."""
     query, key, value, *state = inputs
     tokens = Tokens(query, key, value, is_causal=is_causal, scale=scale)
-    return *tokens, *StateTensors(*state, index, W, None, constant, math.sqrt(scale))
+    return *tokens, *StateTensors(*state, index, W, constant, math.sqrt(scale))
 
 
 def paths(query, value):
