@@ -261,6 +261,23 @@ def cpu(rows: list[Row], path: Path) -> None:
     save(figure, path)
 
 
+def host(rows: list[Row], path: Path) -> None:
+    """Microseconds of one call, by what is called."""
+    groups = by_sizes(rows)
+    modes = list(dict.fromkeys(g.sizes["mode"] for g in groups))
+    figure, panels = plt.subplots(1, len(modes), figsize=(3.2 * len(modes), 3.6), layout="constrained")
+    for axes, mode in zip(np.atleast_1d(panels), modes, strict=True):
+        found = next(g.rows for g in groups if g.sizes["mode"] == mode)
+        times = {name: 1e3 * time / row["figures"]["calls"] for name, row in found.items() if (time := median(row))}
+        names = list(times)
+        colours = [OURS if name.startswith("ours") else PLAIN if name.startswith("plain") else OTHER for name in names]
+        axes.bar(range(len(names)), list(times.values()), color=colours)
+        axes.set(title=mode, ylabel="µs per call")
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    figure.suptitle(rows[0]["hardware"], fontsize=11)
+    save(figure, path)
+
+
 PLOTS: dict[str, Callable[[list[Row], Path], None]] = {
     "attention": attention,
     "figure3": figure3,
@@ -272,4 +289,5 @@ PLOTS: dict[str, Callable[[list[Row], Path], None]] = {
     "adapters": adapters,
     "building": building,
     "cpu": cpu,
+    "host": host,
 }

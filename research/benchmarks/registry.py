@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import adapters, attention, building, cpu, decode, figure3, generate, large, processes, training
+from . import adapters, attention, building, cpu, decode, figure3, generate, host, large, processes, training
 from .runner import Case
 
 
@@ -36,4 +36,5 @@ BENCHMARKS = {
     "adapters": Benchmark(adapters),
     "building": Benchmark(building),
     "cpu": Benchmark(cpu, on_cpu=True),
+    "host": Benchmark(host),
 }

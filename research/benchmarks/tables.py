@@ -256,6 +256,27 @@ def cpu(rows: list[Row]) -> list[str]:
     return [table(["dtype", "L", "mode", "plain, ms", "ours, ms (over plain)"], body)]
 
 
+def microseconds(row: Row | None) -> float | None:
+    """Of one call."""
+    time = median(row)
+    return 1e3 * time / row["figures"]["calls"] if row and time else None
+
+
+def host(rows: list[Row]) -> list[str]:
+    body = []
+    for sizes, methods in by_sizes(rows):
+        reference = microseconds(next(iter(methods.values())))
+        shape = [str(sizes["B"]), str(sizes["L"])]
+        shape += ["", "", ""] if "H" not in sizes else [str(sizes[name]) for name in ("H", "H_kv", "d")]
+        for name, row in methods.items():
+            time = microseconds(row)
+            line = [sizes["mode"], *shape, name, number(time) if time else milliseconds(row)]
+            more = time is not None and reference is not None and not name.startswith("plain")
+            body.append([*line, *([f"{time - reference:+.0f}", f"{time / reference:.2f}"] if more else ["", ""])])
+    head = ["mode", "B", "L", "H", "H_kv", "d", "method", "µs per call", "above plain, µs", "over plain"]
+    return [table(head, body)]
+
+
 def adapters(rows: list[Row]) -> list[str]:
     out = []
     for sizes, methods in by_sizes(rows):
@@ -295,4 +316,5 @@ TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "adapters": adapters,
     "building": building,
     "cpu": cpu,
+    "host": host,
 }

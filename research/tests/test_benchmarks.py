@@ -68,6 +68,7 @@ def test_methods(folder):
         "ours, 6 by name",
         "LoRA, 6 by name",
     }
+    assert methods["host"] == {"plain", "ours", "plain layer", "ours layer", "ours layer, default", "LoRA q,v layer"}
     assert methods["processes"] == {*WAYS, "DDP, twice the batch"}
     figures = {row["method"]: row["figures"] for row in read(folder / "figure3.jsonl")}
     assert figures["ours"]["parameters"] == 32 * 32 + 32
@@ -110,6 +111,7 @@ def test_report(folder):
     assert "ours, times the floor" in text
     assert "largest relative difference of a loss" in text
     assert "slower than ours from m =" in text
+    assert "above plain, µs" in text
 
 
 def test_existing_rows_are_kept(folder):

@@ -18,10 +18,10 @@ from .bundles import Prefixes, StateTensors, Tokens
 from .checks import check_arguments, check_inputs, check_rotation
 from .exact import LayerPrefix
 from .fused import attend_fused
-from .plan import Path, needs_grad, plan_attention
+from .plan import Path, plan_attention
 from .reference import Block, exact_scores, merge, prefix_block, scores, sink_block, token_block
 from .rotation import Rotation
-from .sdpa import HiddenRows, additive_mask, attend_sdpa, context_forward, hidden_rows
+from .sdpa import HiddenRows, additive_mask, attend_sdpa, context, hidden_rows, needs_grad
 from .state import PrefixState, RowStates
 
 
@@ -73,13 +73,16 @@ def ntk_attention(
     """
     check_inputs(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    check_arguments(Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale), state, enable_gqa, backend)
+    tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    check_arguments(tokens, state, enable_gqa, backend)
     if rotation is not None:
         check_rotation(rotation, query)
+    prefixes = Prefixes([state], math.sqrt(scale), rotation=rotation)
+    if not torch.is_autocast_enabled(query.device.type):
+        return attend(tokens, prefixes, backend=backend)
     query, key, value = autocast_inputs(query, key, value)
     with without_autocast(query.device.type):
-        tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
-        return attend(tokens, Prefixes([state], math.sqrt(scale), rotation=rotation), backend=backend)
+        return attend(tokens._replace(query=query, key=key, value=value), prefixes, backend=backend)
 
 
 def autocast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -149,7 +152,7 @@ def exact_block(query: Tensor, prefix: LayerPrefix, scale: float, softcap: float
     B, H, L, d = query.shape
     rows = query.transpose(0, 1).reshape(1, H, B * L, d)  # the whole batch sees the same tokens
     keys, values = (x.to(query.dtype)[None] for x in (prefix.keys, prefix.values))
-    out, lse, _, _ = context_forward(*Tokens(rows, keys, values, scale=scale))
+    out, lse, _, _ = context(Tokens(rows, keys, values, scale=scale))
     dtype = torch.promote_types(query.dtype, torch.float32)
     return Block(*(x[0].unflatten(1, (B, L)).transpose(0, 1).to(dtype) for x in (out, lse)))
 
@@ -179,7 +182,7 @@ def context_block(tokens: Tokens, *, softcap: float | None = None, sink: Tensor 
         return Block(block.out.to(query.dtype), block.lse)
     if attn_mask is not None:
         tokens = tokens._replace(attn_mask=additive_mask(attn_mask, query))
-    out, lse, _, _ = context_forward(*tokens)
+    out, lse, _, _ = context(tokens)
     if attn_mask is not None:
         out = out.masked_fill(hidden_rows(attn_mask).blank[..., None], 0.0)
     return Block(out, lse)

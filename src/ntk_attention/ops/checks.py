@@ -16,21 +16,22 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check_arguments(tokens: Tokens, state: PrefixState | RowStates, enable_gqa: bool, backend: str) -> None:
     """Raise ValueError unless the arguments of `ntk_attention` fit each other; `check_inputs` comes before."""
     query, key, value, attn_mask, dropout_p, is_causal, scale = tokens
-    B, H, L, _ = query.shape
-    H_kv, S, d_v = value.shape[1:]
+    B, H, L, d = query.shape
+    _, H_kv, S, d_v = value.shape
     if H_kv != H and (not enable_gqa or H % H_kv):
         raise ValueError(
             f"query has {H} heads and key {H_kv}: equal numbers are expected, or enable_gqa=True and a multiple"
         )
-    check_state_fits(state, num_heads=H, num_kv_heads=H_kv, head_dim=query.shape[-1], value_dim=d_v)
+    check_state_fits(state, num_heads=H, num_kv_heads=H_kv, head_dim=d, value_dim=d_v)
     if isinstance(state, RowStates) and len(state.index) != B:
         raise ValueError(f"the state has an index of {len(state.index)} rows for a batch of {B}: expected as many")
     if attn_mask is not None:
         if is_causal:
             raise ValueError("attn_mask and is_causal=True exclude each other: put causality into the mask")
         check_mask(attn_mask, (B, H, L, S))
+    device = query.device
     for name, x in (("key", key), ("value", value), ("the state", state.Z), ("attn_mask", attn_mask)):
-        if x is not None and x.device != query.device:
+        if x is not None and x.device != device:
             raise ValueError(f"all tensors must be on one device, got query on {query.device} and {name} on {x.device}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
@@ -59,6 +60,23 @@ def check_rotation(rotation: Rotation, query: Tensor) -> None:
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise ValueError unless these are tensors of attention."""
+    (q, k, v), dtype = (query.shape, key.shape, value.shape), query.dtype
+    fits = (
+        len(q) == len(k) == len(v) == 4
+        and q[0] == k[0] == v[0]
+        and k[1] == v[1]
+        and k[2] == v[2]
+        and q[3] == k[3]
+        and q[1] > 0 < v[1]
+        and q[3] > 0 < v[3]
+        and key.dtype == dtype == value.dtype
+        and dtype in DTYPES
+    )
+    if not fits:  # or in the dtypes that autocast makes
+        _check_inputs_one_by_one(query, key, value)
+
+
+def _check_inputs_one_by_one(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, H, L, d], got {list(x.shape)}")
@@ -93,16 +111,16 @@ def check_state_fits(
     state: PrefixState | RowStates, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int
 ) -> None:
     """Raise ValueError unless the state has the heads, r and d_v that the attention needs."""
-    if state.num_heads not in (num_heads, num_kv_heads):
+    *_, H, r, d_v = state.Z.shape
+    if H not in (num_heads, num_kv_heads):
         raise ValueError(
-            f"the state has {state.num_heads} heads: expected {num_heads} (one per query head) or {num_kv_heads} "
-            "(one per KV head)"
+            f"the state has {H} heads: expected {num_heads} (one per query head) or {num_kv_heads} (one per KV head)"
         )
-    r = state.feature_map.num_features(head_dim)
-    if state.num_features != r:
+    expected = state.feature_map.num_features(head_dim)
+    if r != expected:
         raise ValueError(
-            f"the state has r = {state.num_features} features, but {state.feature_map.name!r} makes r = {r} of "
+            f"the state has r = {r} features, but {state.feature_map.name!r} makes r = {expected} of "
             f"head_dim {head_dim}"
         )
-    if state.Z.shape[-1] != value_dim:
-        raise ValueError(f"the state has values of size {state.Z.shape[-1]}, the attention has {value_dim}")
+    if d_v != value_dim:
+        raise ValueError(f"the state has values of size {d_v}, the attention has {value_dim}")

@@ -7,6 +7,7 @@ prefix. Kernels are Triton's (triton/launch.py) where there are any, and otherwi
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,22 +15,33 @@ from torch import Tensor
 
 from . import fused_torch
 from .bundles import StateTensors, Tokens
-from .plan import Path, needs_grad
-from .sdpa import additive_mask, empty_output, laid_out_as, library_backward, library_forward
+from .plan import Path
+from .sdpa import (
+    additive_mask,
+    empty_output,
+    laid_out_as,
+    laid_out_as_inputs,
+    laid_out_as_query,
+    library_backward,
+    library_forward,
+    needs_grad,
+)
 from .triton import launch
 
 NUM_TOKENS = len(Tokens._fields)
-Grads = tuple[Tensor | None, ...]
+Grads = tuple[Any, ...]  # tensors, or None
+Backward = Callable[..., Grads]
 
 
 def attend_fused(path: Path, tokens: Tokens, state: StateTensors) -> Tensor:
     """The merged output [B, H, L, d_v], by a path of plan.py."""
     compiling = torch.compiler.is_compiling()  # the operators serve torch.compile; without them a call is cheaper
-    if not compiling and any(x.is_neg() for x in (*tokens[:3], *state[:3])):
+    inputs = *tokens[:3], *state[:3]
+    if not compiling and any(map(torch.is_neg, inputs)):
         # What torch's dispatcher does before it calls an operator: apply a sign that is still to be applied.
-        query, key, value = (x.resolve_neg() for x in tokens[:3])
+        query, key, value, Z, k, log_scale = (x.resolve_neg() for x in inputs)
+        inputs = query, key, value, Z, k, log_scale
         tokens = tokens._replace(query=query, key=key, value=value)
-        Z, k, log_scale = (x.resolve_neg() for x in state[:3])
         state = state._replace(Z=Z, k=k, log_scale=log_scale)
     if tokens.attn_mask is not None:
         shape = (*tokens.query.shape[:3], tokens.key.shape[2])
@@ -38,8 +50,8 @@ def attend_fused(path: Path, tokens: Tokens, state: StateTensors) -> Tensor:
         return decode_op(*tokens, *state) if compiling else launch.decode(tokens, state)
     if compiling:
         return forward_op(*tokens, *state, path.value)[0]
-    if needs_grad(*tokens[:3], *state[:3]):
-        return _Forward.apply(*tokens, *state, path)[0]
+    if needs_grad(*inputs):
+        return _Forward.apply(*inputs, tokens, state, path)
     return forward(tokens, state, path)[0]
 
 
@@ -50,7 +62,7 @@ def forward(tokens: Tokens, state: StateTensors, path: Path) -> tuple[Tensor, Te
     """
     if path in (Path.FUSED, Path.FUSED_SM90):
         return launch.fused_forward(tokens, state, path is Path.FUSED_SM90)
-    query, value, attn_mask = tokens.query, tokens.value, tokens.attn_mask
+    query, attn_mask = tokens.query, tokens.attn_mask
     if attn_mask is not None:
         tokens = tokens._replace(attn_mask=additive_mask(attn_mask, query))
     context, lse, _, _ = library_forward(tokens)
@@ -59,69 +71,60 @@ def forward(tokens: Tokens, state: StateTensors, path: Path) -> tuple[Tensor, Te
     if attn_mask is not None:
         dead = ~attn_mask.any(dim=-1)
         out, lse = out.masked_fill_(dead[..., None], 0.0), lse.masked_fill_(dead, math.inf)
-    return laid_out_as(empty_output(query, value), out), lse.contiguous()
+    return laid_out_as_query(query, out), lse.contiguous()
 
 
 def backward(
     grad_out: Tensor, out: Tensor, lse: Tensor, tokens: Tokens, state: StateTensors, path: Path, inputs_need_grad: bool
-) -> tuple[Tensor, ...]:
-    """Gradients to query, key, value (empty unless `inputs_need_grad`), Z and k."""
+) -> Grads:
+    """Gradients to query, key, value (None unless `inputs_need_grad`), Z and k."""
     query = tokens.query
-    grads: tuple[Tensor, ...] = tuple(query.new_empty(0) for _ in range(3))
+    grads: tuple[Tensor | None, ...] = (None, None, None)
     grad_out = grad_out.resolve_neg()
     if inputs_need_grad:
-        no_seed = torch.empty(0, dtype=torch.long, device=query.device)
         if tokens.attn_mask is not None:
             tokens = tokens._replace(attn_mask=additive_mask(tokens.attn_mask, query))
-        grads = library_backward(grad_out, out, lse, no_seed, no_seed, tokens)
+        grads = library_backward(grad_out, out, lse, None, None, tokens)
     prefix_backward = fused_torch.prefix_backward if path is Path.MERGED_TORCH else launch.prefix_backward
-    grad_Z, grad_k = prefix_backward(grad_out, query, out, lse, grads[0] if inputs_need_grad else None, state)
+    grad_Z, grad_k = prefix_backward(grad_out, query, out, lse, grads[0], state)
     return *grads, grad_Z.to(state.Z.dtype), grad_k.to(state.k.dtype)
-
-
-def bundled(inputs: tuple[Any, ...]) -> tuple[Tokens, StateTensors, Path]:
-    """Of the flat list `(*tokens, *state, path)`."""
-    *flat, path = inputs
-    path = path if isinstance(path, Path) else Path(path)
-    return Tokens(*flat[:NUM_TOKENS]), StateTensors(*flat[NUM_TOKENS:]), path
 
 
 # The same as autograd knows it without torch's dispatcher, and as operators for torch.compile.
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tokens, state, path = bundled(inputs)
+def save(ctx: Any, output: tuple[Tensor, Tensor], tokens: Tokens, state: StateTensors, path: Path) -> None:
     ctx.save_for_backward(*output, *tokens[:4], *state[:6])
     ctx.options = tokens[4:], state[6:], path
 
 
-def gradients(ctx: Any, grad_out: Tensor, backward: Any) -> Grads:
-    """For each of `(*tokens, *state, path)`."""
+def gradients(ctx: Any, grad_out: Tensor, inputs_need_grad: bool, b_needs_grad: bool, backward: Backward) -> Grads:
+    """To query, key, value, Z, k and b."""
     out, lse, *tensors = ctx.saved_tensors
     token_options, state_options, path = ctx.options
     tokens, state = Tokens(*tensors[:4], *token_options), StateTensors(*tensors[4:], *state_options)
-    of_query, of_key, of_value, *_ = ctx.needs_input_grad
-    inputs_need_grad = of_query or of_key or of_value
-    *grad_inputs, grad_Z, grad_k = backward(grad_out, out, lse, tokens, state, path, inputs_need_grad)
+    *grads, grad_Z, grad_k = backward(grad_out, out, lse, tokens, state, path, inputs_need_grad)
     grad_b = None
-    if ctx.needs_input_grad[NUM_TOKENS + 2]:  # Z and k carry the factor e^b
+    if b_needs_grad:  # Z and k carry the factor e^b
         grad_b = ((state.Z * grad_Z).sum(dim=(1, 2)) + (state.k * grad_k).sum(dim=1)).to(state.log_scale.dtype)
-    grad_tokens = *(grad_inputs if inputs_need_grad else (None,) * 3), *(None,) * (NUM_TOKENS - 3)
-    return *grad_tokens, grad_Z, grad_k, grad_b, *(None,) * (len(StateTensors._fields) - 3), None
+    return *(grads if inputs_need_grad else (None, None, None)), grad_Z, grad_k, grad_b
 
 
 class _Forward(torch.autograd.Function):
+    """Of (query, key, value, Z, k, b, tokens, state, path); the bundles hold the same tensors."""
+
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = forward(*bundled(inputs))
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[1])
-        return output
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *_, tokens, state, path = inputs
+        output = forward(tokens, state, path)
+        save(ctx, output, tokens, state, path)
+        return output[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, _: Any) -> Grads:
-        return gradients(ctx, grad_out, backward)
+    def backward(ctx: Any, grad_out: Tensor) -> Grads:
+        needed = ctx.needs_input_grad
+        return *gradients(ctx, grad_out, any(needed[:3]), needed[5], backward), None, None, None
 
 
 @torch.library.custom_op("ntk_attention::forward", mutates_args=())
@@ -146,7 +149,9 @@ def forward_op(
     path: str,
 ) -> tuple[Tensor, Tensor]:
     tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    return forward(tokens, StateTensors(Z, k, log_scale, index, W, table, constant, factor, width, start), Path(path))
+    state = StateTensors(Z, k, log_scale, index, W, table, constant, factor, width, start)
+    out, lse = forward(tokens, state, Path(path))
+    return laid_out_as(empty_output(query, value), out), lse
 
 
 @forward_op.register_fake
@@ -182,8 +187,9 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
     state = StateTensors(Z, k, log_scale, index, W, table, constant, factor, width, start)
-    *grads, grad_k = backward(grad_out, out, lse, tokens, state, Path(path), inputs_need_grad)
-    return *grads, grad_k.clone()  # type: ignore[return-value]  # an operator may not return views of one another
+    *grads, grad_Z, grad_k = backward(grad_out, out, lse, tokens, state, Path(path), inputs_need_grad)
+    inputs = laid_out_as_inputs(grads, tokens[:3]) if inputs_need_grad else (query.new_empty(0) for _ in range(3))
+    return *inputs, grad_Z, grad_k.clone()  # an operator may not return views of one another
 
 
 @backward_op.register_fake
@@ -197,11 +203,26 @@ def _(
 
 def operator_backward(
     grad_out: Tensor, out: Tensor, lse: Tensor, tokens: Tokens, state: StateTensors, path: Path, inputs_need_grad: bool
-) -> tuple[Tensor, ...]:
+) -> Grads:
     return backward_op(grad_out, out, lse, *tokens, *state, path.value, inputs_need_grad)
 
 
-forward_op.register_autograd(lambda ctx, grad_out, _: gradients(ctx, grad_out, operator_backward), setup_context=_save)
+def operator_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *flat, path = inputs
+    save(ctx, output, Tokens(*flat[:NUM_TOKENS]), StateTensors(*flat[NUM_TOKENS:]), Path(path))
+
+
+def operator_gradients(ctx: Any, grad_out: Tensor, _: Any) -> Grads:
+    """For each of `(*tokens, *state, path)`."""
+    needed = ctx.needs_input_grad
+    *inputs, grad_Z, grad_k, grad_b = gradients(
+        ctx, grad_out, any(needed[:3]), needed[NUM_TOKENS + 2], operator_backward
+    )
+    no_tokens, no_state = (None,) * (NUM_TOKENS - 3), (None,) * (len(StateTensors._fields) - 3)
+    return *inputs, *no_tokens, grad_Z, grad_k, grad_b, *no_state, None
+
+
+forward_op.register_autograd(operator_gradients, setup_context=operator_save)
 
 
 @torch.library.custom_op("ntk_attention::decode", mutates_args=())

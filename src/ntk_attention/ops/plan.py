@@ -8,10 +8,9 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from .bundles import Prefixes, Tokens
-from .sdpa import supports_sdpa
+from .sdpa import needs_grad, supports_sdpa
 from .state import RowStates
 from .triton import support
 
@@ -71,12 +70,13 @@ def plan_attention(tokens: Tokens, prefixes: Prefixes, softcap: float | None = N
     """How to compute a call whose arguments have been checked."""
     query, key, value, attn_mask, dropout_p, is_causal, _ = tokens
     state, rotation = prefixes.only_state, prefixes.rotation
+    shape, (_, H_kv, S, _) = query.shape, key.shape
     facts = (  # in the order of `Facts`, which is made where the answer is not known yet
         backend,
-        query.shape,
-        key.shape[1],
+        shape,
+        H_kv,
         value.shape[-1],
-        query.numel() == 0 or key.shape[2] == 0,
+        S == 0 or 0 in shape,
         query.dtype,
         query.device,
         None if attn_mask is None else attn_mask.dtype,
@@ -97,10 +97,6 @@ def plan_attention(tokens: Tokens, prefixes: Prefixes, softcap: float | None = N
             PATHS.clear()
         path = PATHS[facts] = decide(Facts(*facts))
     return path
-
-
-def needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def decide(facts: Facts) -> Path:

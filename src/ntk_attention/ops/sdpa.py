@@ -7,6 +7,7 @@ a score matrix and without a second Q K^T. What is left, the gradient to the pre
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .bundles import Tokens
-from .reference import Block, scores
+from .reference import Block
+from .sdpa_math import Attended, math_backward, math_forward
 
 aten = torch.ops.aten
 
@@ -35,7 +37,7 @@ def supports_sdpa(query: Tensor, attn_mask: Tensor | None, dropout_p: float) -> 
         return False
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return False
-    return query.device.type == "cuda" or (query.device.type == "cpu" and dropout_p == 0)
+    return query.is_cuda or (query.is_cpu and dropout_p == 0)
 
 
 def attend_sdpa(tokens: Tokens, prefix: Block) -> Tensor:
@@ -50,46 +52,66 @@ def attend_sdpa(tokens: Tokens, prefix: Block) -> Tensor:
         if attn_mask is not None and attn_mask.dim() >= 3 and attn_mask.shape[-3] == H:
             attn_mask = attn_mask.unflatten(-3, (H_kv, -1)).squeeze(-2)
         tokens = tokens._replace(query=query.reshape(B, H_kv, G, d), attn_mask=attn_mask)
-    merged = _MergedAttention.apply(out, lse, *tokens)
+    if torch.compiler.is_compiling() or needs_grad(out, lse, *tokens[:3]):
+        merged = _MergedAttention.apply(out, lse, *tokens)
+    else:
+        merged = merged_attention(Block(out, lse), tokens)[0]
     return merged.reshape(B, H, L, d_v) if packed else merged
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:  # noqa: SIM110  # a generator takes longer, in every layer of every step
+        if x.requires_grad:
+            return True
+    return False
+
+
+def merged_attention(prefix: Block, tokens: Tokens) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The output, and what its gradient needs of it, the mask that the kernel saw last."""
+    prefix_out, prefix_lse = prefix
+    dead = None
+    if tokens.attn_mask is not None:
+        dead, blank = (rows[..., None] for rows in hidden_rows(tokens.attn_mask))
+        tokens = tokens._replace(attn_mask=additive_mask(tokens.attn_mask, tokens.query))
+    out, lse, seed, offset = context(tokens)
+    # A row without a prefix, whose lse is -inf, keeps the kernel's own output and lse. With no keys either the shares
+    # are exp(-inf), not exp(-inf + inf).
+    lse_all = torch.logaddexp(lse, prefix_lse).to(lse.dtype).clamp_min(torch.finfo(lse.dtype).min)
+    context_share, prefix_share = (torch.exp(x - lse_all)[..., None] for x in (lse, prefix_lse))
+    merged = (out * context_share + prefix_out * prefix_share).to(tokens.query.dtype)
+    if dead is not None:
+        merged = merged.masked_fill(blank, 0.0)
+        # The weights of a dead row are not to be had from its lse, near HIDDEN: with +inf they are 0.
+        lse_all = lse_all.masked_fill(dead.squeeze(-1), math.inf)
+    return merged, (prefix_out, prefix_share, out, context_share, lse_all, dead, seed, offset, tokens.attn_mask)
 
 
 class _MergedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prefix_out: Tensor, prefix_lse: Tensor, *flat: Any) -> Tensor:
-        tokens, dead = Tokens(*flat), None
-        if tokens.attn_mask is not None:
-            dead, blank = (rows[..., None] for rows in hidden_rows(tokens.attn_mask))
-            tokens = tokens._replace(attn_mask=additive_mask(tokens.attn_mask, tokens.query))
-        out, lse, seed, offset = context_forward(*tokens)
-        lse_all = torch.logaddexp(lse, prefix_lse)
-        # Rows without a prefix keep the kernel's own output and lse.
-        alone = prefix_lse == -math.inf
-        lse_all = torch.where(alone, lse, lse_all).to(lse.dtype)
-        context_share = torch.where(alone, 1.0, torch.exp(lse - lse_all))[..., None]
-        prefix_share = torch.where(alone, 0.0, torch.exp(prefix_lse - lse_all))[..., None]
-        merged = (out * context_share + prefix_out * prefix_share).to(tokens.query.dtype)
-        if dead is not None:
-            merged = merged.masked_fill(blank, 0.0)
-            # The weights of a dead row are not to be had from its lse, near HIDDEN: with +inf they are 0.
-            lse_all = lse_all.masked_fill(dead.squeeze(-1), math.inf)
-        shares = prefix_out, prefix_share, out, context_share
-        ctx.save_for_backward(*shares, lse_all, dead, seed, offset, *tokens[:4])
+        tokens = Tokens(*flat)
+        merged, saved = merged_attention(Block(prefix_out, prefix_lse), tokens)
+        ctx.save_for_backward(*saved, *tokens[:3])
         ctx.options = tokens[4:]
         return merged
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        prefix_out, prefix_share, out, context_share, lse_all, dead, seed, offset, *tensors = ctx.saved_tensors
-        tokens = Tokens(*tensors, *ctx.options)
+        prefix_out, prefix_share, out, context_share, lse_all, dead, seed, offset, mask, *tensors = ctx.saved_tensors
+        query, key, value = tensors
+        tokens = Tokens(query, key, value, mask, *ctx.options)
         if dead is not None:
             grad_out = grad_out.masked_fill(dead, 0.0)
         grads: tuple[Tensor | None, ...] = (None, None, None)
         grad_prefix_out = grad_prefix_lse = None
         if any(ctx.needs_input_grad[2:5]):
             merged = (out * context_share + prefix_out * prefix_share).to(tokens.query.dtype)
-            grads = context_backward(grad_out, merged, lse_all, seed, offset, *tokens)
+            given = grad_out, merged, lse_all, seed, offset
+            is_compiling = torch.compiler.is_compiling()
+            grads = context_backward(*given, *tokens) if is_compiling else library_backward(*given, tokens)
         if any(ctx.needs_input_grad[:2]):
             grad_prefix_out = prefix_share * grad_out
             # prefix_out - merged, without the rounding of merged
@@ -130,22 +152,21 @@ def hidden_rows(attn_mask: Tensor) -> HiddenRows:
     return HiddenRows(peak <= torch.finfo(attn_mask.dtype).min / 2, peak == -math.inf)
 
 
-def library_forward(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention over real tokens: out [B, H, L, d_v], lse [B, H, L] in float32 (float64), seed and offset."""
+def library_forward(tokens: Tokens) -> Attended:
+    """Attention over real tokens, by one of torch's kernels."""
     query, key, value, attn_mask, dropout_p, is_causal, scale = tokens
     B, H, L, _ = query.shape
     d_v = value.shape[-1]
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    no_seed = torch.empty(0, dtype=torch.long, device=query.device)
     if query.numel() == 0 or key.numel() == 0:
         empty = query.new_zeros(B, H, L, d_v)
-        return empty, query.new_full((B, H, L), -math.inf, dtype=lse_dtype), no_seed, no_seed.clone()
+        return empty, query.new_full((B, H, L), -math.inf, dtype=lse_dtype), None, None
     inputs = _fit_memory(query, key, value, attn_mask)
     kernel = _choose_kernel(dropout_p, is_causal, scale, *inputs)
     if kernel == MATH:
-        return _math_forward(tokens)
+        return math_forward(tokens)
     query, key, value, attn_mask = _fit_kernel(kernel, *inputs)
-    seed, offset = no_seed, no_seed.clone()
+    seed = offset = None
     if query.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
@@ -162,10 +183,11 @@ def library_forward(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, dropout_p, is_causal, False, scale=scale
         )
-    lse = lse.reshape(B, H, -1)[..., :L].to(lse_dtype)  # cuDNN adds a dimension, the efficient kernel pads L
+    if lse.shape != (B, H, L):  # cuDNN adds a dimension, the efficient kernel pads L
+        lse = lse.reshape(B, H, -1)[..., :L]
     if dropout_p == 0:
-        seed, offset = no_seed, no_seed.clone()
-    return out[..., :d_v], lse, seed, offset
+        seed = offset = None
+    return out if out.shape[-1] == d_v else out[..., :d_v], lse.to(lse_dtype), seed, offset
 
 
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
@@ -179,6 +201,13 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
 def laid_out_as(expected: Tensor, x: Tensor) -> Tensor:
     """x in the strides of `expected`, whose memory takes it where they differ."""
     return x if x.stride() == expected.stride() else expected.copy_(x)
+
+
+def laid_out_as_query(query: Tensor, out: Tensor) -> Tensor:
+    """out [B, H, L, d_v] laid out as `empty_output`, which is not made where out is so already."""
+    heads_inside = query.stride(1) < query.stride(2)
+    is_right = (out.transpose(1, 2) if heads_inside else out).is_contiguous()
+    return out if is_right else empty_output(query, out).copy_(out)
 
 
 # Custom operators, so that torch.compile takes the kernels as they are and compiles what stands around them.
@@ -196,8 +225,9 @@ def context_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`library_forward` with outputs as a custom operator must have them: new memory in a layout known beforehand."""
     tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    out, lse, seed, offset = library_forward(tokens)
-    return laid_out_as(empty_output(query, value), out), lse.contiguous(), seed.clone(), offset.clone()
+    out, lse, *seeds = library_forward(tokens)
+    seed, offset = (query.new_empty(0, dtype=torch.long) if x is None else x.clone() for x in seeds)
+    return laid_out_as(empty_output(query, value), out), lse.contiguous(), seed, offset
 
 
 @context_forward.register_fake
@@ -207,8 +237,13 @@ def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor,
     return empty_output(query, value), query.new_empty(query.shape[:3], dtype=lse_dtype), seed, torch.empty_like(seed)
 
 
+def context(tokens: Tokens) -> Attended:
+    """`library_forward`, for torch.compile as its operator; without one a call is cheaper."""
+    return context_forward(*tokens) if torch.compiler.is_compiling() else library_forward(tokens)
+
+
 def library_backward(
-    grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor, tokens: Tokens
+    grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor | None, offset: Tensor | None, tokens: Tokens
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to query, key and value, given the merged out and lse."""
     given = query, key, value = tokens[:3]
@@ -218,18 +253,21 @@ def library_backward(
     fitted = _fit_memory(query, key, value, attn_mask)
     kernel = _choose_kernel(dropout_p, is_causal, scale, *fitted)
     if kernel == MATH:
-        return _laid_out_as_inputs(_math_backward(grad_out, out, lse, seed, tokens), *given)
+        return math_backward(grad_out, out, lse, seed, tokens)
     fitted = _fit_kernel(kernel, *fitted)
     grad_out, out = (readable(pad_to(x, fitted[2].shape[-1])) for x in (grad_out, out))
     grads = _kernel_backward(kernel, grad_out, out, lse, seed, offset, Tokens(*fitted, dropout_p, is_causal, scale))
     if grads[1].shape[1] != key.shape[1]:  # the kernel saw repeated KV heads
         of_key, of_value = (g.unflatten(1, (key.shape[1], -1)).sum(dim=2) for g in grads[1:])
         grads = grads[0], of_key, of_value
-    return _laid_out_as_inputs(tuple(g[..., : x.shape[-1]] for g, x in zip(grads, given, strict=True)), *given)
+    if grads[0].shape[-1] == query.shape[-1] == value.shape[-1]:
+        return grads
+    grad_query, grad_key, grad_value = (g[..., : x.shape[-1]] for g, x in zip(grads, given, strict=True))
+    return grad_query, grad_key, grad_value
 
 
 def _kernel_backward(
-    kernel: int, grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor, tokens: Tokens
+    kernel: int, grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor | None, offset: Tensor | None, tokens: Tokens
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same of one of torch's kernels, for inputs that fit it."""
     query, key, value, attn_mask, dropout_p, is_causal, scale = tokens
@@ -237,16 +275,16 @@ def _kernel_backward(
     if query.is_cuda:
         # As torch's own outputs lie in memory, which the kernels take for granted: with others cuDNN's gradients were
         # wrong (torch 2.11 on an H200).
-        grad_out, out = (laid_out_as(torch.empty_like(query), x) for x in (grad_out, out))
+        grad_out, out = (_laid_out_like(query, x) for x in (grad_out, out))
     lse = lse.contiguous()
     inputs = (grad_out, query, key, value)
     if query.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *inputs, out, lse, 0.0, is_causal, attn_mask=attn_mask, scale=scale
         )
-    if query.device.type == "cuda" and dropout_p == 0:  # not read, but asked for
-        seed = torch.empty(2, dtype=torch.uint64, device=query.device) if kernel == FLASH else seed.new_empty(())
-        offset = torch.empty((), dtype=seed.dtype, device=query.device)
+    if dropout_p == 0:  # not read, but asked for
+        seed = query.new_empty(2, dtype=torch.uint64) if kernel == FLASH else query.new_empty((), dtype=torch.long)
+        offset = seed[0] if kernel == FLASH else seed
     if kernel == FLASH:
         return aten._scaled_dot_product_flash_attention_backward(
             *inputs, out, lse, None, None, L, S, dropout_p, is_causal, seed, offset, scale=scale
@@ -265,9 +303,15 @@ def _kernel_backward(
     )
 
 
-def _laid_out_as_inputs(grads: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = (laid_out_as(torch.empty_like(x), g) for x, g in zip(inputs, grads, strict=True))
-    return query, key, value
+def _laid_out_like(like: Tensor, x: Tensor) -> Tensor:
+    """x in the strides of `torch.empty_like(like)`, which is not made where x has them already."""
+    is_dense = like.is_contiguous() or like.transpose(1, 2).is_contiguous()
+    return x if is_dense and x.stride() == like.stride() else laid_out_as(torch.empty_like(like), x)
+
+
+def laid_out_as_inputs(grads: Iterable[Tensor], inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients as operators must have them: in a layout known beforehand, that of `torch.empty_like` of each input."""
+    return tuple(laid_out_as(torch.empty_like(x), g) for g, x in zip(grads, inputs, strict=True))
 
 
 @torch.library.custom_op("ntk_attention::context_backward", mutates_args=())
@@ -275,8 +319,8 @@ def context_backward(
     grad_out: Tensor,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor,
-    offset: Tensor,
+    seed: Tensor | None,
+    offset: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -287,11 +331,14 @@ def context_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`library_backward` as a custom operator."""
     tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    return library_backward(grad_out, out, lse, seed, offset, tokens)
+    grads = library_backward(grad_out, out, lse, seed, offset, tokens)
+    return laid_out_as_inputs(grads, tokens[:3])  # type: ignore[return-value]  # three of them
 
 
 @context_backward.register_fake
-def _(grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor, *tokens: Any) -> tuple[Tensor, ...]:
+def _(
+    grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor | None, offset: Tensor | None, *tokens: Any
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x) for x in tokens[:3])
 
 
@@ -336,12 +383,13 @@ def readable(x: Tensor) -> Tensor:
     not overlap. On a GPU they load 16 bytes at once, so that every row must begin at a multiple of them, and not all of
     them are right where heads share memory.
     """
-    strides, last = x.stride()[:-1], x.stride(-1)
+    *strides, last = x.stride()
     fits = last == 1 and (x.shape[-2] == 1 or strides[-1] >= x.shape[-1])
     if fits and x.is_cuda:
         unit = 16 // x.element_size()
-        rows = zip(x.shape, strides, strict=False)
-        fits = x.data_ptr() % 16 == 0 and all(n == 1 or (s != 0 and s % unit == 0) for n, s in rows)
+        fits = x.data_ptr() % 16 == 0
+        if fits and (0 in strides or any(s % unit for s in strides)):
+            fits = all(n == 1 or (s != 0 and s % unit == 0) for n, s in zip(x.shape, strides, strict=False))
     return x if fits else x.new_empty(x.shape).copy_(x)
 
 
@@ -371,47 +419,3 @@ def _fit_kernel(
 def pad_to(x: Tensor, size: int) -> Tensor:
     """Zeros behind the last dimension; no copy where none are missing."""
     return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
-
-
-def _keep(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """What dropout leaves of the weights; the same for the same seed."""
-    if not dropout_p:
-        return weights
-    generator = torch.Generator(weights.device).manual_seed(int(seed))
-    kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout_p
-    return weights * kept / (1 - dropout_p)
-
-
-def _weights(tokens: Tokens, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """exp(scores - lse) [B, H, L, S], and lse; by default that of these scores."""
-    query, key, _, attn_mask, _, is_causal, scale = tokens
-    logits = scores(query, key, scale, mask=attn_mask, is_causal=is_causal)
-    lse = torch.logsumexp(logits, dim=-1) if lse is None else lse
-    return torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]), lse
-
-
-def _math_forward(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where torch has no fused kernel for the inputs (float64 on a GPU): the scores are written out."""
-    query, value, dropout_p = tokens.query, tokens.value, tokens.dropout_p
-    weights, lse = _weights(tokens)
-    values = value.to(weights.dtype).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    seed = torch.randint(2**62, (1 if dropout_p else 0,), device=query.device)
-    out = _keep(weights, dropout_p, seed) @ values
-    return out.to(query.dtype), lse, seed, torch.empty(0, dtype=torch.long, device=query.device)
-
-
-def _math_backward(
-    grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor, tokens: Tokens
-) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, _, dropout_p, _, scale = tokens
-    weights, _ = _weights(tokens, lse)
-    kept, H_kv = _keep(weights, dropout_p, seed), key.shape[1]
-    q, k, v, dout, o = (x.to(weights.dtype) for x in (query, key, value, grad_out, out))
-    k, v = (x.repeat_interleave(q.shape[1] // H_kv, dim=1) for x in (k, v))
-    grad_logits = kept * (dout @ v.transpose(-1, -2)) - weights * (dout * o).sum(dim=-1, keepdim=True)
-    grad_query = scale * grad_logits @ k
-    grad_key, grad_value = (
-        g.unflatten(1, (H_kv, -1)).sum(dim=2)
-        for g in (scale * grad_logits.transpose(-1, -2) @ q, kept.transpose(-1, -2) @ dout)
-    )
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)

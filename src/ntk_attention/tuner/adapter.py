@@ -284,6 +284,9 @@ class PrefixAdapter(Coordinated):
 
     def state(self) -> PrefixState:
         """The state as it stands, differentiable with respect to the parameters."""
+        return self.kept("state", self._made_state)
+
+    def _made_state(self) -> PrefixState:
         k = torch.exp(self.plain_scaled())
         if self.normaliser_features is not None and self.k_signed is not None:
             positive, signed = self.places(k.device)

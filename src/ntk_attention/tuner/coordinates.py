@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 from .distributed import BY_HEAD, is_partitioned, spread
+from .kept import kept
 from .untrusted import check_shape, check_values
+
+T = TypeVar("T")
 
 
 class Coordinated(nn.Module):
@@ -78,6 +81,12 @@ class Coordinated(nn.Module):
         """x in plain units, of this process's part."""
         x = self.part(self.scaled_name)
         return x if self.unit == 1.0 else self.unit * x  # a kernel less in each layer, when all wait for launches
+
+    def kept(self, what: Hashable, make: Callable[[], T]) -> T:
+        """What is made of this module's tensors, see `kept`; made anew where they are parts of spread ones."""
+        if self.mesh is not None or torch.is_grad_enabled():
+            return make()
+        return kept((self, what, self.unit), (*self._parameters.values(), *self._buffers.values()), make)
 
     @torch.no_grad()
     def set_plain(self, leading: Tensor, scaled: Tensor) -> None:

@@ -111,11 +111,12 @@ class FeedForwardPrefix(Coordinated):
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """out + x^T Z for every x: [..., D], in the dtype of out."""
-        hidden = x @ self.plain_leading().to(x.dtype)
-        Z_B = self.plain_scaled().to(hidden.dtype)
+        Z_A, Z_B = self.kept(x.dtype, lambda: (self.plain_leading().to(x.dtype), self.plain_scaled().to(x.dtype)))
+        hidden = x.flatten(0, -2) @ Z_A
+        Z_B = Z_B.to(hidden.dtype)  # that of autocast
         if hidden.dtype != out.dtype:
-            return out + (hidden @ Z_B).to(out.dtype)
-        return torch.addmm(out.flatten(0, -2), hidden.flatten(0, -2), Z_B).view(out.shape)  # the sum in one kernel
+            return out + (hidden @ Z_B).view(out.shape).to(out.dtype)
+        return torch.addmm(out.flatten(0, -2), hidden, Z_B).view(out.shape)  # the sum in one kernel
 
     @torch.no_grad()
     def become_sum(self, parts: Sequence[tuple[FeedForwardPrefix, float]]) -> None:

@@ -159,7 +159,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         """The output of the block, with what its prefixes add; experts may return more than a tensor."""
         out = output[0] if isinstance(output, tuple) else output
         for prefix in self.feed_forward_prefixes():
-            out = prefix(x.to(out.device), out)
+            out = prefix(x if x.device == out.device else x.to(out.device), out)
         return (out, *output[1:]) if isinstance(output, tuple) else out
 
     def feed_forward_prefixes(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
@@ -214,7 +214,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def rests(self) -> bool:
         """Whether the adapters do nothing: PEFT disabled them, or this call does without."""
-        return bool(self.disable_adapters) or self in CALLS.resting
+        return bool(self._disable_adapters) or self in CALLS.resting
 
     def active(self) -> Sequence[PrefixAdapter | RowStates]:
         """What acts in this call: the active adapters, or the rows of the mixed batch; none where adapters rest."""
@@ -227,7 +227,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def active_names(self) -> list[str]:
         """Active adapters that this layer has."""
-        return [name for name in cast(list[str], self.active_adapters) if name in self]
+        modules = self._modules
+        return [name for name in cast(list[str], self.active_adapters) if name in modules]
 
     def states(self, active: Sequence[PrefixAdapter | RowStates], batch_size: int) -> list[PrefixState | RowStates]:
         """The prefixes of what `active` gave, one after another; in a mixed batch one per row."""
@@ -300,9 +301,10 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             ValueError: if their values are gone: PEFT, when it loads an adapter, keeps on a disk those of LoRA only.
         """
         # Not self[name]: another thread may have deleted one since its name was read.
-        found = {name: cast(PrefixAdapter, self._modules[name]) for name in names if name in self._modules}
+        modules = self._modules
+        found = {name: cast(PrefixAdapter, modules[name]) for name in names if name in modules}
         for name, adapter in found.items():
-            if hasattr(adapter, "_hf_hook"):
+            if "_hf_hook" in adapter.__dict__:
                 try:
                     remove_hook_from_module(adapter, recurse=True)
                 except ValueError as error:

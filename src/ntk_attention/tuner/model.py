@@ -26,6 +26,7 @@ from .config import NTKAttentionConfig
 from .coordinates import Coordinated
 from .coverage import Coverage
 from .distributed import is_partitioned, whole
+from .kept import keeping
 from .layer import NTKAttentionLayer, check_same_positions
 from .mixed import NO_ADAPTER, MixedBatch, check_rows_stay, check_signals, copies_of_rows, hook_heads, names_of_rows
 from .plan import AdapterPlan, check_plan, file_shapes, plan_adapter
@@ -206,9 +207,11 @@ class NTKAttentionModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """A batch whose rows use different adapters, `adapter_names` of PEFT, for one call of forward or generate."""
+        """Around one call of forward or generate: rows that use different adapters, `adapter_names` of PEFT, or what
+        adapters make of their parameters, kept."""
         if kwargs.get("adapter_names") is None:
-            yield
+            with keeping():
+                yield
             return
         names = names_of_rows(kwargs["adapter_names"])
         check_rows_stay(self.model, names, kwargs)

@@ -8,7 +8,8 @@ outside the attention modules stays as it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .layer import NTKAttentionLayer
 
 CHILD = "ntk_states"  # name of the NTKAttentionLayer in its attention module
+NOTHING = nullcontext()
 
 
 def routes(module: nn.Module) -> bool:
@@ -123,10 +125,10 @@ def query_scale(module: nn.Module, scaling: float | None, head_dim: int) -> tupl
     """
     if scaling is None:
         scaling = head_dim**-0.5
+    if scaling != 1.0:
+        return scaling, scaling**0.5
     own = next((v for n in ("scaling", "scale") if isinstance(v := getattr(module, n, None), float)), scaling)
-    if scaling == 1.0 and own != 1.0:
-        return 1.0, own**-0.5
-    return scaling, scaling**0.5
+    return 1.0, own**-0.5
 
 
 def ntk_attention_forward(
@@ -154,7 +156,7 @@ def ntk_attention_forward(
     Raises:
         ValueError: for an argument that changes attention and that we do not handle.
     """
-    layer: NTKAttentionLayer = getattr(module, CHILD)
+    layer = cast("NTKAttentionLayer", module._modules[CHILD])  # which takes less time than asking the module
     positions: Positions | None = kwargs.pop(ROTATION, None)  # no other function may see it
     active = layer.active()  # once: another thread may set or delete adapters meanwhile
     watcher, exact = CALLS.watchers.get(layer), CALLS.exact.get(layer)
@@ -166,14 +168,16 @@ def ntk_attention_forward(
         return base(caller, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     check_call(layer, module, implementation, kwargs)
-    query, key, value = autocast_inputs(query, key, value)
+    casts = torch.is_autocast_enabled(query.device.type)
+    if casts:
+        query, key, value = autocast_inputs(query, key, value)
     scale, factor = query_scale(module, scaling, query.shape[-1])
     key, value, mask, is_causal = visible_tokens(module, query, key, value, attention_mask, implementation, **kwargs)
     if query.shape[0] != key.shape[0]:  # learned queries, the same for every item
         query = query.expand(key.shape[0], -1, -1, -1)
     tokens = Tokens(query, key, value, mask, dropout, is_causal, scale)
     softcap, sink = kwargs.get("softcap"), sink_of(kwargs)
-    with without_autocast(query.device.type):
+    with without_autocast(query.device.type) if casts else NOTHING:
         states = states_for(layer, active, query, key, value)
         rotation = None if positions is None else positions.of(query, type(module).__name__)
         prefixes = Prefixes(states, factor, exact, sink, rotation if layer.sees_no_positions(active) else None)
