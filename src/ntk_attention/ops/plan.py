@@ -33,7 +33,8 @@ class Path(StrEnum):
 
 
 # From which query length on the library's kernel, whose products are faster, and one more of ours that merges the
-# prefix take the place of our fused kernel, which reads everything once (on an H100, results/benchmarks).
+# prefix take the place of our fused kernel, which reads everything once, where there is none for Hopper (on an H100,
+# results/benchmarks).
 MERGE_FROM = (  # the largest head_dim that the row is for, the length
     (64, 8192),
     (128, 2048),
@@ -122,16 +123,17 @@ def fused_path(facts: Facts) -> Path | None:
     if is_random and not (has_kernels and support.covers_random(facts.device, facts.dtype, d, d_v, facts.num_features)):
         return None
     L = facts.query_shape[2]
+    in_halves = facts.rotation in (None, (d, d, 0))  # the pairs, which is what tiles of many queries know
     if not has_kernels:
         # A call of one query decodes, which sdpa.py does better. "triton" falls back to it as well.
         return Path.MERGED_TORCH if facts.backend == "auto" and L > 1 else None
     rows_of_kv_head = facts.query_shape[1] // facts.num_kv_heads * L
     if not facts.needs_grad and rows_of_kv_head <= support.MAX_DECODE_ROWS and not facts.is_causal:
         return Path.DECODE
+    is_simple = not is_random and facts.mask is None
+    if is_simple and in_halves and support.covers_sm90(facts.device, facts.dtype, d, d_v):
+        return Path.FUSED_SM90
+    if is_random and not in_halves and L > 1:  # exponents must not have the rounding of queries that are turned beside
+        return None
     merge_from = next(length for largest, length in MERGE_FROM if max(d, d_v) <= largest)
-    if facts.backend == "auto" and not is_random and facts.mask is None and merge_from <= L:
-        return Path.MERGED
-    in_halves = facts.rotation in (None, (d, d, 0))
-    is_sm90 = not is_random and facts.mask is None and in_halves
-    is_sm90 = is_sm90 and support.covers_sm90(facts.device, facts.dtype, d, d_v)
-    return Path.FUSED_SM90 if is_sm90 else Path.FUSED
+    return Path.MERGED if facts.backend == "auto" and is_simple and merge_from <= L else Path.FUSED

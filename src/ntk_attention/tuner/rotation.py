@@ -108,7 +108,8 @@ class Rotary:
             )
         R = table.shape[-1] * (2 if self.form.is_single else 1)
         before, after = self.form.widths(R // 2)
-        dtype = torch.promote_types(table.real.dtype if table.is_complex() else table.dtype, torch.float32)
+        own = table.real.dtype if table.is_complex() else table.dtype
+        dtype = torch.promote_types(own, torch.float32)
         pairs = (torch.arange(R, device=table.device) % before < before // 2).to(dtype)
         length, batch = table.shape[-2], table.shape[0] if table.dim() == 3 else 1
         shape = {"b": batch, "h": 1, "l": length}
@@ -116,7 +117,8 @@ class Rotary:
         out = first(self.source.turn(module, probe, probe, *tables)).to(dtype).reshape(batch, length, R)
         cos, sin = out.unflatten(-1, (-1, 2, after // 2)).unbind(-2)
         start = head_dim - R if self.source.is_last or self.form.is_last else 0
-        return Rotation.of(cos.flatten(-2), sin.flatten(-2), width=after, start=start)
+        cos, sin = cos.flatten(-2).to(own), sin.flatten(-2).to(own)  # which are numbers of this dtype
+        return Rotation.of(cos, sin, width=after, start=start)
 
 
 class Positions:

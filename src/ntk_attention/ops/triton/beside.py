@@ -15,7 +15,7 @@ def turn_rows(
     D: tl.constexpr, ROTATED: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
     FORWARD: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """X with every pair turned back, or FORWARD, into Out or added to it; whole heads, so that memory is read in rows."""
+    """X with every pair turned back, or FORWARD, into Out or added to it; of whole heads, which lie in one piece."""
     bh = tl.program_id(1)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)

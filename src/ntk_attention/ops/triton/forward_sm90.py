@@ -46,8 +46,8 @@ def load_block(X, b, h, n, blocks, ready, i, exists):
 
 @functools.partial(decorated, gluon.jit)
 def fused_forward(
-    Q, K, V, Z_blocks, Out, Z, k_state, b_state, Index, Table, Lse, stride_t,
-    H, heads_per_kv, heads_per_state, L, S, scale, factor,
+    Q, K, V, Z_blocks, Table, Out, Z, k_state, b_state, Index, Lse, table_step,
+    B, H, heads_per_kv, heads_per_state, L, S, scale, factor,
     D: gl.constexpr, CONSTANT: gl.constexpr, ROTATED: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -79,21 +79,27 @@ def fused_forward(
 
     q = gl.allocate_shared_memory(dtype, [1, 1, 1, BM, D], Q.layout)
     kv = gl.allocate_shared_memory(dtype, [2 * STAGES, 1, 1, BN, D], K.layout)
+    angles = q
+    if ROTATED:
+        angles = gl.allocate_shared_memory(dtype, [1, 1, 1, BM, D], Table.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    table_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     z_ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_ready.index(0), count=1)
+    mbarrier.init(table_ready.index(0), count=1)
     for s in gl.static_range(2 * STAGES):
         mbarrier.init(ready.index(s), count=1)
         mbarrier.init(z_ready.index(s), count=1)
     fence_async_shared()
     synchronize()
-    Z_STAGES: gl.constexpr = gl.cdiv(D // BN, 2)
-    LAST: gl.constexpr = 2 * (STAGES - Z_STAGES)
+    LAST: gl.constexpr = 2 * STAGES - 2
     load_block(Q, b, h, i * BM, q, q_ready, 0, True)
+    if ROTATED:
+        load_block(Table, 0, b * table_step, i * BM, angles, table_ready, 0, True)
     for part in gl.static_range(D // BN):
         load_block(Z_blocks, 0, state, part * BN, kv, z_ready, LAST + part, True)
-    for t in gl.static_range(STAGES - Z_STAGES):
+    for t in gl.static_range(STAGES - 1):
         load_block(K, b, h_kv, (blocks - 1 - t) * BN, kv, ready, 2 * t, t < blocks)
         load_block(V, b, h_kv, (blocks - 1 - t) * BN, kv, ready, 2 * t + 1, t < blocks)
 
@@ -110,13 +116,12 @@ def fused_forward(
     columns = gl.arange(0, PART, gl.SliceLayout(0, operand))
     features = state * (D + CONSTANT) + columns
     q_block = q.index(0).reshape([BM, D])
-    if ROTATED:
-        tokens = i * BM + gl.arange(0, BM, gl.SliceLayout(1, operand))
-        angles = Table + b.to(gl.int64) * stride_t + tokens.to(gl.int64)[:, None] * D + columns[None, :]
-        in_rows = (tokens < L)[:, None]
-        cos = gl.load(angles, mask=in_rows, other=1.0).to(gl.float32)
-        sin = gl.load(angles + PART, mask=in_rows, other=0.0).to(gl.float32)
     mbarrier.wait(q_ready.index(0), 0)
+    if ROTATED:
+        angle_block = angles.index(0).reshape([BM, D])
+        mbarrier.wait(table_ready.index(0), 0)
+        cos = angle_block.slice(0, PART, dim=1).load(operand).to(gl.float32)
+        sin = angle_block.slice(PART, PART, dim=1).load(operand).to(gl.float32)
     for part in gl.static_range(D // PART):
         k = gl.load(k_state + part * PART + features).to(gl.float32)
         x = q_block.slice(part * PART, PART, dim=1).load(operand).to(gl.float32)
@@ -142,9 +147,9 @@ def fused_forward(
     mass = gl.convert_layout(gl.where(has_weight, 1.0, 0.0), row)
     s = warpgroup_mma_wait(0, deps=[s])
     synchronize()  # nobody reads Z any more
-    for t in gl.static_range(STAGES - Z_STAGES, STAGES):
-        load_block(K, b, h_kv, (blocks - 1 - t) * BN, kv, ready, 2 * t, t < blocks)
-        load_block(V, b, h_kv, (blocks - 1 - t) * BN, kv, ready, 2 * t + 1, t < blocks)
+    n = (blocks - STAGES) * BN
+    load_block(K, b, h_kv, n, kv, ready, LAST, blocks >= STAGES)
+    load_block(V, b, h_kv, n, kv, ready, LAST + 1, blocks >= STAGES)
 
     rows = i * BM + gl.arange(0, BM, row)
     columns = (blocks - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, mma))

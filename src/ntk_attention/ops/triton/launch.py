@@ -26,10 +26,9 @@ if triton is not None:
     random_query_kernel = Launcher(backward_kernels.random_grad_query)
     turn_kernel = Launcher(beside.turn_rows)
 if forward_sm90 is not None:
-    sm90_kernel = Launcher(forward_sm90.fused_forward)
-    from . import forward_ws
+    from . import forward_sm90_persistent
 
-    ws_kernel = Launcher(forward_ws.fused_forward)
+    sm90_kernels = [Launcher(forward_sm90.fused_forward), Launcher(forward_sm90_persistent.fused_forward)]
 
 
 class Sizes(NamedTuple):
@@ -57,8 +56,13 @@ def forward_sizes(head_dim: int, length: int, is_masked: bool) -> Sizes:
     return Sizes(rows=64, columns=32, warps=8, stages=2)
 
 
+PERSISTENT_ROWS = 128
+
+
 def sm90_sizes(head_dim: int, length: int) -> Sizes:
-    return Sizes(rows=128, columns=128 if head_dim == 128 else 128, warps=4, stages=2, registers=240)
+    if head_dim == 128 and length > 512:
+        return Sizes(rows=PERSISTENT_ROWS, columns=128, warps=4, stages=2)
+    return Sizes(rows=64, columns=64, warps=4, stages=2)
 
 
 def random_sizes() -> Sizes:
@@ -87,7 +91,7 @@ class KernelState(NamedTuple):
     k: Tensor
     log_scale: Tensor
     W: Tensor  # [2, r, d / 2]
-    index: Tensor
+    rows: Tensor  # the place of each row's state in the stack
 
     @classmethod
     def of(cls, state: StateTensors, order: Tensor | None = None) -> "KernelState":
@@ -106,7 +110,7 @@ class PhiQueries(NamedTuple):
     """The queries that phi sees, and what tiles still have to undo of their positions."""
 
     x: Tensor  # [B, H, L, d]
-    table: Tensor | None  # [B or 1, L, d], of pairs in the halves of a head
+    table: Tensor | None  # [B or 1, L, d], of pairs in the halves of a head, in the dtype of x
     is_beside: bool = False  # whether x is not the query, but a copy without positions
 
     @classmethod
@@ -114,7 +118,7 @@ class PhiQueries(NamedTuple):
         rotation = state.rotation
         if rotation is None:
             return cls(described(query), None)
-        table = contiguous(rotation.table.float() if rotation.table.dtype == torch.float64 else rotation.table)
+        table = contiguous(rotation.table.to(query.dtype))
         if rotation.width == table.shape[-1] == query.shape[-1]:
             return cls(described(query), table)
         return cls(turn(query, rotation._replace(table=table)), None, True)
@@ -163,42 +167,8 @@ def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tens
     heads = (H, H // H_kv, H // state.Z.shape[-3])
     constant, is_mixed = state.constant, state.rows is not None
     if sm90:
-        sizes = sm90_sizes(d, L)
-        table = lse if state.table is None else contiguous(state.table)
-        stride_t = 0 if state.table is None or len(table) == 1 else table.stride(0)
-        if sizes.programs < 0:
-            x, y = (1, 1, sizes.rows, d), (1, 1, sizes.columns, d)
-            blocks = zip((query, key, value, Z_product[None], out), (x, y, y, y, x), strict=True)
-            sm90_kernel(
-                (ceil_div(L, sizes.rows), B * H, 1),
-                [gluon_descriptor(tensor, block) for tensor, block in blocks],
-                (own.Z, own.k, own.log_scale, own.index, table, lse),
-                (stride_t, *heads, L, S, scale, state.factor),
-                (d, constant, state.table is not None, is_mixed, is_causal, sizes.rows, sizes.columns, sizes.stages),
-                sizes.options,
-            )
-            return out, lse
-        x, y = (1, 1, sizes.rows // 2, d), (1, 1, sizes.columns, d)
-        angles = query if state.table is None else table[None]
-        blocks = zip((query, key, value, Z_product[None], angles, out), (x, y, y, y, x, x), strict=True)
-        ws_kernel(
-            (min(_multiprocessors(query), ceil_div(L, sizes.rows) * B * H), 1, 1),
-            [gluon_descriptor(tensor, block) for tensor, block in blocks],
-            (own.Z, own.k, own.log_scale, own.index, lse),
-            (0 if stride_t == 0 else 1, B, *heads, L, S, scale, state.factor),
-            (
-                d,
-                constant,
-                state.table is not None,
-                is_mixed,
-                is_causal,
-                sizes.rows,
-                sizes.columns,
-                sizes.stages,
-                sizes.registers,
-            ),
-            Options(4),
-        )
+        table = None if state.table is None else contiguous(state.table.to(query.dtype))
+        sm90_forward(tokens, state, own, Z_product, table, out, lse)
         return out, lse
     is_random = state.W is not None
     sizes = random_sizes() if is_random else forward_sizes(max(d, d_v), L, attn_mask is not None)
@@ -213,7 +183,7 @@ def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tens
             descriptor(value, sizes.columns, BDV), *queries.descriptors(sizes.rows, BH),
             descriptor(Z_product, features, BDV), descriptor(out, sizes.rows, BDV),
         ],
-        (own.Z, own.k, own.log_scale, own.W, own.index, mask, lse),
+        (own.Z, own.k, own.log_scale, own.W, own.rows, mask, lse),
         (*mask_strides, queries.table_step, *heads, L, S, 1, scale, state.factor),
         (
             is_random, state.k.shape[-1] - constant, d, d_v, constant, queries.rotated, is_mixed, is_causal,
@@ -222,6 +192,41 @@ def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tens
         sizes.options,
     )  # fmt: skip
     return out, lse
+
+
+def sm90_forward(
+    tokens: Tokens,
+    state: StateTensors,
+    own: KernelState,
+    Z_product: Tensor,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """The same for Hopper, into given memory: with a program for each tile of queries where these are few, and
+    otherwise with programs that stay."""
+    query, key, value, _, _, is_causal, scale = tokens
+    B, H, L, d = query.shape
+    heads = (H, H // key.shape[1], H // state.Z.shape[-3])
+    sizes = sm90_sizes(d, L)
+    x, y = (1, 1, sizes.rows, d), (1, 1, sizes.columns, d)
+    tiles = ceil_div(L, sizes.rows) * B * H
+    is_persistent = sizes.rows == PERSISTENT_ROWS
+    if is_persistent:
+        x, tiles = (1, 1, sizes.rows // 2, d), min(tiles, _multiprocessors(query))
+    table = query if table is None else table[None]
+    given = zip((query, key, value, Z_product[None], table, out), (x, y, y, y, x, x), strict=True)
+    sm90_kernels[is_persistent](
+        (tiles, 1, 1) if is_persistent else (ceil_div(L, sizes.rows), B * H, 1),
+        [gluon_descriptor(tensor, block) for tensor, block in given],
+        (own.Z, own.k, own.log_scale, own.rows, lse),
+        (int(table.shape[1] > 1), B, *heads, L, key.shape[2], scale, state.factor),
+        (
+            d, state.constant, state.table is not None, state.rows is not None, is_causal,
+            sizes.rows, sizes.columns, sizes.stages,
+        ),
+        sizes.options,
+    )  # fmt: skip
 
 
 def merge_prefix(query: Tensor, context: Tensor, lse: Tensor, state: StateTensors) -> tuple[Tensor, Tensor]:
@@ -244,7 +249,7 @@ def merge_prefix(query: Tensor, context: Tensor, lse: Tensor, state: StateTensor
             descriptor(context, sizes.rows, BDV),
             descriptor(out, sizes.rows, BDV),
         ],
-        (own.Z, own.k, own.log_scale, own.index, lse),
+        (own.Z, own.k, own.log_scale, own.rows, lse),
         (queries.table_step, B // groups, H, H // state.Z.shape[-3], L, state.factor),
         (d, d_v, state.constant, queries.rotated, state.rows is not None, sizes.rows, BH, BDV, sizes.stages),
         sizes.options,
@@ -274,7 +279,7 @@ def prefix_backward(
     grads = descriptor(grad_x, cut.sizes.rows, columns)
     grid = (cut.blocks, H_state, len(parts))
     numbers = (parts.stride(0), queries.table_step, B, H, H // H_state, L, state.factor)
-    common = (d, d_v, state.constant, queries.rotated)
+    common: tuple[int, ...] = (d, d_v, state.constant, queries.rotated)
     adds = grad_query is not None
     if state.W is None:
         backward_kernel(
@@ -364,7 +369,7 @@ def decode(tokens: Tokens, state: StateTensors) -> Tensor:
     is_random, table, rotation, stride_t = state.W is not None, state.table, (0, 2, 0), 0
     if table is not None:
         rotation = (table.shape[-1], state.width, state.start)
-        table = contiguous(table)
+        table = contiguous(table.to(query.dtype))
         stride_t = 0 if len(table) == 1 else table.stride(0)
     own = KernelState.of(state, order_of_pairs(d, *rotation, query.device) if is_random else None)
     out = empty_output(query, value)
@@ -379,7 +384,7 @@ def decode(tokens: Tokens, state: StateTensors) -> Tensor:
         counter = COUNTERS.take(query.device, B * H_kv)
     mask, mask_strides = mask_arguments(attn_mask, query)
     query, key, value = aligned(query), aligned(key), aligned(value)
-    state_tensors = (own.W, own.Z, own.k, own.log_scale, own.index, own.k if table is None else table)
+    state_tensors = (own.W, own.Z, own.k, own.log_scale, own.rows, own.k if table is None else table)
     decode_kernel(
         (splits + (splits > 1), B * H_kv, 1),
         (),

@@ -19,22 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .forward_sm90 import load, store, synchronize
 from .tiles import LOG2E, NOTHING, TINY, decorated
 
-__all__ = ["TensorDescriptor", "fused_forward", "shared_layout"]
-
-# Older names in Triton 3.6
-synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-
-
-@functools.cache
-def shared_layout(block: tuple[int, ...]) -> gl.NVMMASharedLayout:
-    """How a bf16 block lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+__all__ = ["fused_forward"]
 
 
 @gluon.jit
@@ -76,7 +65,8 @@ def fill(X, b, h, n, buffer, ready):
 def load_tiles(
     Q, K, V, Z_blocks, Table, Index, q, angles, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
     items, tiles, table_step, H, heads_per_kv, heads_per_state, S,
-    ROTATED: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    ROTATED: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """All loads of a program, in the order in which the groups ask for them."""
     HALF: gl.constexpr = BM // 2
@@ -230,7 +220,7 @@ def fused_forward(
     Q, K, V, Z_blocks, Table, Out, Z, k_state, b_state, Index, Lse,
     table_step, B, H, heads_per_kv, heads_per_state, L, S, scale, factor,
     D: gl.constexpr, CONSTANT: gl.constexpr, ROTATED: gl.constexpr, MIXED: gl.constexpr, IS_CAUSAL: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Arguments as in tiles.py."""
     q = gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, BM // 2, D], Q.layout)
@@ -273,9 +263,10 @@ def fused_forward(
             )),
             (load_tiles, (
                 Q, K, V, Z_blocks, Table, Index, q, angles, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                items, tiles, table_step, H, heads_per_kv, heads_per_state, S, ROTATED, MIXED, IS_CAUSAL, BM, BN, STAGES,
+                items, tiles, table_step, H, heads_per_kv, heads_per_state, S,
+                ROTATED, MIXED, IS_CAUSAL, BM, BN, STAGES,
             )),
         ],
         [4, 1],
-        [REGISTERS, 24],
+        [240, 24],  # registers of a thread; the group that is not asked gets what is left
     )  # fmt: skip
