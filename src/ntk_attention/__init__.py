@@ -8,6 +8,7 @@ from .calibration import calibrate
 from .ops.attention import ntk_attention
 from .ops.exact import LayerPrefix
 from .ops.features import FeatureMap, feature_map
+from .ops.rotation import Rotation
 from .ops.state import PrefixState, RowStates
 from .tuner.config import NTKAttentionConfig
 from .tuner.model import NTKAttentionModel
@@ -21,6 +22,7 @@ __all__ = [
     "NTKAttentionConfig",
     "NTKAttentionModel",
     "PrefixState",
+    "Rotation",
     "RowStates",
     "calibrate",
     "feature_map",

@@ -8,9 +8,9 @@ from ntk_attention.ops.plan import Path, plan_attention
 from ntk_attention.ops.triton import support
 
 
-def path_of(query, key, value, state, attn_mask=None, *, is_causal=False, backend="auto"):
+def path_of(query, key, value, state, attn_mask=None, *, is_causal=False, rotation=None, backend="auto"):
     tokens = Tokens(query, key, value, attn_mask, is_causal=is_causal)
-    return plan_attention(tokens, Prefixes([state], 1.0), backend=backend)
+    return plan_attention(tokens, Prefixes([state], 1.0, rotation=rotation), backend=backend)
 
 
 def has_kernels(query, value):

@@ -50,10 +50,13 @@ def check_rotation(rotation: Rotation, query: Tensor) -> None:
             f"the table of a rotation must be [1 or {B}, {L}, 2 P] for query {list(query.shape)}, contiguous as "
             f"Rotation.of makes it, got {list(table.shape)}"
         )
-    if start + table.shape[-1] > d or width < 2 or table.shape[-1] % width:
+    rotated = table.shape[-1]
+    if not rotated or start < 0 or start + rotated > d or width < 2 or width % 2 or rotated % width:
         raise ValueError(
-            f"a rotation of {table.shape[-1]} numbers from {start} on in runs of {width} does not fit head_dim {d}"
+            f"a rotation of {rotated} numbers from {start} on in runs of {width} does not fit head_dim {d}"
         )
+    if not table.is_floating_point():
+        raise ValueError(f"the table of a rotation must be floating point, got {table.dtype}")
     if table.device != query.device:
         raise ValueError(f"the table of a rotation is on {table.device}, the query on {query.device}")
 
