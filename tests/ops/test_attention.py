@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from ntk_attention import PrefixState, feature_map, ntk_attention
 from tests.reference import elu_phi, in_logarithms, log_elu_phi, naive, relative_error
 
+from .rotations import KINDS, make_rotation, undone
+
 NAMES = ("query", "key", "value", "Z", "k", "b")
 # In half precision: three rounding units.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8, torch.float16: 3 * 2**-11}
@@ -63,8 +65,9 @@ def make_mask(kind, seed, B, H, L, S, dtype):
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
 @pytest.mark.parametrize("mask", [None, "causal", "bool", "additive"])
 @pytest.mark.parametrize("H_state", [4, 2])
-def test_backends_are_the_printed_formula(backend, mask, H_state):
-    """fp64 against Algorithm 2, written out."""
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_backends_are_the_printed_formula(backend, mask, H_state, kind):
+    """fp64 against Algorithm 2, written out; with positions, phi of the query without them."""
     inputs = make_case(0, H_state=H_state)
     options = {"is_causal": True} if mask == "causal" else {}
     if mask in ("bool", "additive"):
@@ -72,8 +75,13 @@ def test_backends_are_the_printed_formula(backend, mask, H_state):
         options = {"attn_mask": m | (torch.arange(9) == 0)} if mask == "bool" else {"attn_mask": m}
     reference = {"mask" if k == "attn_mask" else k: v for k, v in options.items()}
     grad = torch.randn(2, 4, 7, 8, dtype=torch.float64)
-    expected = outputs_and_gradients(lambda *x: naive(*x, elu_phi, **reference), inputs, grad)
-    actual = outputs_and_gradients(operation(backend, **options), inputs, grad)
+    rotation = make_rotation(kind, 7, 8, batch=2, scale=1.2)
+
+    def phi(x):
+        return elu_phi(undone(x, rotation))
+
+    expected = outputs_and_gradients(lambda *x: naive(*x, phi, **reference), inputs, grad)
+    actual = outputs_and_gradients(operation(backend, rotation=rotation, **options), inputs, grad)
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a, e) < 1e-12
 
@@ -249,12 +257,14 @@ def test_autocast_leaves_float64_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize("phi", ["elu", "taylor", "positive_random"])
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
-def test_compiles_to_one_graph(backend, phi):
+@pytest.mark.parametrize("kind", [None, "partial"])
+def test_compiles_to_one_graph(backend, phi, kind):
     """torch.compile(fullgraph=True): outputs and gradients as without."""
     inputs = make_case(0, dtype=torch.float32, phi=phi)
     grad = torch.randn(2, 4, 7, 8)
     torch._dynamo.reset()
-    run = operation(backend, feature_map(phi).bind(8), is_causal=True)
+    rotation = make_rotation(kind, 7, 8, torch.float32)
+    run = operation(backend, feature_map(phi).bind(8), is_causal=True, rotation=rotation)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     expected = outputs_and_gradients(run, inputs, grad)
     for a, e in zip(outputs_and_gradients(compiled, inputs, grad), expected, strict=True):

@@ -8,6 +8,8 @@ from ntk_attention.ops.attention import ntk_attention
 from ntk_attention.ops.state import PrefixState
 from tests.reference import relative_error
 
+from .rotations import in_double, make_rotation
+
 pytestmark = pytest.mark.gpu
 # The bound for bf16: rounding of the inputs is shared with the reference, that of the output and of P is not.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -34,7 +36,8 @@ CASES = [  # B, H, H_kv, L, S, d, d_v, causal, mask
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_fp64(case, kernel, dtype):
+@pytest.mark.parametrize("kind", [None, "halves", "partial"])
+def test_against_fp64(case, kernel, dtype, kind):
     B, H, H_kv, L, S, d, d_v, is_causal, mask_kind = case
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, h, n, m) for h, n, m in ((H, L, d), (H_kv, S, d), (H_kv, S, d_v)))
@@ -50,6 +53,7 @@ def test_against_fp64(case, kernel, dtype):
         & torch.ones(L, S, dtype=torch.bool, device="cuda").tril(S - L),
     }[mask_kind]
     grad = torch.randn(B, H, L, d_v, device="cuda", dtype=dtype)
+    rotation = make_rotation(kind, L, d, dtype, B, device="cuda")
 
     def run(backend, dtype, state_dtype):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)] + [
@@ -57,7 +61,9 @@ def test_against_fp64(case, kernel, dtype):
         ]
         state = PrefixState(*inputs[3:])
         m = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
-        out = ntk_attention(*inputs[:3], state, attn_mask=m, is_causal=is_causal, enable_gqa=True, backend=backend)
+        options = {"attn_mask": m, "is_causal": is_causal, "enable_gqa": True, "backend": backend}
+        own = in_double(rotation) if dtype == torch.float64 else rotation
+        out = ntk_attention(*inputs[:3], state, rotation=own, **options)
         return [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
     expected = run("eager", torch.float64, torch.float64)

@@ -374,6 +374,7 @@ def test_compiles_to_one_graph(name, random_features):
     """With a rotation that is made in the graph, as a model makes one."""
     inputs, phi, options = make_inputs((CASES | SMALL)[name], torch.bfloat16, random_features)
     rotation = options.pop("rotation", None)
+    torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
     def compiled(query, key, value, Z, k, b, *angles):

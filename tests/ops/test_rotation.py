@@ -12,6 +12,7 @@ from ntk_attention.ops.triton import support
 from tests.reference import relative_error
 
 from .rotations import KINDS, make_rotation, pair_by_pair, places, rotated, undone
+from .test_strides import check, make_inputs, make_mask
 
 needs_triton = pytest.mark.skipif(support.triton is None, reason="needs Triton")
 SIZES = [2, 5, 8, 16, 20]  # of heads
@@ -91,6 +92,25 @@ def test_what_phi_acts_on():
 
 
 # --- the operation ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients(kind, backend, dtype):
+    """Against fp64: decoding, odd sizes, a mask, heads that share a state, and tables in the dtype of the queries."""
+    for sizes in ({}, {"L": 1}, {"L": 33, "S": 40, "d": 20, "d_v": 5, "H_state": 2}, {"H": 2, "H_state": 2, "d": 6, "S": 7}):
+        inputs, grad_out = make_inputs(dtype, **sizes)
+        inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
+        check(inputs, grad_out, backend, kind=kind, is_causal=inputs[1].shape[2] == 7)
+    check(inputs, grad_out, backend, kind=kind, attn_mask=make_mask((1, 1, 7, 7)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("phi", ["taylor", "positive_random"])
+def test_other_feature_maps(phi, kind):
+    inputs, grad_out = make_inputs(torch.float64, d=4, phi=phi)
+    check(inputs, grad_out, phi=phi, kind=kind)
 
 
 def make_state(H, d, phi="elu"):

@@ -15,7 +15,7 @@ from research.benchmarks.timing import captured
 from tests.reference import relative_error
 
 from .paths import flat, has_kernels, merge_always, path_of, paths, without_hopper
-from .test_fused import DEVICE, ON_GPU, TOLERANCE, make_inputs, skip_uncovered
+from .test_fused import DEVICE, ON_GPU, SMALL, TOLERANCE, make_inputs, skip_uncovered
 
 INDEX = [2, -1, 0, 2, 1]
 CASES = {  # as in test_fused: B, H, H_kv, H_state, L, S, d, d_v, causal, mask, constant feature
@@ -30,9 +30,15 @@ CASES = {  # as in test_fused: B, H, H_kv, H_state, L, S, d, d_v, causal, mask, 
     "split, a short query": (5, 4, 2, 4, 5, 600, 32, 64, False, "random", False),
     "left padding, split": (5, 9, 3, 9, 1, 300, 64, 64, False, "left", True),
     "d 256": (5, 2, 1, 1, 1, 300, 256, 256, False, None, True),
+    "halves": (5, 2, 1, 2, 33, 33, 64, 64, True, None, True, "halves", 1),
+    "halves, a table for each row": (5, 2, 2, 2, 18, 18, 48, 64, True, None, False, "halves", 5),
+    "neighbours": (5, 2, 1, 1, 18, 18, 64, 64, True, None, True, "neighbours", 5),
+    "partial, left padding": (5, 2, 1, 2, 33, 33, 96, 96, False, "left", True, "partial", 1),
+    "decoding, halves": (5, 4, 2, 4, 1, 40, 64, 64, False, None, True, "halves", 5),
+    "decoding, partial, split": (5, 4, 2, 2, 1, 300, 80, 80, False, "left", True, "partial", 5),
 }
-MERGED = ["causal", "full, grouped, no constant", "state per KV head", "d 128"]
-RANDOM = ["causal", "state per KV head", "left padding", "split", "split, a short query"]
+MERGED = ["causal", "full, grouped, no constant", "state per KV head", "d 128", "halves", "neighbours"]
+RANDOM = ["causal", "state per KV head", "left padding", "split", "split, a short query", "halves", "decoding, halves"]
 needs_triton = pytest.mark.skipif(support.triton is None, reason="needs Triton")
 
 
@@ -52,13 +58,16 @@ def rows_alone(inputs, states, options):
         mask = options["attn_mask"]
         mask = mask[i : i + 1] if mask is not None and len(mask) > 1 else mask
         row = {**options, "attn_mask": mask}
+        rotation = row.pop("rotation", None)
         if place < 0:
             out = F.scaled_dot_product_attention(query, key, value, **row)
             outputs.append(out if mask is None else out.masked_fill(~mask.any(dim=-1)[..., None], 0.0))
         else:
             tensors = (x[place].double() for x in (states.Z, states.k, states.log_scale))
             state = PrefixState(*tensors, states.feature_map)
-            outputs.append(ntk_attention(query, key, value, state, backend="eager", **row))
+            if rotation is not None and len(rotation.table) > 1:
+                rotation = rotation._replace(table=rotation.table[i : i + 1])
+            outputs.append(ntk_attention(query, key, value, state, rotation=rotation, backend="eager", **row))
     return torch.cat(outputs)
 
 
@@ -70,7 +79,8 @@ def check(actual, expected, tolerance):
 
 def by_kernel(inputs, states, options):
     query, key, value = inputs
-    assert path_of(query, key, value, states, options["attn_mask"], backend="triton").is_fused
+    path = path_of(query, key, value, states, options["attn_mask"], rotation=options.get("rotation"), backend="triton")
+    assert path.is_fused
     return ntk_attention(query, key, value, states, backend="triton", **options)
 
 
@@ -113,7 +123,9 @@ def test_on_a_gpu_that_is_not_a_hopper(name, monkeypatch):
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("random_features", [None, 40], ids=["elu", "positive random"])
-@pytest.mark.parametrize("name", ["causal", "left padding", "left padding, split", "one program per head", "merged"])
+@pytest.mark.parametrize(
+    "name", ["causal", "halves", "left padding", "left padding, split", "decoding, halves", "merged"]
+)
 def test_a_row_without_a_state_is_the_same_to_the_last_bit_whatever_the_stack(name, random_features, monkeypatch):
     if name == "merged":
         merge_always(monkeypatch)
@@ -131,7 +143,7 @@ def test_a_row_without_a_state_is_the_same_to_the_last_bit_whatever_the_stack(na
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
-@pytest.mark.parametrize("name", ["causal", "bool mask, d 80 and 96", "left padding", "split, a short query"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("split", "d 128", "d 256")])
 def test_in_torch_operations(name, backend, dtype):
     inputs, states, options = make_rows(CASES[name], dtype)
     states = RowStates(*(x.to(dtype) for x in (states.Z, states.k, states.log_scale)), states.feature_map, states.index)
@@ -139,9 +151,10 @@ def test_in_torch_operations(name, backend, dtype):
     check(out, rows_alone(inputs, states, options), 1e-5 if dtype == torch.float32 else 1e-12)
 
 
-def test_gradients():
+@pytest.mark.parametrize("name", ["state per KV head", "halves, a table for each row"])
+def test_gradients(name):
     """Each state gets those of its rows; where gradients are wanted no kernel of ours runs."""
-    inputs, states, options = make_rows(CASES["state per KV head"], torch.float64)
+    inputs, states, options = make_rows(CASES[name], torch.float64)
     leaves = [x.double().requires_grad_() for x in (*inputs, states.Z, states.k, states.log_scale)]
     states = RowStates(*leaves[3:], states.feature_map, states.index)
     actual = torch.autograd.grad(ntk_attention(*leaves[:3], states, **options).square().sum(), leaves)
@@ -174,7 +187,7 @@ def test_what_changes_in_place_counts(name):
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("name", ["causal", "left padding, split"])
+@pytest.mark.parametrize("name", ["causal", "left padding, split", "halves", "decoding, halves"])
 def test_compiles_to_one_graph(name):
     inputs, states, options = make_rows(CASES[name], torch.bfloat16)
 
@@ -188,13 +201,15 @@ def test_compiles_to_one_graph(name):
 
 
 @needs_triton
-def test_operators():
-    inputs, states, _ = make_rows((5, 2, 1, 2, 20, 20, 32, 32, True, None, True), torch.bfloat16)
-    tensors = [*inputs, states.Z, states.k, states.log_scale]
+@pytest.mark.parametrize("kind", ["plain", "halves"])
+def test_operators(kind):
+    inputs, states, options = make_rows((5, *SMALL[kind][1:]), torch.bfloat16)
+    tensors, rotation = [*inputs, states.Z, states.k, states.log_scale], options.get("rotation")
     for path in paths(inputs[0], inputs[2]):
-        arguments = *flat(tensors, states.index), path
+        arguments = *flat(tensors, states.index, rotation=rotation), path
         torch.library.opcheck(fused.forward_op, arguments, test_utils=("test_schema", "test_faketensor"))
-    arguments = flat([inputs[0][:, :, :1], *tensors[1:]], states.index, is_causal=False)
+    rotation = None if rotation is None else rotation.rows(0, 1)
+    arguments = flat([inputs[0][:, :, :1], *tensors[1:]], states.index, rotation=rotation, is_causal=False)
     torch.library.opcheck(fused.decode_op, arguments)
 
 

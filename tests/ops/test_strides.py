@@ -21,6 +21,7 @@ from ntk_attention.ops.triton import support
 from tests.reference import relative_error
 
 from .paths import has_kernels, merge_always
+from .rotations import KINDS, in_double, make_rotation
 
 pytestmark = pytest.mark.slow
 
@@ -99,14 +100,16 @@ def outputs_and_gradients(inputs, grad_out, backend, phi="elu", **options):
     return [out, *(torch.autograd.grad(out, leaves, grad_out) if torch.is_grad_enabled() else ())]
 
 
-def check(inputs, grad_out, backend="auto", attn_mask=None, **options):
-    """One backend on strided tensors against the eager one on contiguous ones in fp64."""
-    dtype = inputs[0].dtype
-    actual = outputs_and_gradients(inputs, grad_out, backend, attn_mask=attn_mask, **options)
-    in_double = [x.double().contiguous() for x in (*inputs, grad_out)]
+def check(inputs, grad_out, backend="auto", attn_mask=None, kind=None, **options):
+    """One backend on strided tensors against the eager one on contiguous ones in fp64, with a kind of rotation."""
+    dtype, (B, _, L, d) = inputs[0].dtype, inputs[0].shape
+    rotation = make_rotation(kind, L, d, dtype, B, device=DEVICE)
+    actual = outputs_and_gradients(inputs, grad_out, backend, attn_mask=attn_mask, rotation=rotation, **options)
+    as_double = [x.double().contiguous() for x in (*inputs, grad_out)]
     if attn_mask is not None:
         attn_mask = attn_mask.contiguous() if attn_mask.dtype == torch.bool else attn_mask.double().contiguous()
-    expected = outputs_and_gradients(in_double[:6], in_double[6], "eager", attn_mask=attn_mask, **options)
+    options |= {"attn_mask": attn_mask, "rotation": in_double(rotation)}
+    expected = outputs_and_gradients(as_double[:6], as_double[6], "eager", **options)
     tolerance = TOLERANCE[dtype] * (2 if has_kernels(inputs[0], inputs[2]) else 1)
     # A gradient that cancels to nothing is held against the terms that it sums.
     size = grad_out.shape[-1] ** 0.5 * max(1.0, expected[0].abs().max().item()) * (1.0 if dtype.itemsize == 2 else 0.1)
@@ -129,6 +132,9 @@ CASES = {  # dtype, sizes, options
     "heads of size one": (torch.float64, {"d": 1, "d_v": 1, "S": 5}, {}),
     "taylor": (torch.float64, {"d": 4, "phi": "taylor"}, {"phi": "taylor"}),
     "random": (torch.float64, {"phi": "positive_random"}, {"phi": "positive_random"}),
+    "halves": (torch.float32, {"H_state": 2}, {"is_causal": True, "kind": "halves"}),
+    "neighbours": (torch.float64, {"d": 6}, {"backend": "sdpa", "kind": "neighbours"}),
+    "partial, decoding": (torch.float32, {"L": 1}, {"kind": "partial"}),
 }
 TENSORS = (*NAMES, "grad_out", "attn_mask")
 
@@ -166,6 +172,8 @@ TRITON = {  # the same for the kernels
     "fp16": (torch.float16, {"H_state": 1, "d": 24}, {"backend": "triton", "is_causal": True}),
     "random": (torch.bfloat16, {"phi": "positive_random"}, {"backend": "triton", "phi": "positive_random"}),
     "merged": (torch.bfloat16, {}, {"backend": "auto", "is_causal": True}),
+    "fused, halves": (torch.bfloat16, {}, {"backend": "triton", "kind": "halves"}),
+    "merged, neighbours": (torch.bfloat16, {}, {"backend": "auto", "is_causal": True, "kind": "neighbours"}),
 }
 SMALL = {"B": 1, "H": 2, "H_kv": 1, "H_state": 2, "L": 18, "S": 21, "d": 16, "d_v": 16}
 
@@ -183,10 +191,10 @@ def test_kernels(case, layout, which, monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("phi", ["elu", "positive_random"])
+@pytest.mark.parametrize(("phi", "kind"), [("elu", None), ("elu", "partial"), ("positive_random", None)])
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "every other row", "one number"])
-def test_decoding_kernel(layout, phi):
-    case = torch.bfloat16, {**SMALL, "L": 2, "S": 150, "phi": phi}, {"backend": "triton", "phi": phi}
+def test_decoding_kernel(layout, phi, kind):
+    case = torch.bfloat16, {**SMALL, "L": 2, "S": 150, "phi": phi}, {"backend": "triton", "phi": phi, "kind": kind}
     for which in (*range(6), 7):
         inputs, grad_out, options = with_one_in(LAYOUTS[layout], which, case)
         with torch.no_grad():
@@ -286,14 +294,15 @@ def strided(draw, kernels):
     backend = "triton" if kernels else draw(st.sampled_from(["eager", "sdpa", "auto"]))
     inputs, grad_out = make_inputs(dtype, **sizes, seed=draw(st.integers(0, 99)))
     tensors = [laid_out(x, layouts(draw)) for x in (*inputs, grad_out)]
+    options = {"backend": backend, "kind": draw(st.sampled_from([None, None, *KINDS]))}
     kind = draw(st.sampled_from([None, "causal", torch.bool] if kernels else [None, "causal", torch.bool, dtype]))
     if kind in (None, "causal"):
-        return tensors[:6], tensors[6], {"backend": backend, "is_causal": kind == "causal"}
+        return tensors[:6], tensors[6], {**options, "is_causal": kind == "causal"}
     target = sizes["B"], sizes["H"], sizes["L"], sizes["S"]
     shape = tuple(draw(st.sampled_from([1, n])) for n in target)
     mask = laid_out(make_mask(shape, kind), layouts(draw))
     leading = draw(st.integers(0, next(i for i in range(3) if i == 2 or shape[i] > 1)))
-    return tensors[:6], tensors[6], {"backend": backend, "attn_mask": mask[(0,) * leading]}
+    return tensors[:6], tensors[6], {**options, "attn_mask": mask[(0,) * leading]}
 
 
 SWEEP = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
