@@ -194,6 +194,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         """
         if CALLS.mixed is not None:
             return bool(active) and self in CALLS.mixed.free
+        if len(active) == 1:
+            return isinstance(active[0], PrefixAdapter) and active[0].positions == "free"
         kinds = {part.positions for part in active if isinstance(part, PrefixAdapter)}
         if len(kinds) > 1:
             check_same_positions({name: self[name].positions for name in self.active_names()})

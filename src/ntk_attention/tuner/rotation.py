@@ -7,6 +7,7 @@ are made up.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -83,14 +84,13 @@ class Rotary:
         if torch.compiler.is_compiling():  # the compiler computes once what is the same in all layers
             return Positions(self.rotation(module, tables, head_dim), self.form, self.source.cuts)
         # All layers get the same tables: what one has made of them serves the others.
-        key = self, head_dim, None if tables[0].is_inference() else tables[0]._version
-        made = CALLS.rotations.get(tables[0])
-        if made is None:
-            made = CALLS.rotations[tables[0]] = {}
-        if key not in made:
-            made.clear()
-            made[key] = self.rotation(module, tables, head_dim)
-        return Positions(made[key], self.form, self.source.cuts)
+        table, version = tables[0], -1 if tables[0].is_inference() else tables[0]._version
+        for of_table, its_version, rotary, size, positions in CALLS.rotations:
+            if of_table() is table and rotary is self and size == head_dim and its_version == version:
+                return Positions(positions.rotation, self.form, True) if self.source.cuts else positions
+        positions = Positions(self.rotation(module, tables, head_dim), self.form, self.source.cuts)
+        CALLS.rotations.append((weakref.ref(table), version, self, head_dim, positions))
+        return positions
 
     @torch.no_grad()
     def rotation(self, module: nn.Module | None, tables: tuple[Any, ...], head_dim: int) -> Rotation:
@@ -140,7 +140,9 @@ class Positions:
             ValueError: if there are fewer.
         """
         rotation, length = self.rotation, query.shape[2]
-        rows = rotation.table.shape[1]
+        batch, rows, _ = rotation.table.shape
+        if rows == length and batch == 1 and rotation.table.device == query.device:
+            return rotation
         if rows != length:
             if self.form.leaves_first and rows < length:
                 rotation = with_first(rotation, length - rows)
