@@ -6,7 +6,6 @@ A module that held it would hand it to whatever other call runs at the same time
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 # Sees every call of an attention: the query, the block of the real tokens, the block of the prefix (None while the
 # adapters rest), the factor that makes phi's input of the query, and the positions that a free adapter does without.
-MAX_TABLES = 4  # of positions that a model has in turn: some have others in every second layer
 Watcher = Callable[[Tensor, Block, Block | None, float, Rotation | None], None]
 
 
@@ -77,7 +75,7 @@ class Calls(threading.local):
         self.exact: Mapping[NTKAttentionLayer, LayerPrefix] = {}  # tokens of a prefix that are all there
         self.resting: frozenset[NTKAttentionLayer] = frozenset()  # layers whose adapters do nothing
         self.inputs: dict[NTKAttentionLayer, Tensor] = {}  # of feed-forward blocks that run, until their end
-        self.rotations: deque[Any] = deque(maxlen=MAX_TABLES)  # what was made of tables of positions, see `Rotary`
+        self.rotations: list[Any] = []  # what was made of tables of positions, as long as these live; see `Rotary`
 
 
 CALLS = Calls()
