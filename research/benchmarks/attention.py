@@ -4,8 +4,10 @@ Methods, forward without gradients, or forward and backward with gradients to qu
 for the prefix:
 
 - plain cudnn, flash, efficient: scaled_dot_product_attention without a prefix, each kernel of torch forced;
-- ours auto, sdpa, triton: `ntk_attention` by backend, elu features with the constant one (r = d + 1), Z in float32;
-- ours random: the same with 256 positive random features;
+- ours auto, sdpa, triton: `ntk_attention` by backend, elu features with the constant one (r = d + 1), Z in float32,
+  positions free: the rotary positions of all numbers of the queries are undone before phi;
+- ours rotary: the same as auto with phi of the queries as they are;
+- ours random: 256 positive random features, positions free;
 - prefix-cat, prefix-merge: m real prefix tokens, in two ways (see prefix.py);
 - naive fp32: the published formula written out, scores and all, r = d;
 - softmax + phi M: plain attention plus phi(q) M, the form of PrefixMemory-Tuning, M in bfloat16.
@@ -32,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from ntk_attention import FeatureMap, PrefixState, feature_map, ntk_attention
+from ntk_attention.ops.rotation import Rotation
 
 from .prefix import prefix_cat, prefix_merge
 from .runner import Case
@@ -107,6 +110,7 @@ def light_methods(device: str, prefixes: Sequence[int], everything: bool) -> dic
         kernels, backends, prefixes = kernels[:2], backends[:2], prefixes[:2]
     makers: dict[str, Maker] = {f"plain {name}": partial(plain, kernel=KERNELS[name]) for name in kernels}
     makers |= {f"ours {backend}": partial(ours, backend=backend) for backend in backends}
+    makers["ours rotary"] = partial(ours, is_free=False)
     if everything:
         makers["ours random"] = partial(ours, phi=feature_map("positive_random", num_features=256))
     makers["softmax + phi M"] = prefix_memory
@@ -144,10 +148,19 @@ def plain(x: Inputs, kernel: SDPBackend):
     return forward, (x.query, x.key, x.value)
 
 
-def ours(x: Inputs, backend: str = "auto", phi: FeatureMap | None = None):
+def ours(x: Inputs, backend: str = "auto", phi: FeatureMap | None = None, is_free: bool = True):
     state = random_state(feature_map("elu", constant=True) if phi is None else phi, x.query)
-    forward = partial(ntk_attention, x.query, x.key, x.value, state, is_causal=True, enable_gqa=True, backend=backend)
+    options = {"rotation": rotation_of(x.query) if is_free else None, "backend": backend}
+    forward = partial(ntk_attention, x.query, x.key, x.value, state, is_causal=True, enable_gqa=True, **options)
     return forward, (x.query, x.key, x.value, state.Z, state.k)
+
+
+def rotation_of(query: Tensor) -> Rotation:
+    """That of a Llama at the positions from 0 on, as all layers of a model share it."""
+    *_, L, d = query.shape
+    frequencies = 10_000 ** -(torch.arange(d // 2, device=query.device) / (d // 2))
+    angles = torch.arange(L, device=query.device)[None, :, None] * frequencies
+    return Rotation.of(angles.cos().to(query.dtype), angles.sin().to(query.dtype))
 
 
 def random_state(phi: FeatureMap, query: Tensor) -> PrefixState:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ntk_attention import NTKAttentionConfig, feature_map, ntk_attention
 
-from .attention import MODES, Inputs, prepare, random_state
+from .attention import MODES, Inputs, prepare, random_state, rotation_of
 from .models import ATTENTION_ALONE, shaped
 from .runner import Case
 from .timing import Prepared
@@ -104,14 +104,9 @@ def plain(x: Inputs):
 
 def ours(x: Inputs):
     state = random_state(feature_map("elu", constant=True), x.query)
-    options = {"is_causal": x.query.shape[2] > 1, "enable_gqa": True}
-    return partial(ntk_attention, x.query, x.key, x.value, state, **options), (
-        x.query,
-        x.key,
-        x.value,
-        state.Z,
-        state.k,
-    )
+    options = {"is_causal": x.query.shape[2] > 1, "enable_gqa": True, "rotation": rotation_of(x.query)}
+    leaves = (x.query, x.key, x.value, state.Z, state.k)
+    return partial(ntk_attention, x.query, x.key, x.value, state, **options), leaves
 
 
 MAKERS = {"plain": plain, "ours": ours}

@@ -20,6 +20,16 @@ LLAMA_1B = {
     "vocab_size": 128256,
     "max_position_embeddings": 131072,
 }
+SMOL = {  # SmolLM2-135M
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+}
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -162,7 +162,9 @@ def by_batch(
 
 
 def training(rows: list[Row], path: Path) -> None:
-    """Milliseconds per step by method, with memory and trainable parameters."""
+    """Milliseconds per step by method, with memory and trainable parameters; of the largest batch."""
+    largest = max(row["sizes"]["B"] * row["sizes"]["L"] for row in rows)
+    rows = [row for row in rows if row["sizes"]["B"] * row["sizes"]["L"] == largest]
     names = [f"{row['method']}{' (again)' if row['sizes'].get('run', 1) > 1 else ''}" for row in rows]
     order = sorted(range(len(rows)), key=lambda i: median(rows[i]) or float("inf"))
     figure, axes = plt.subplots(figsize=(9.5, 0.9 + 0.38 * len(rows)), layout="constrained")

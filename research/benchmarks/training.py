@@ -1,8 +1,10 @@
-"""One training step of a model of 1B parameters: forward, loss, backward and AdamW on the trainable parameters.
+"""One training step: forward, loss, backward and AdamW on the trainable parameters, without CUDA graphs.
 
-Batch 8, 1,024 tokens, bfloat16, attention by sdpa, no gradient checkpointing. Every method starts from a fresh model;
-LoRA (query and value) and ours run twice, in turn, to show how far two runs differ. Memory is all that is allocated:
-weights, optimizer state, and the step at its peak.
+A model of 1B parameters with a batch of 8 x 1,024 tokens, where the GPU is what one waits for, and one of the shape of
+SmolLM2-135M with 32 x 64, where it may be Python; bfloat16, attention by sdpa, no gradient checkpointing. Of the large
+one every method starts from a fresh model; LoRA (query and value) and ours run twice, in turn, to show how far two runs
+differ. The small ones run interleaved. Memory is all that is allocated: weights, optimizer state, and the step at its
+peak.
 
 - frozen: nothing is trained, but the gradient goes back to the output of the embedding. Every method that changes the
   first layer needs at least this.
@@ -25,11 +27,13 @@ from torch import Tensor
 
 from ntk_attention import NTKAttentionConfig, calibrate
 
-from .models import ATTENTION_ALONE, llama, model_sizes
+from .models import ATTENTION_ALONE, SMOL, TINY, llama, model_sizes, shaped
 from .runner import Case
 from .timing import Prepared
 
 BATCH, LENGTH = 8, 1024
+SMALL_BATCH, SMALL_LENGTH = 32, 64
+SMALL_METHODS = ("frozen", "LoRA q,v", "ours", "LoRA all linear", "ours calibrated", "ours, blocks too")
 CALIBRATION_TOKENS = 256
 PREFIXES = (100, 4096)
 LORA, OURS = "LoRA q,v", "ours"
@@ -63,7 +67,16 @@ def cases(device: str, tiny: bool) -> list[Case]:
         shared = partial(torch.randint, model_sizes(tiny)["vocab_size"], (B, L), device=device)
         return Case(sizes, {name: setup}, shared, "wall", repetitions=2 if tiny else 10, budget_ms=5000)
 
-    return [case(*run) for run in order]
+    small = {name: partial(small_step, methods[name], TINY if tiny else SMOL, device) for name in SMALL_METHODS}
+    B, L = (2, 8) if tiny else (SMALL_BATCH, SMALL_LENGTH)
+    sizes = {"B": B, "L": L, "run": 1, "dtype": "bfloat16", **(TINY if tiny else SMOL)}
+    shared = partial(torch.randint, sizes["vocab_size"], (B, L), device=device)
+    together = Case(sizes, small, shared, "wall", repetitions=2 if tiny else 25, budget_ms=5000)
+    return [together, *(case(*run) for run in order)]
+
+
+def small_step(method: Callable[..., Prepared], sizes: dict[str, Any], device: str, ids: Tensor) -> Prepared:
+    return method(shaped(sizes, device, torch.bfloat16).train(), ids)
 
 
 def frozen(model: Any, ids: Tensor) -> Prepared:

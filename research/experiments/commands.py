@@ -20,9 +20,10 @@ from rich.table import Table
 
 from research.recording import Row, append, commit, hardware, read, versions
 
-from . import assets, recipes
+from . import assets, positions, recipes
+from .language import LanguageTask
 from .methods import METHODS
-from .plan import belongs, is_result, next_cells, pairs, timing_cells
+from .plan import belongs, is_result, next_cells, pairs, position_cells, timing_cells
 from .registry import registry
 from .runner import Job, Worker, run_inline, run_jobs
 from .tasks import Task
@@ -146,6 +147,46 @@ def time_(
         return [(cell, task) for task, name in todo for cell in timing_cells(rows, task, name)]
 
     execute(planner, rows, path, own_commit, device, 1, minutes, len(planner()))
+
+
+@app.command(name="positions")
+def positions_(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"Of language models; by default {', '.join(positions.TASKS)}.", metavar="TASK..."),
+    ] = None,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Learning rates; may be repeated; by default 3e-3 and 1e-2.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0 on.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes side by side, on all GPUs together.")] = 1,
+    minutes: Minutes = 10**6,
+    again: Again = False,
+    steps: Steps = None,
+    out: Annotated[Path, typer.Option(help=f"Folder of {positions.ROWS}, which is added to.")] = RESULTS,
+    device: Device = None,
+) -> None:
+    """Adapters whose phi sees queries with and without their positions, trained and then read at other positions.
+
+    What has a row is not run again. Validation data alone.
+    """
+    device = device_or_default(device)
+    tasks, _ = chosen(names or list(positions.TASKS), None, 0, steps, check=False)
+    for task in tasks:
+        if not isinstance(task, LanguageTask) or task in recipes.RECIPES:
+            raise typer.BadParameter(f"{task.name}: expected a task of a language model that needs no hub")
+        with refusing():
+            task.check_training()
+    own_commit, path = commit(*SOURCES), out / positions.ROWS
+    rows = rows_so_far(path, own_commit if again else None)
+    rates = rate or list(positions.RATES)
+
+    def planner() -> list[Job]:
+        return [(cell, task) for task in tasks for cell in position_cells(rows, task, positions.VARIANTS, rates, seeds)]
+
+    for task in tasks:
+        task.warm_up()
+    execute(planner, rows, path, own_commit, device, jobs, minutes, max(1, len(planner())))
 
 
 @app.command()

@@ -41,10 +41,14 @@ class LanguageTask(Task):
         return self.max_new_tokens is not None
 
     def check(self) -> None:
+        self.check_training()
+        assets.split_file("python-docs", "validation")
+
+    def check_training(self) -> None:
+        """Without what forgetting is measured on."""
         if "/" not in self.model:
             assets.model_folder(self.model)
         assets.split_file(self.data, "train")
-        assets.split_file("python-docs", "validation")
 
     def source(self) -> str:
         """What `load_model` takes; a GGUF file becomes a folder first."""

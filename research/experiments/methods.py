@@ -332,6 +332,11 @@ METHODS: dict[str, Method] = {
         "half of the attention at the start and the steps of small heads", "large heads",
         settings=CalibrationSettings(large_head_dim=None), only=has_large_heads,
     ),
+    "rotary": ablation("phi sees rotated queries", "positions", positions="rotary", only=writes_text),
+    "rotary-alone": ablation(
+        "attention alone, phi sees rotated queries", "positions", settings=HALF, positions="rotary", **ATTENTION_ALONE,
+        only=writes_text,
+    ),
     "even-steps": ablation(
         "the same steps in all layers", "steps", settings=CalibrationSettings(last_picture_step=1.0), only=sees_pictures
     ),

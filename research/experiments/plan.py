@@ -8,6 +8,7 @@ from statistics import fmean
 
 from research.recording import Row
 
+from . import positions
 from .methods import METHODS
 from .tasks import Task
 from .train import Cell
@@ -58,6 +59,16 @@ def untried(task: Task, method: str, rates: Iterable[float], tried: Collection[t
 def timing_cells(rows: Iterable[Row], task: Task, method: str) -> list[Cell]:
     done = any(belongs(row, task, method) and row["stage"] == "time" for row in rows)
     return [] if done else [Cell(task.name, method, METHODS[method].rates[0], task.selection_seeds[0], "time")]
+
+
+def position_cells(
+    rows: Iterable[Row], task: Task, methods: Iterable[str], rates: Sequence[float], seeds: int
+) -> list[Cell]:
+    """Of the experiment on positions, what is not in the rows."""
+    rows = [row for row in rows if row["task"] == task.name and row["steps"] == task.steps]
+    done = {(row["method"], row["learning_rate"], row["seed"]) for row in rows}
+    wanted = [(method, rate, seed) for seed in range(seeds) for rate in rates for method in methods]
+    return [Cell(task.name, *cell, positions.STAGE) for cell in wanted if cell not in done]
 
 
 def is_result(row: Row) -> bool:

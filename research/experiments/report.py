@@ -6,11 +6,12 @@ from pathlib import Path
 
 from research.recording import Row, read
 
-from . import figures, tables
+from . import figures, positions, tables
 from .document import Block, Figure, Heading, Text, markdown, page
 from .registry import registry
 from .statistics import Result, collect
 
+TITLE = "NTK-Attention against LoRA, prefixes and full fine-tuning"
 ABOUT = (
     "Made by `python -m research report` from `rows.jsonl` beside this file; `python -m research run TASK "
     "--method METHOD` runs what is missing of a cell. Every method tries at least four learning rates on a log grid, "
@@ -32,10 +33,12 @@ LEGEND = (
 def write_report(folder: Path) -> list[Path]:
     """Raises FileNotFoundError if there are no rows."""
     rows = read(folder / "rows.jsonl")
-    results = collect(rows, registry())
-    if not results:
+    results, of_positions = collect(rows, registry()), read(folder / positions.ROWS)
+    if not results and not of_positions:
         raise FileNotFoundError(f"{folder} has no rows: run an experiment first")
-    blocks, pictures = compose(results, rows, folder)
+    blocks, pictures = compose(results, rows, folder) if results else ([Heading(TITLE, 1)], [])
+    if of_positions:
+        blocks += [*positions.tables(of_positions), *tables.provenance(of_positions)]
     (folder / "README.md").write_text(markdown(blocks))
     (folder / "index.html").write_text(page(blocks))
     return [folder / "README.md", folder / "index.html", *pictures]
@@ -52,7 +55,7 @@ def compose(results: dict[str, dict[str, Result]], rows: list[Row], folder: Path
         return [Figure(path, text)]
 
     blocks: list[Block] = [
-        Heading("NTK-Attention against LoRA, prefixes and full fine-tuning", 1),
+        Heading(TITLE, 1),
         Text(ABOUT),
         Heading("In short"),
         Text(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from research.recording import Row
 
-from . import assets
+from . import assets, positions
 from .methods import METHODS, Context
 from .steps import training_on
 from .tasks import Base, Batch, Score, Task
@@ -34,7 +34,7 @@ class Cell:
 
     Args:
         stage: of STAGES; "select" scores on validation data only, "final" on test data as well, "time" is a few
-            steps, alone.
+            steps, alone. Beside them positions.STAGE, whose rows have a file of their own.
     """
 
     task: str
@@ -145,7 +145,10 @@ def train(
 
 def scores(cell: Cell, task: Task, base: Base, model: nn.Module, unrelated_before: float | None) -> Row:
     """On validation data; of a final run also on test data, and what it forgot."""
-    valid = task.score(base, model, cached_examples(task, base, "validation", cell.seed), with_answers=False)
+    held_out = cached_examples(task, base, "validation", cell.seed)
+    if cell.stage == positions.STAGE:
+        return positions.measured(base.model, model, held_out, base.tokenizer.pad_token_id)
+    valid = task.score(base, model, held_out, with_answers=False)
     if cell.stage != "final":
         return {"validation": figures(valid)}
     test = task.score(base, model, cached_examples(task, base, "test", cell.seed), with_answers=True)

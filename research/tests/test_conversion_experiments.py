@@ -19,6 +19,7 @@ METHODS_RUN = (
     "trained cache",
     "state elu, direct",
     "state elu, fitted",
+    "state elu free, distilled",
     "state random 256, features learned",
     "state anchored 63, distilled",
     "state taylor 2, fitted",

@@ -8,10 +8,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import get_peft_model
@@ -117,9 +117,11 @@ class Job:
         finally:
             model.unload()
 
-    def adapt(self, **options: Any) -> Any:
+    def adapt(self, positions: Literal["free", "rotary"] = "rotary", **options: Any) -> Any:
+        """Positions: what phi sees of a query, with or without its own."""
         torch.manual_seed(self.setting.seed)
-        return get_peft_model(self.base, NTKAttentionConfig(task_type="CAUSAL_LM", **options).for_given_prefix()).eval()
+        config = NTKAttentionConfig(task_type="CAUSAL_LM", **options).for_given_prefix()
+        return get_peft_model(self.base, replace(config, positions=positions)).eval()
 
     def strip(self) -> None:
         """Take away the adapter that a method has left when it failed."""
@@ -274,6 +276,8 @@ METHODS: dict[str, Callable[[Job], Kept]] = {
     "state elu, direct": partial(direct, feature_map="elu"),
     "state elu, fitted": state,
     "state elu, distilled": partial(state, steps=True),
+    "state elu free, fitted": partial(state, positions="free"),
+    "state elu free, distilled": partial(state, steps=True, positions="free"),
     "state elu per KV head, distilled": partial(state, steps=True, state_heads="kv"),
     "state random 256, direct": partial(direct, **R256),
     "state random 256, fitted": partial(state, **R256),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .bundles import StateTensors
-from .rotation import Rotation, turned, unrotated
+from .rotation import Rotation
 
 
 def merge_prefix(query: Tensor, context: Tensor, lse: Tensor, state: StateTensors) -> tuple[Tensor, Tensor]:
@@ -68,15 +68,34 @@ def prefix_backward(
         grad_phi = (w_grad @ Z.transpose(-1, -2)).view_as(phi)
         grad_phi.addcmul_(w_delta[..., None], k.repeat_interleave(H // H_state, dim=0)[:, None], value=-1)
         grad_x = grad_phi.mul_(phi.clamp_(max=1.0))  # phi' = min(phi, 1)
-        grad_query.add_(grad_x if rotation is None else turned(grad_x, rotation, forward=True), alpha=factor)
+        if rotation is None:
+            grad_query.add_(grad_x, alpha=factor)
+        else:
+            grad_query.add_(_turned(grad_x, factor, rotation, forward=True))
     return grad_Z, grad_k
 
 
 def _features(query: Tensor, factor: float, dtype: torch.dtype, rotation: Rotation | None) -> Tensor:
     """exp(x) below 0, 1 + x above: [B, H, L, d]."""
     query = query.to(dtype, memory_format=torch.contiguous_format)
-    x = (query if rotation is None else unrotated(query, rotation)) * factor
+    x = query * factor if rotation is None else _turned(query, factor, rotation, forward=False)
     return x.clamp(max=0.0).exp_().add_(x.clamp_(min=0.0))
+
+
+def _turned(x: Tensor, factor: float, rotation: Rotation, forward: bool) -> Tensor:
+    """factor times `rotation.turned`, of an x [B, H, L, d] in one piece of memory."""
+    table, width, start = rotation
+    cos, sin = (factor * table.to(x.dtype))[:, None].unflatten(-1, (2, -1, width // 2)).unbind(-3)
+    behind = x.shape[-1] - start - table.shape[-1]
+    both = torch.nn.functional.pad(torch.stack([cos, cos], dim=-2).flatten(-3), (start, behind), value=factor)
+    out = x * both
+    inside = slice(start, start + table.shape[-1])
+    (to_first, to_second), (first, second) = (
+        y[..., inside].unflatten(-1, (-1, 2, width // 2)).unbind(-2) for y in (out, x)
+    )
+    to_first.addcmul_(second, sin, value=-1 if forward else 1)
+    to_second.addcmul_(first, sin, value=1 if forward else -1)
+    return out
 
 
 def _by_state(x: Tensor, num_states: int) -> Tensor:

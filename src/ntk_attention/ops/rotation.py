@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .triton import tables
+
 
 class Rotation(NamedTuple):
     """How to undo the rotary positions of queries [B, H, L, d].
@@ -49,6 +51,8 @@ class Rotation(NamedTuple):
                 f"the numbers of {P} pairs come in runs of an even width from a place that is not negative, got a "
                 f"width of {width} and the place {start}"
             )
+        if tables.covers(cos) and cos.dtype == sin.dtype:
+            return cls(tables.unscaled(cos, sin), width, start)
         # Over the squares of the scale times the scale: 1 / scale. Rounded tables have squares that are not quite 1.
         exact = torch.stack([cos, sin], dim=-2).to(torch.promote_types(cos.dtype, torch.float32))
         squares = exact.square().sum(dim=-2, keepdim=True).clamp_min(torch.finfo(exact.dtype).tiny)

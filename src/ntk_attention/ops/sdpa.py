@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .bundles import Tokens
+from .kernel_choice import EFFICIENT, FLASH, MATH, choose_kernel
 from .reference import Block
 from .sdpa_math import Attended, math_backward, math_forward
 
 aten = torch.ops.aten
 
-# What `torch._fused_sdp_choice` returns (torch.nn.attention.SDPBackend)
-MATH, FLASH, EFFICIENT, CUDNN = 0, 1, 2, 3
 HIDDEN = -1e30  # added to a logit that must not count; still finite after the kernels' change to base 2
 
 
@@ -162,7 +161,7 @@ def library_forward(tokens: Tokens) -> Attended:
         empty = query.new_zeros(B, H, L, d_v)
         return empty, query.new_full((B, H, L), -math.inf, dtype=lse_dtype), None, None
     inputs = _fit_memory(query, key, value, attn_mask)
-    kernel = _choose_kernel(dropout_p, is_causal, scale, *inputs)
+    kernel = choose_kernel(dropout_p, is_causal, scale, *inputs)
     if kernel == MATH:
         return math_forward(tokens)
     query, key, value, attn_mask = _fit_kernel(kernel, *inputs)
@@ -251,7 +250,7 @@ def library_backward(
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     fitted = _fit_memory(query, key, value, attn_mask)
-    kernel = _choose_kernel(dropout_p, is_causal, scale, *fitted)
+    kernel = choose_kernel(dropout_p, is_causal, scale, *fitted)
     if kernel == MATH:
         return math_backward(grad_out, out, lse, seed, tokens)
     fitted = _fit_kernel(kernel, *fitted)
@@ -340,29 +339,6 @@ def _(
     grad_out: Tensor, out: Tensor, lse: Tensor, seed: Tensor | None, offset: Tensor | None, *tokens: Any
 ) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x) for x in tokens[:3])
-
-
-def _choose_kernel(
-    dropout_p: float, is_causal: bool, scale: float, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
-) -> int:
-    """The kernel that torch itself would take, `torch.nn.attention.sdpa_kernel` respected; MATH where it has none.
-
-    With a mask it is always the efficient one: with cuDNN, torch's choice on Hopper, left-padded batches were answered
-    wrongly (torch 2.11 on an H100; the cause was not found).
-    """
-    if query.device.type == "cpu":
-        return FLASH
-    if attn_mask is not None:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        params = torch.backends.cuda.SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, False)
-        return EFFICIENT if torch.backends.cuda.can_use_efficient_attention(params) else MATH
-    try:
-        choice = torch._fused_sdp_choice(
-            query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
-    except RuntimeError:  # none of those that sdpa_kernel allows
-        return MATH
-    return choice if choice in (FLASH, EFFICIENT, CUDNN) else MATH
 
 
 def _fit_memory(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops.exact import LayerPrefix
 from ..ops.reference import Block
@@ -76,7 +75,7 @@ class Calls(threading.local):
         self.exact: Mapping[NTKAttentionLayer, LayerPrefix] = {}  # tokens of a prefix that are all there
         self.resting: frozenset[NTKAttentionLayer] = frozenset()  # layers whose adapters do nothing
         self.inputs: dict[NTKAttentionLayer, Tensor] = {}  # of feed-forward blocks that run, until their end
-        self.rotations: Any = WeakIdKeyDictionary()  # what was made of the tables of this call, as long as they live
+        self.rotations: list[Any] = []  # what was made of tables of positions, as long as these live; see `Rotary`
 
 
 CALLS = Calls()

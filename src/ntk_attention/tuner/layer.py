@@ -164,13 +164,11 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def feed_forward_prefixes(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
         """What adds to the block's output in this call, given its input and output [..., D]."""
-        if self.rests():
-            return []
         if CALLS.mixed is not None:
-            rows = CALLS.mixed.feed_forward_rows.get(self)
+            rows = None if self.rests() else CALLS.mixed.feed_forward_rows.get(self)
             return [] if rows is None else [rows]
-        prefixes = [adapter.feed_forward for adapter in self.in_memory(self.active_names())]
-        return [prefix for prefix in prefixes if prefix is not None]
+        adapters = cast(list[PrefixAdapter], self.active())
+        return [adapter.feed_forward for adapter in adapters if adapter.feed_forward is not None]
 
     def before_attention(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -194,6 +192,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         """
         if CALLS.mixed is not None:
             return bool(active) and self in CALLS.mixed.free
+        if len(active) == 1:
+            return isinstance(active[0], PrefixAdapter) and active[0].positions == "free"
         kinds = {part.positions for part in active if isinstance(part, PrefixAdapter)}
         if len(kinds) > 1:
             check_same_positions({name: self[name].positions for name in self.active_names()})
@@ -221,7 +221,12 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         if self.rests():
             return []
         if CALLS.mixed is None:
-            return self.in_memory(self.active_names())
+            active, modules = cast("str | list[str]", self._active_adapter), self._modules
+            names = [active] if isinstance(active, str) else active  # asked for in every layer of every step
+            found = [cast(PrefixAdapter, modules[name]) for name in names if name in modules]
+            if any(["_hf_hook" in adapter.__dict__ for adapter in found]):
+                return self.in_memory(names)
+            return found
         rows = CALLS.mixed.rows.get(self)
         return [] if rows is None else [rows]
 

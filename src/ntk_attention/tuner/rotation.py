@@ -7,7 +7,8 @@ are made up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -28,6 +29,12 @@ UNKNOWN = {"vision_apply_rotary_emb": "its tables have the tokens in another pla
 # Where heads and tokens stand in the tensor that a function rotates.
 LAYOUTS = {"BHLd": "b h l d", "BLHd": "b l h d", "LHd": "l h d"}
 B, H, L, P = 2, 5, 3, 6  # sizes of what is made up, all different
+# Where the entries of P pairs stand in a table.
+ENTRIES: dict[str, Callable[[int], slice]] = {
+    "first": lambda P: slice(0, P),
+    "every other": lambda P: slice(0, 2 * P, 2),
+}
+MAX_TABLES = 4  # that a model has in turn: some have others in every second layer
 AXES = 2  # of positions of patches, where a function asks for them
 
 
@@ -41,6 +48,8 @@ class Form:
         after: likewise after it.
         runs: the number of runs, where there are several wide ones.
         is_single: whether a table has one entry for each pair, not one for each number.
+        entries: which entries of cos and sin are those of the pairs, in their order; None where that is not known, and
+            the function is asked in every call.
         is_last: whether the function rotates the last numbers of a longer head.
         leaves_first: whether it leaves the first tokens alone, where there are more than the tables have.
         takes_last: whether it takes the last rows of tables that are longer than the query.
@@ -51,6 +60,7 @@ class Form:
     after: int | None
     runs: int
     is_single: bool
+    entries: str | None = None  # of ENTRIES
     is_last: bool = False
     leaves_first: bool = False
     takes_last: bool = False
@@ -83,14 +93,13 @@ class Rotary:
         if torch.compiler.is_compiling():  # the compiler computes once what is the same in all layers
             return Positions(self.rotation(module, tables, head_dim), self.form, self.source.cuts)
         # All layers get the same tables: what one has made of them serves the others.
-        key = self, head_dim, None if tables[0].is_inference() else tables[0]._version
-        made = CALLS.rotations.get(tables[0])
-        if made is None:
-            made = CALLS.rotations[tables[0]] = {}
-        if key not in made:
-            made.clear()
-            made[key] = self.rotation(module, tables, head_dim)
-        return Positions(made[key], self.form, self.source.cuts)
+        table, version = tables[0], -1 if tables[0].is_inference() else tables[0]._version
+        for of_table, its_version, rotary, size, positions in CALLS.rotations:
+            if of_table() is table and rotary is self and size == head_dim and its_version == version:
+                return Positions(positions.rotation, self.form, True) if self.source.cuts else positions
+        positions = Positions(self.rotation(module, tables, head_dim), self.form, self.source.cuts)
+        keep(CALLS.rotations, table, version, self, head_dim, positions)
+        return positions
 
     @torch.no_grad()
     def rotation(self, module: nn.Module | None, tables: tuple[Any, ...], head_dim: int) -> Rotation:
@@ -109,6 +118,11 @@ class Rotary:
         R = table.shape[-1] * (2 if self.form.is_single else 1)
         before, after = self.form.widths(R // 2)
         own = table.real.dtype if table.is_complex() else table.dtype
+        start = head_dim - R if self.source.is_last or self.form.is_last else 0
+        if self.form.entries is not None:
+            entries = ENTRIES[self.form.entries](R // 2)
+            cos, sin = (x[..., entries].view(-1, *x.shape[-2:-1], R // 2) for x in tables[:2])
+            return Rotation.of(cos, sin, width=after, start=start)
         dtype = torch.promote_types(own, torch.float32)
         pairs = (torch.arange(R, device=table.device) % before < before // 2).to(dtype)
         length, batch = table.shape[-2], table.shape[0] if table.dim() == 3 else 1
@@ -116,9 +130,18 @@ class Rotary:
         probe = pairs.expand(*(shape[x] for x in LAYOUTS[layout].split()[:-1]), R).contiguous()
         out = first(self.source.turn(module, probe, probe, *tables)).to(dtype).reshape(batch, length, R)
         cos, sin = out.unflatten(-1, (-1, 2, after // 2)).unbind(-2)
-        start = head_dim - R if self.source.is_last or self.form.is_last else 0
         cos, sin = cos.flatten(-2).to(own), sin.flatten(-2).to(own)  # which are numbers of this dtype
         return Rotation.of(cos, sin, width=after, start=start)
+
+
+def keep(made: list[Any], table: Tensor, *what: Any) -> None:
+    """Add what was made of a table to a short list, until the table is gone or others have come."""
+
+    def forget(_: Any) -> None:
+        made[:] = [entry for entry in made if entry[0]() is not None]
+
+    made.append((weakref.ref(table, forget), *what))
+    del made[:-MAX_TABLES]
 
 
 class Positions:
@@ -140,7 +163,9 @@ class Positions:
             ValueError: if there are fewer.
         """
         rotation, length = self.rotation, query.shape[2]
-        rows = rotation.table.shape[1]
+        batch, rows, _ = rotation.table.shape
+        if rows == length and batch == 1 and rotation.table.device == query.device:
+            return rotation
         if rows != length:
             if self.form.leaves_first and rows < length:
                 rotation = with_first(rotation, length - rows)
@@ -224,8 +249,10 @@ def form_of(source: RotarySource) -> Form | None:
                 layouts[dim] = layout
         if layouts:
             form, dim = replace(form, layouts=layouts), next(iter(layouts))
+            entries = [name for name in ENTRIES if undoes(source, replace(form, entries=name), dim)]
             return replace(
                 form,
+                entries=entries[0] if len(entries) == 1 and runs == 1 else None,
                 is_last=undoes(source, replace(form, is_last=True), dim, more_numbers=4),
                 leaves_first=undoes(source, form, dim, more_tokens=2),
                 takes_last=undoes(source, form, dim, more_tokens=-1),

@@ -180,7 +180,8 @@ def ntk_attention_forward(
     with without_autocast(query.device.type) if casts else NOTHING:
         states = states_for(layer, active, query, key, value)
         rotation = None if positions is None else positions.of(query, type(module).__name__)
-        prefixes = Prefixes(states, factor, exact, sink, rotation if layer.sees_no_positions(active) else None)
+        is_free = rotation is not None and layer.sees_no_positions(active)
+        prefixes = Prefixes(states, factor, exact, sink, rotation if is_free else None)
         prefix = None
         if watcher is not None:
             context = context_block(tokens, softcap=softcap, sink=sink)

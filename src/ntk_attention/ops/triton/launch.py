@@ -1,20 +1,28 @@
-"""Launches of the Triton kernels: block sizes, the order of the features, work space."""
+"""Launches of the Triton kernels, and the sizes of their blocks."""
 
-import threading
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..bundles import StateTensors, Tokens
-from ..rotation import Rotation
 from ..sdpa import empty_output
+from .arguments import (
+    WORKSPACES,
+    KernelState,
+    PhiQueries,
+    gluon_descriptor,
+    mask_arguments,
+    multiprocessors,
+    order_of_pairs,
+    turn,
+)
 from .launcher import Launcher, Options, aligned, ceil_div, contiguous, described, descriptor, padded, steps
-from .support import forward_sm90, properties, triton
+from .support import forward_sm90, triton
 
 if triton is not None:
     from . import backward as backward_kernels
-    from . import beside
     from . import decode as decode_kernels
     from . import forward as forward_kernels
 
@@ -24,7 +32,6 @@ if triton is not None:
     backward_kernel = Launcher(backward_kernels.prefix_backward)
     random_backward_kernel = Launcher(backward_kernels.random_backward)
     random_query_kernel = Launcher(backward_kernels.random_grad_query)
-    turn_kernel = Launcher(beside.turn_rows)
 if forward_sm90 is not None:
     from . import forward_sm90_persistent
 
@@ -82,76 +89,6 @@ def backward_sizes(head_dim: int, dtype: torch.dtype) -> Sizes:
         is_bf16 = dtype == torch.bfloat16  # beside fp16, Z takes twice the memory
         return Sizes(rows=64 if is_bf16 else 32, columns=128, warps=8, stages=3 if is_bf16 else 2)
     return Sizes(rows=64, columns=64, warps=8, stages=2)
-
-
-class KernelState(NamedTuple):
-    """A state as the kernels read it; where there is none of a thing stands a tensor that is not looked at."""
-
-    Z: Tensor  # [H_state, r, d_v], the heads of a stack one after another
-    k: Tensor
-    log_scale: Tensor
-    W: Tensor  # [2, r, d / 2]
-    rows: Tensor  # the place of each row's state in the stack
-
-    @classmethod
-    def of(cls, state: StateTensors, order: Tensor | None = None) -> "KernelState":
-        """The numbers of W in an order, or in their own."""
-        Z, k, log_scale, index, W, *_ = state
-        if index is not None:
-            Z, k, index = Z.flatten(0, 1), k.flatten(0, 1), index.contiguous()
-        k = k.contiguous()
-        if W is not None:
-            W = W if order is None else W.index_select(1, order)
-            W = W.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
-        return cls(contiguous(Z), k, log_scale.contiguous(), k if W is None else W, k if index is None else index)
-
-
-class PhiQueries(NamedTuple):
-    """The queries that phi sees, and what tiles still have to undo of their positions."""
-
-    x: Tensor  # [B, H, L, d]
-    table: Tensor | None  # [B or 1, L, d], of pairs in the halves of a head, in the dtype of x
-    is_beside: bool = False  # whether x is not the query, but a copy without positions
-
-    @classmethod
-    def of(cls, query: Tensor, state: StateTensors) -> "PhiQueries":
-        rotation = state.rotation
-        if rotation is None:
-            return cls(described(query), None)
-        table = contiguous(rotation.table.to(query.dtype))
-        if rotation.width == table.shape[-1] == query.shape[-1]:
-            return cls(described(query), table)
-        return cls(turn(query, rotation._replace(table=table)), None, True)
-
-    @property
-    def rotated(self) -> int:
-        return 0 if self.table is None else self.table.shape[-1]
-
-    @property
-    def table_step(self) -> int:
-        return 0 if self.table is None or self.table.shape[0] == 1 else 1
-
-    def descriptors(self, rows: int, columns: int) -> list[Any]:
-        """Of both, in blocks; without a table the queries stand for it, at which nobody looks."""
-        x = descriptor(self.x, rows, columns)
-        return [x, x if self.table is None else descriptor(self.table, rows, columns)]
-
-
-def turn(x: Tensor, rotation: Rotation, forward: bool = False, add_to: Tensor | None = None) -> Tensor:
-    """`rotation.turned` in one launch, in the dtype of x; or added to a tensor in place."""
-    B, H, L, d = x.shape
-    x = aligned(x)
-    out = torch.empty_like(x) if add_to is None else add_to
-    table, width, start = rotation
-    turn_kernel(
-        (ceil_div(L, 32), B * H, 1),
-        (),
-        (x, table, out),
-        (*steps(x), *steps(out), 0 if table.shape[0] == 1 else table.stride(0), H, L),
-        (d, table.shape[-1], width, start, forward, add_to is not None, 32, padded(d)),
-        Options(4),
-    )
-    return out
 
 
 def fused_forward(tokens: Tokens, state: StateTensors, sm90: bool) -> tuple[Tensor, Tensor]:
@@ -213,7 +150,7 @@ def sm90_forward(
     tiles = ceil_div(L, sizes.rows) * B * H
     is_persistent = sizes.rows == PERSISTENT_ROWS
     if is_persistent:
-        x, tiles = (1, 1, sizes.rows // 2, d), min(tiles, _multiprocessors(query))
+        x, tiles = (1, 1, sizes.rows // 2, d), min(tiles, multiprocessors(query))
     table = query if table is None else table[None]
     given = zip((query, key, value, Z_product[None], table, out), (x, y, y, y, x, x), strict=True)
     sm90_kernels[is_persistent](
@@ -240,7 +177,7 @@ def merge_prefix(query: Tensor, context: Tensor, lse: Tensor, state: StateTensor
         out = context
     sizes = merge_sizes(max(d, d_v))
     groups = 1 if state.rows is None else B  # of rows that have the same state
-    programs = max(1, sizes.programs * _multiprocessors(query) // (groups * H))
+    programs = max(1, sizes.programs * multiprocessors(query) // (groups * H))
     BH, BDV = padded(d // 2), padded(d_v)
     merge_kernel(
         (groups * H, programs, 1),
@@ -355,124 +292,82 @@ def backward_work(query: Tensor, d_v: int, k: Tensor, state: StateTensors) -> tu
     else:
         sizes = random_sizes()._replace(programs=2)
         blocks = ceil_div(r - state.constant, sizes.columns)
-    programs = sizes.programs * _multiprocessors(query) // (H_state * blocks)
+    programs = sizes.programs * multiprocessors(query) // (H_state * blocks)
     splits = max(1, min(programs, ceil_div(L, sizes.rows) * B * H // H_state))
     parts = query.new_empty(splits, H_state * r * (d_v + 1), dtype=torch.float32)
     return parts, Cut(sizes, half, blocks)
 
 
+class DecodeKind(NamedTuple):
+    """What launches of decoding have in common, whatever the tensors and the number of keys."""
+
+    rows: int  # of a program: the query heads of a KV head, and the query's length
+    keys: int  # in a block
+    max_splits: int  # of the keys
+    partial: int  # numbers that the programs of one KV head leave for one another, for each part
+    heads: tuple[int, int, int]
+    constants: tuple[Any, ...]  # before SPLITS
+    blocks: tuple[int, ...]  # behind it
+
+
+@functools.lru_cache(maxsize=4096)  # of queries of as many shapes
+def decode_kind(
+    shape: tuple[int, ...], num_kv_heads: int, value_dim: int, state_shape: tuple[int, ...], processors: int,
+    options: tuple[Any, ...],
+) -> DecodeKind:  # fmt: skip
+    """Of a query [B, H, L, d] and Z [..., H_state, r, d_v]; options: is_random, constant, rotation, mixed, masked."""
+    (B, H, L, d), d_v = shape, value_dim
+    is_random, constant, rotation, is_mixed, is_masked = options
+    group, BDV, BH = H // num_kv_heads, padded(d_v), padded(d // 2)
+    rows, keys = padded(group * L), 64 if max(d, d_v) <= 128 else 32
+    return DecodeKind(
+        rows,
+        keys,
+        max(1, min(ceil_div(processors, B * num_kv_heads), 64)),
+        rows * (BDV + 2),
+        (num_kv_heads, group, H // state_shape[-3]),
+        (is_random, state_shape[-2] - constant, d, d_v, constant, *rotation, is_mixed, is_masked),
+        (rows, keys, padded(d), BH if is_random else min(64, BH), BDV, 32, 3),
+    )
+
+
+DECODE_OPTIONS = Options(4)
+
+
 def decode(tokens: Tokens, state: StateTensors) -> Tensor:
     """out [B, H, L, d_v] of a short query that sees all keys, or those that the mask shows; one launch."""
     query, key, value, attn_mask, _, _, scale = tokens
-    B, H, L, d = query.shape
-    H_kv, S, d_v = value.shape[1:]
-    is_random, table, rotation, stride_t = state.W is not None, state.table, (0, 2, 0), 0
+    table, rotation, stride_t = state.table, (0, 2, 0), 0
     if table is not None:
         rotation = (table.shape[-1], state.width, state.start)
         table = contiguous(table.to(query.dtype))
         stride_t = 0 if len(table) == 1 else table.stride(0)
-    own = KernelState.of(state, order_of_pairs(d, *rotation, query.device) if is_random else None)
+    is_random = state.W is not None
+    B, H_kv, S, d_v = value.shape
+    options = (is_random, state.constant, rotation, state.rows is not None, attn_mask is not None)
+    kind = decode_kind(query.shape, H_kv, d_v, state.Z.shape, multiprocessors(query), options)
+    own = KernelState.of(state, order_of_pairs(query.shape[-1], *rotation, query.device) if is_random else None)
     out = empty_output(query, value)
-    BDV = padded(d_v)
-    rows, keys = padded(H // H_kv * L), 64 if max(d, d_v) <= 128 else 32
-    splits = max(1, min(ceil_div(_multiprocessors(query), B * H_kv), ceil_div(S, 2 * keys), 64))
-    keys_per_split = ceil_div(ceil_div(S, splits), keys) * keys
+    splits = min(kind.max_splits, ceil_div(S, 2 * kind.keys))
+    keys_per_split = ceil_div(ceil_div(S, splits), kind.keys) * kind.keys
     splits = ceil_div(S, keys_per_split)
     partial, counter = own.k, own.k  # not looked at
     if splits > 1:
-        partial = query.new_empty(B * H_kv * (splits + 1) * rows * (BDV + 2), dtype=torch.float32)
-        counter = COUNTERS.take(query.device, B * H_kv)
+        partial, counter = WORKSPACES.take(query, B * H_kv * (splits + 1) * kind.partial, B * H_kv)
     mask, mask_strides = mask_arguments(attn_mask, query)
     query, key, value = aligned(query), aligned(key), aligned(value)
-    state_tensors = (own.W, own.Z, own.k, own.log_scale, own.rows, own.k if table is None else table)
     decode_kernel(
         (splits + (splits > 1), B * H_kv, 1),
         (),
-        (query, key, value, *state_tensors, mask, out, partial, counter),
+        (
+            query, key, value, own.W, own.Z, own.k, own.log_scale, own.rows, own.k if table is None else table,
+            mask, out, partial, counter,
+        ),
         (
             *steps(query), *steps(key), *steps(value), stride_t, *mask_strides, *steps(out),
-            H_kv, H // H_kv, H // state.Z.shape[-3], L, S, keys_per_split, scale, state.factor,
+            *kind.heads, query.shape[2], S, keys_per_split, scale, state.factor,
         ),
-        (
-            is_random, state.k.shape[-1] - state.constant, d, d_v, state.constant, *rotation,
-            state.rows is not None, attn_mask is not None, splits, rows, keys, padded(d),
-            padded(d // 2) if is_random else min(64, padded(d // 2)), BDV, 32, 3,
-        ),
-        Options(4),
+        (*kind.constants, splits, *kind.blocks),
+        DECODE_OPTIONS,
     )  # fmt: skip
     return out
-
-
-def order_of_pairs(head_dim: int, rotated: int, width: int, start: int, device: torch.device) -> Tensor | None:
-    """The numbers of a head in pairs, int64 [d]: all first members, then all second ones, see pairs.py. None where that
-    is their own order."""
-    if rotated == 0 or width == rotated == head_dim:
-        return None
-    place = torch.arange(head_dim, device=device)
-    inside = place[start : start + rotated].view(-1, 2, width // 2)
-    outside = torch.cat([place[:start], place[start + rotated :]]).view(2, -1)
-    return torch.cat([inside.transpose(0, 1).reshape(2, -1), outside], dim=1).flatten()
-
-
-class Counters:
-    """Zeroed integers in which the programs of one decoding launch count themselves; the kernel leaves zeros behind.
-
-    Launches that may overlap must not share a counter. Launches of one stream follow one another, so a stream has one
-    region. A captured launch can be replayed on any stream and gets a region for good: few, since graphs are few.
-    """
-
-    SIZE = 1 << 20
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()  # two threads must not cut the same region
-        self.pools: dict[torch.device, Tensor] = {}
-        self.used: dict[torch.device, int] = {}
-        self.regions: dict[tuple[torch.device, int], Tensor] = {}
-
-    def take(self, device: torch.device, size: int) -> Tensor:
-        if device.type != "cuda":
-            return torch.zeros(size, dtype=torch.int32)
-        with self.lock:
-            return self._take(device, size)
-
-    def _take(self, device: torch.device, size: int) -> Tensor:
-        if torch.cuda.is_current_stream_capturing():
-            if device in self.pools and self.used[device] + size <= self.SIZE:
-                return self._cut(device, size)
-            return torch.zeros(size, dtype=torch.int32, device=device)  # one more node in the graph
-        stream = (device, torch.cuda.current_stream(device).cuda_stream)
-        if stream not in self.regions or len(self.regions[stream]) < size:
-            if device not in self.pools or self.used[device] + size > self.SIZE:
-                self.pools[device] = torch.zeros(max(self.SIZE, size), dtype=torch.int32, device=device)
-                self.used[device] = 0
-                torch.cuda.synchronize(device)  # zero for every stream
-            self.regions[stream] = self._cut(device, size)
-        return self.regions[stream]
-
-    def _cut(self, device: torch.device, size: int) -> Tensor:
-        start = self.used[device]
-        self.used[device] += size
-        return self.pools[device][start : start + size]
-
-
-COUNTERS = Counters()
-
-
-def _multiprocessors(x: Tensor) -> int:
-    return properties(x.device).multi_processor_count if x.is_cuda else 4
-
-
-def gluon_descriptor(x: Tensor, block: tuple[int, ...]) -> "forward_sm90.TensorDescriptor":
-    """Blocks of x for Gluon, which wants to know how a block lies in shared memory."""
-    x = described(x)
-    made = object.__new__(forward_sm90.TensorDescriptor)
-    made.__dict__.update(
-        base=x, shape=x.shape, strides=x.stride(), block_shape=list(block), layout=forward_sm90.shared_layout(block)
-    )
-    return made
-
-
-def mask_arguments(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    if attn_mask is None:
-        return query, (0, 0, 0, 0)
-    return attn_mask.view(torch.uint8), attn_mask.stride()

@@ -56,16 +56,17 @@ class Launcher:
             with torch.cuda.device(device):
                 self(grid, descriptors, tensors, numbers, constants, options)
             return
-        key = (device, constants, options, *[x.dtype for x in tensors])
+        key = (device, constants, options, tuple([x.dtype for x in tensors]))
         found = self.found.get(key)
         if found is None:
             arguments = (*descriptors, *tensors, *numbers, *constants)
             self.found[key] = self.kernel[grid](*arguments, **options._asdict())
             return
+        pointers = [x.data_ptr() for x in tensors]  # of tensors Triton would ask the driver where they are
         found.run(
             *grid, torch._C._cuda_getCurrentRawStream(device), found.function, found.packed_metadata,
             None, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook,
-            *descriptors, *tensors, *numbers, *constants,
+            *descriptors, *pointers, *numbers, *constants,
         )  # fmt: skip
 
 

@@ -29,9 +29,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, for test
 # vectors begin: what is compiled depends on the types of pointers and on constants alone, which launcher.py relies on.
 SIZES = {
     "B", "H", "H_kv", "heads_per_kv", "heads_per_state", "L", "S", "one", "keys_per_split",
-    "table_step", "scale", "factor",
+    "rows", "table_step", "scale", "factor",
 }  # fmt: skip
-VECTORS = {"k_state", "b_state", "Index", "Mask"}
+VECTORS = {"k_state", "b_state", "Index", "Mask", "Cos", "Sin"}
 
 
 def decorated(jit: Callable[..., Any], kernel: Callable[..., Any]) -> Any:
