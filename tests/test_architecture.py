@@ -48,7 +48,10 @@ OPERATION = "the arguments of scaled_dot_product_attention, and the prefix"
 LARGE_FILES = {}
 LONG_FUNCTIONS = {
     "src/ntk_attention/ops/triton/forward_sm90.py::fused_forward": "a kernel whose order of loads is its point",
-    "src/ntk_attention/ops/triton/decode.py::decode": "a kernel; its parts that can be apart are in tiles.py",
+    "src/ntk_attention/ops/triton/forward_sm90_persistent.py::attend_tiles": "the same",
+    "src/ntk_attention/ops/triton/forward.py::fused_forward": "a kernel; its parts that can be apart are in tiles.py",
+    "src/ntk_attention/ops/triton/backward.py::prefix_backward": "the same",
+    "src/ntk_attention/ops/triton/decode.py::decode": "the same",
 }
 MANY_PARAMETERS = {
     "src/ntk_attention/convert/distillation.py::distill": OPTIONS,

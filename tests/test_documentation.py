@@ -35,7 +35,7 @@ def test_the_mathematics_is_quoted_as_it_is():
     reference = ast.parse((PACKAGE / "ops/reference.py").read_text())
     own = {node.name: node for node in reference.body if isinstance(node, ast.FunctionDef)}
     quoted = ast.parse(shown).body
-    assert [node.name for node in quoted] == ["token_block", "prefix_block", "merge"]
+    assert [node.name for node in quoted] == ["token_block", "phi_input", "prefix_block", "merge"]
     for node in quoted:
         del own[node.name].body[0]  # the docstring
         assert ast.unparse(node) == ast.unparse(own[node.name])

@@ -99,7 +99,12 @@ def test_what_phi_acts_on():
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients(kind, backend, dtype):
     """Against fp64: decoding, odd sizes, a mask, heads that share a state, and tables in the dtype of the queries."""
-    for sizes in ({}, {"L": 1}, {"L": 33, "S": 40, "d": 20, "d_v": 5, "H_state": 2}, {"H": 2, "H_state": 2, "d": 6, "S": 7}):
+    for sizes in (
+        {},
+        {"L": 1},
+        {"L": 33, "S": 40, "d": 20, "d_v": 5, "H_state": 2},
+        {"H": 2, "H_state": 2, "d": 6, "S": 7},
+    ):
         inputs, grad_out = make_inputs(dtype, **sizes)
         inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
         check(inputs, grad_out, backend, kind=kind, is_causal=inputs[1].shape[2] == 7)

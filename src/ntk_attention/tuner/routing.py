@@ -162,11 +162,8 @@ def ntk_attention_forward(
     watcher, exact = CALLS.watchers.get(layer), CALLS.exact.get(layer)
     implementation = own_config(module)._attn_implementation
     if watcher is None and exact is None and not active:
-        base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.own.eager)
-        # Flash attention reads the name in the config once more.
-        caller: Any = Unrouted(module) if implementation in FLASH else module
+        base, caller = own_function(module, layer, implementation)
         return base(caller, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-
     check_call(layer, module, implementation, kwargs)
     casts = torch.is_autocast_enabled(query.device.type)
     if casts:
@@ -194,6 +191,13 @@ def ntk_attention_forward(
             with torch.no_grad():  # asked for or not, checkpointing must find the same tensors the second time
                 weights = attention_weights(tokens, prefixes, softcap)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def own_function(module: nn.Module, layer: NTKAttentionLayer, implementation: str) -> tuple[Any, Any]:
+    """The attention function of a module as it was, and what to call it with in the module's place."""
+    base = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, layer.own.eager)
+    # Flash attention reads the name in the config once more.
+    return base, Unrouted(module) if implementation in FLASH else module
 
 
 def states_for(

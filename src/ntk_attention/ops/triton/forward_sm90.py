@@ -24,6 +24,7 @@ from .tiles import LOG2E, NOTHING, TINY, decorated
 
 __all__ = ["TensorDescriptor", "fused_forward", "shared_layout"]
 
+compiled = functools.partial(decorated, gluon.jit)
 # Older names in Triton 3.6
 synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -44,7 +45,7 @@ def load_block(X, b, h, n, blocks, ready, i, exists):
     load(X, [b, h, n, 0], ready.index(i), blocks.index(i), pred=exists)
 
 
-@functools.partial(decorated, gluon.jit)
+@compiled
 def fused_forward(
     Q, K, V, Z_blocks, Table, Out, Z, k_state, b_state, Index, Lse, table_step,
     B, H, heads_per_kv, heads_per_state, L, S, scale, factor,

@@ -7,8 +7,6 @@ each other, so that the softmax of the one runs beside the products of the other
 weights are phi, its values Z.
 """
 
-import functools
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .forward_sm90 import load, store, synchronize
-from .tiles import LOG2E, NOTHING, TINY, decorated
+from .forward_sm90 import compiled, load, store, synchronize
+from .tiles import LOG2E, NOTHING, TINY
 
 __all__ = ["fused_forward"]
 
@@ -215,7 +213,7 @@ def attend_tiles(
     tma.store_wait(0)
 
 
-@functools.partial(decorated, gluon.jit)
+@compiled
 def fused_forward(
     Q, K, V, Z_blocks, Table, Out, Z, k_state, b_state, Index, Lse,
     table_step, B, H, heads_per_kv, heads_per_state, L, S, scale, factor,
