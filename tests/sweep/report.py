@@ -28,8 +28,8 @@ and static caches against none (also where layers have sliding windows, which ar
 every tensor that trains, the same with activation checkpointing of both kinds, an adapter saved and loaded (bit by
 bit), and `calibrate`. What a model lacks, or what changes its own outputs, is not asked of the adapter. The last column
 is no check: how far outputs move, relative to the largest, when all positions grow by 5, for the base model and with a
-random prefix. These rows are of `positions="rotary"`, where phi sees the query after its rotation; what the default refuses
-stands in [running.md](running.md#positions). All figures are in `results/sweep`."""
+random prefix. These rows are of `positions="rotary"`, where phi sees the query after its rotation. What the default
+refuses stands in [running.md](running.md#positions). All figures are in `results/sweep`."""
 LONGEST = 300  # characters of a sentence
 
 

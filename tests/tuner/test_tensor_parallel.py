@@ -32,6 +32,7 @@ OPTIONS = {
     "rank": {"rank": 2},
     "taylor": {"feature_map": "taylor"},  # the only one with k_signed
     "random": {"feature_map": "positive_random", "state_heads": "kv"},
+    "rotary": {"positions": "rotary"},
 }
 ON_GPUS = torch.cuda.device_count() >= 2
 # What whitening makes of rounding in three large steps is up to 2e-4 of the losses and logits on a CPU. A GPU sums in
