@@ -320,14 +320,14 @@ def test_only_the_state_trains():
 
 @pytest.mark.parametrize(
     "change",
-    ["dtype", "map", "many features", "head_dim", "mask", "empty", "rotation"],
+    ["dtype", "map", "many features", "head_dim", "mask", "empty", "rotation", "odd halves"],
 )
 def test_what_no_kernel_covers_goes_to_the_sdpa_backend(change):
     dtype = torch.float32 if change == "dtype" else torch.bfloat16
-    d = 12 if change == "head_dim" else 32
+    d = {"head_dim": 12, "odd halves": 24}.get(change, 32)
     S = 0 if change == "empty" else 20
     torch.manual_seed(0)
-    L = 70 if change == "rotation" else 20  # decoding knows all rotations
+    L = 70 if change in ("rotation", "odd halves") else 20  # decoding knows these
     q, k, v = (torch.randn(1, 2, n, d, device=DEVICE, dtype=dtype) for n in (L, S, S))
     maps = {"map": feature_map("taylor"), "many features": feature_map("positive_random", num_features=600)}
     maps["rotation"] = feature_map("positive_random", num_features=40)

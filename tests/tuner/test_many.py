@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ntk_attention import NTKAttentionConfig
+from ntk_attention.tuner.adapter import PrefixAdapter
 from ntk_attention.tuner.layer import NTKAttentionLayer
 from tests.families import FAMILIES
 from tests.reference import relative_error
@@ -176,10 +177,10 @@ def test_adapters_that_rest_are_not_looked_at(monkeypatch):
     """With a hundred of them on a model, looking at each in every layer takes longer than the attention."""
     model = several(torch.float32)
     seen = set()
-    look_up = NTKAttentionLayer.in_memory
-    monkeypatch.setattr(
-        NTKAttentionLayer, "in_memory", lambda layer, names: seen.update(names) or look_up(layer, names)
-    )
+    layers = [module for module in model.modules() if isinstance(module, NTKAttentionLayer)]
+    names = {part: name for layer in layers for name, part in layer.named_children() if isinstance(part, PrefixAdapter)}
+    make = PrefixAdapter.state
+    monkeypatch.setattr(PrefixAdapter, "state", lambda adapter: seen.add(names[adapter]) or make(adapter))
     with torch.no_grad():
         model(**batch())
         assert seen == {"first"}

@@ -130,6 +130,9 @@ def fused_path(facts: Facts) -> Path | None:
     rows_of_kv_head = facts.query_shape[1] // facts.num_kv_heads * L
     if not facts.needs_grad and rows_of_kv_head <= support.MAX_DECODE_ROWS and not facts.is_causal:
         return Path.DECODE
+    if d % 16:  # tiles of many queries are loaded by halves of a head, and Triton wants these to begin at 16 bytes
+        is_known = not is_random and facts.rows is None and facts.backend == "auto" and L > 1
+        return Path.MERGED_TORCH if is_known else None
     is_simple = not is_random and facts.mask is None
     if is_simple and in_halves and support.covers_sm90(facts.device, facts.dtype, d, d_v):
         return Path.FUSED_SM90
