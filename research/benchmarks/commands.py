@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -26,6 +28,13 @@ def bench(
     tiny: Annotated[bool, typer.Option("--tiny", help="Tiny sizes, which test the code.")] = False,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; a GPU where there is one.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure again what has a row already.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only methods whose names begin so; may be given several times.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Only cases of this size, such as cache=dynamic; likewise.", metavar="SIZE=X"),
+    ] = None,
 ) -> None:
     """Measure speed and memory, one row of JSON per measurement; a run that was killed goes on where it stopped."""
     out = out or (TINY_RESULTS if tiny else RESULTS)
@@ -43,10 +52,36 @@ def bench(
             raise typer.BadParameter(str(error)) from None
         console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
     else:
-        run(names, out, tiny, device or ("cuda" if torch.cuda.is_available() else "cpu"), again)
+        chosen = Choice(tuple(only or ()), tuple(where or ()))
+        run(names, out, tiny, device or ("cuda" if torch.cuda.is_available() else "cpu"), again, chosen)
 
 
-def run(names: list[str], out: Path, tiny: bool, device: str, again: bool) -> None:
+class Choice(NamedTuple):
+    """Which rows of a benchmark are wanted."""
+
+    only: tuple[str, ...]
+    where: tuple[str, ...]
+
+    def of(self, cases: Sequence[Any], name: str) -> list[Any]:
+        """The cases, with the methods, that are wanted.
+
+        Raises:
+            typer.BadParameter: if there are none.
+        """
+        if not (self.only or self.where):
+            return list(cases)
+        found = []
+        for case in cases:
+            sizes = {f"{key}={value}" for key, value in case.sizes.items()}
+            methods = {m: x for m, x in case.methods.items() if not self.only or m.startswith(self.only)}
+            if methods and sizes.issuperset(self.where):
+                found.append(replace(case, methods=methods))
+        if not found:
+            raise typer.BadParameter(f"{name} has no row of {' '.join(self.only)} where {' '.join(self.where)}")
+        return found
+
+
+def run(names: list[str], out: Path, tiny: bool, device: str, again: bool, chosen: Choice) -> None:
     for name in names:
         if name not in BENCHMARKS:
             raise typer.BadParameter(f"unknown benchmark {name!r}: expected {', '.join(BENCHMARKS)}, list or report")
@@ -60,7 +95,7 @@ def run(names: list[str], out: Path, tiny: bool, device: str, again: bool) -> No
             benchmark = BENCHMARKS[name]
             target = "cpu" if benchmark.on_cpu else device
             recorder = Recorder(out, name, target, again)
-            cases = benchmark.cases(target, tiny)
+            cases = chosen.of(benchmark.cases(target, tiny), name)
             task = progress.add_task(name, total=len(cases), case="")
             for case in cases:
                 progress.update(task, case=" ".join(f"{k}={v}" for k, v in list(case.sizes.items())[:7]))

@@ -127,30 +127,45 @@ class Workspaces:
     leaves the counters at zero.
 
     Launches that may overlap must not share it. Launches of one stream follow one another, so a stream has its own. A
-    captured launch can be replayed on any stream, and gets memory of the graph.
+    captured launch can be replayed on any stream: it gets memory of the graph, and counters for good; few, since graphs
+    are few.
     """
 
+    POOL = 1 << 20
+
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # two threads must not make one for the same stream
+        self.lock = threading.Lock()  # two threads must not make one for the same stream, or cut the same counters
         self.found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.pools: dict[int, tuple[Tensor, int]] = {}  # zeros of a device, and how many of them are given away
 
     def take(self, like: Tensor, num_floats: int, num_counters: int) -> tuple[Tensor, Tensor]:
         """So many float32 at least, and so many zeroed integers, on the device of a tensor."""
         device = like.get_device()
-        if device < 0 or torch.cuda.is_current_stream_capturing():
-            return self.made(like, num_floats, num_counters)
+        if device < 0:
+            return like.new_empty(num_floats, dtype=torch.float32), like.new_zeros(num_counters, dtype=torch.int32)
+        if torch.cuda.is_current_stream_capturing():
+            with self.lock:
+                return like.new_empty(num_floats, dtype=torch.float32), self.cut(like, device, num_counters)
         stream = (device, torch._C._cuda_getCurrentRawStream(device))
         found = self.found.get(stream)
         if found is None or len(found[0]) < num_floats or len(found[1]) < num_counters:
             with self.lock:
+                if device not in self.pools:
+                    self.pools[device] = like.new_zeros(self.POOL, dtype=torch.int32), 0
+                    torch.cuda.synchronize(device)  # zero for every stream
                 # Twice as much, since caches grow. What is replaced may still be in use: torch gives its memory to
                 # later launches of the same stream only.
-                found = self.found[stream] = self.made(like, 2 * num_floats, max(num_counters, 4096))
+                floats = like.new_empty(2 * num_floats, dtype=torch.float32)
+                found = self.found[stream] = floats, like.new_zeros(max(num_counters, 4096), dtype=torch.int32)
         return found
 
-    def made(self, like: Tensor, num_floats: int, num_counters: int) -> tuple[Tensor, Tensor]:
-        floats = like.new_empty(num_floats, dtype=torch.float32)
-        return floats, like.new_zeros(num_counters, dtype=torch.int32)
+    def cut(self, like: Tensor, device: int, size: int) -> Tensor:
+        """Zeros of the pool; where there are none, new ones, with which a graph has one more node for each launch."""
+        pool, used = self.pools.get(device, (None, 0))
+        if pool is None or used + size > len(pool):
+            return like.new_zeros(size, dtype=torch.int32)
+        self.pools[device] = pool, used + size
+        return pool[used : used + size]
 
 
 WORKSPACES = Workspaces()

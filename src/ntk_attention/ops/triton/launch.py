@@ -79,15 +79,17 @@ def random_sizes() -> Sizes:
 def merge_sizes(head_dim: int) -> Sizes:
     if head_dim <= 64:
         return Sizes(rows=64, columns=64, warps=4, stages=3, programs=2)
-    return Sizes(rows=64, columns=128, warps=8, stages=4)
+    if head_dim <= 128:
+        return Sizes(rows=64, columns=128, warps=4, stages=3)
+    return Sizes(rows=32, columns=256, warps=8, stages=2)
 
 
 def backward_sizes(head_dim: int, dtype: torch.dtype) -> Sizes:
     if head_dim <= 64:
-        return Sizes(rows=32, columns=64, warps=4, stages=3, programs=2)
-    if head_dim <= 128:
         is_bf16 = dtype == torch.bfloat16  # beside fp16, Z takes twice the memory
-        return Sizes(rows=64 if is_bf16 else 32, columns=128, warps=8, stages=3 if is_bf16 else 2)
+        return Sizes(rows=64 if is_bf16 else 32, columns=64, warps=4, stages=3, programs=2)
+    if head_dim <= 128:
+        return Sizes(rows=64 if dtype == torch.bfloat16 else 32, columns=128, warps=8, stages=2)
     return Sizes(rows=64, columns=64, warps=8, stages=2)
 
 
