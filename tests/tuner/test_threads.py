@@ -10,11 +10,19 @@ import torch
 from peft import get_peft_model
 
 from ntk_attention import NTKAttentionConfig
+from ntk_attention.ops.triton import tables
 from ntk_attention.tuner.calls import CALLS as STATE
 from ntk_attention.tuner.layer import NTKAttentionLayer
 from tests.families import FAMILIES
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    """Triton's interpreter does not run in two threads."""
+    monkeypatch.setattr(tables, "INTERPRETED", False)
+
 
 CALLS = 200
 # A feed-forward block of one module, and of two; with cross-attention, and with an input that is not text.
@@ -167,7 +175,7 @@ def test_another_thread_changes_the_adapters_within_a_call(names, monkeypatch):
     with shared.model.disable_adapter():
         expected = shared.forward(0)()
     reads = itertools.cycle([["a"], []] if names == ["b"] else [names])
-    monkeypatch.setattr(NTKAttentionLayer, "active_names", lambda layer: next(reads))
+    monkeypatch.setattr(NTKAttentionLayer, "_active_adapter", property(lambda layer: next(reads)))
     found = shared.forward(0)()
     assert found.shape == expected.shape
     if names == ["deleted"]:
