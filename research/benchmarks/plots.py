@@ -59,8 +59,9 @@ def attention(rows: list[Row], path: Path) -> None:
     for axes, mode in zip(np.atleast_1d(panels), modes, strict=True):
         own = [g for g in groups if g.sizes["mode"] == mode]
         lengths = prefix_lengths(own[0].rows)
-        lines = [("ours", OURS, [g.rows.get("ours auto") for g in own])]
-        for m, colour in zip(lengths, PREFIX[-len(lengths) :], strict=True):
+        name = "ours auto" if "ours auto" in own[0].rows else "ours rotary"
+        lines = [("ours", OURS, [g.rows.get(name) for g in own])]
+        for m, colour in zip(lengths, PREFIX[len(PREFIX) - len(lengths) :], strict=True):
             lines.append((f"prefix, m = {m:,}", colour, [fastest_prefix(g.rows, m) for g in own]))
         lines.append(("naive fp32", OTHER, [g.rows.get("naive fp32") for g in own]))
         axes.plot([0, len(own) - 1], [1, 1], color=PLAIN, linewidth=1)
@@ -76,7 +77,8 @@ def attention(rows: list[Row], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=width)
                 ends[-1].append((*points[-1], name, colour))
         ticks = [f"B = {g.sizes['B']}\nL = {g.sizes['L']:,}" for g in own]
-        axes.set(title=mode, yscale="log", xticks=range(len(own)), xticklabels=ticks)
+        scale = "log" if lengths else "linear"  # real tokens take many times as long
+        axes.set(title=mode, yscale=scale, xticks=range(len(own)), xticklabels=ticks)
         axes.set_xlim(-0.2, len(own) - 1 + 0.42 * len(own))
         axes.grid(axis="y", alpha=0.3)
         axes.yaxis.set_major_formatter("{x:g}")

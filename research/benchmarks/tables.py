@@ -56,11 +56,14 @@ def attention(rows: list[Row]) -> list[str]:
         lengths = prefix_lengths(own[0].rows)
         first = ["B, L", "plain", "its kernel"]
         floors = ["ours, times the floor", "plain, times the floor"]
-        others = ["ours sdpa", "ours triton", "ours random", "softmax + phi M", "naive fp32"]
-        head = [*first, "ours", *floors, *(f"prefix m={m:,}" for m in lengths), *others]
+        free = "ours auto" in own[0].rows
+        others = ["ours rotary"] if free else []
+        others += ["ours sdpa", "ours triton", "ours random", "softmax + phi M", "naive fp32"]
+        others = [name for name in others if any(name in g.rows for g in own)]
+        head = [*first, "ours" if free else "ours rotary", *floors, *(f"prefix m={m:,}" for m in lengths), *others]
         body, memory = [], []
         for sizes, methods in own:
-            plain, ours = fastest(methods, "plain"), methods.get("ours auto")
+            plain, ours = fastest(methods, "plain"), methods.get("ours auto" if free else "ours rotary")
             shown = [fastest_prefix(methods, m) for m in lengths] + [methods.get(name) for name in others]
             shape, reference = f"{sizes['B']}, {sizes['L']:,}", median(plain)
             kernel = plain["method"].split()[-1] if plain else ""
