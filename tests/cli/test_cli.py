@@ -135,6 +135,7 @@ def test_another_base_is_refused(finetuned, tmp_path):
         (["--max-new-tokens", "127"], "a prompt of 2 tokens and an answer of max_new_tokens = 127"),
         (["--feature-map", "cosine"], "unknown feature map 'cosine'"),
         (["--state-heads", "both"], "state_heads must be 'query' or 'kv', got 'both'"),
+        (["--positions", "none"], "positions must be 'free' or 'rotary', got 'none'"),
         (["--rank", "0"], "rank must be a positive integer"),
         (["--model", "./nowhere"], "./nowhere is not a folder"),
     ],

@@ -88,6 +88,7 @@ def finetune(
     feature_map: Annotated[str, typer.Option(help="elu, taylor or positive_random.")] = "elu",
     rank: Annotated[int | None, typer.Option(help="Rank of Z; an eighth of head_dim by default.")] = None,
     state_heads: Annotated[str, typer.Option(help="One state per 'query' or per 'kv' head.")] = "query",
+    positions: Annotated[str, typer.Option(help="Queries without rotary positions, 'free', or 'rotary'.")] = "free",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the folder.")] = False,
 ) -> None:
@@ -96,7 +97,8 @@ def finetune(
         from .finetuning import Settings
         from .finetuning import finetune as run
 
-        adapter = {"feature_map": feature_map, "rank": "auto" if rank is None else rank, "state_heads": state_heads}
+        adapter = {"feature_map": feature_map, "rank": "auto" if rank is None else rank}
+        adapter |= {"state_heads": state_heads, "positions": positions}
         settings = Settings(
             model, data, items, held_out, epochs, batch_size, learning_rate, max_new_tokens, seed, adapter
         )

@@ -60,6 +60,7 @@ def describe_adapter(model: nn.Module, folder: Path) -> list[tuple[str, str]]:
         ("attention modules", str(len(layers))),
         ("state heads per module", numbers(heads)),
         ("features r", f"{numbers(r)} ({adapters[0].feature_map})"),
+        ("positions", adapters[0].positions),
         ("rank of Z", str(adapters[0].rank or "full")),
         ("feed-forward blocks", str(len(blocks))),
         ("rank of their Z", numbers(sorted({block.rank for block in blocks})) or "-"),
