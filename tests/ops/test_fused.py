@@ -6,13 +6,9 @@ from peft import get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ntk_attention import NTKAttentionConfig
+from ntk_attention import NTKAttentionConfig, PrefixState, Rotation, feature_map, ntk_attention
 from ntk_attention.ops import fused
-from ntk_attention.ops.attention import ntk_attention
-from ntk_attention.ops.features import feature_map
 from ntk_attention.ops.plan import Path
-from ntk_attention.ops.rotation import Rotation
-from ntk_attention.ops.state import PrefixState
 from ntk_attention.ops.triton import support
 
 from .paths import flat, has_kernels, merge_always, path_of, paths, without_hopper
@@ -392,12 +388,10 @@ def test_compiles_to_one_graph(name, random_features):
     out = ntk_attention(*eager[:3], state, backend="triton", rotation=made(*angles), **options)
     for a, e in zip(grads, torch.autograd.grad(out.float().square().sum(), eager), strict=True):
         assert torch.allclose(a, e, rtol=2e-2, atol=2e-2 * e.abs().max().item())
+    tolerance = 0.0 if rotation is None else 2e-2  # a table made in the graph rounds some numbers otherwise
     with torch.no_grad():
         again = compiled(*inputs, *angles)
-    if rotation is None:
-        assert torch.equal(again, out)
-    else:  # the table was made by other operations, which round some numbers to their neighbours
-        assert torch.allclose(again, out, rtol=2e-2, atol=2e-2 * out.abs().max().item())
+    assert torch.allclose(again, out, rtol=tolerance, atol=tolerance * out.abs().max().item())
 
 
 @pytest.mark.slow
