@@ -15,6 +15,9 @@ HEAD = """# Benchmarks
 Made by `python -m research bench report` from the JSON lines beside this file. `python -m research bench NAME` measures
 what is missing for the current commit and hardware. Times are medians; methods in one row of a table ran interleaved
 unless the benchmark says otherwise. What is measured, and how, stands in `research/benchmarks/NAME.py`.
+
+Ours sees queries without their rotary positions in rows of an H200 and of an Intel host, and as they are
+(`positions="rotary"`) in rows of an H100 and of an AMD host.
 """
 
 

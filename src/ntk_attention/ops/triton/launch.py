@@ -39,7 +39,7 @@ if forward_sm90 is not None:
 
 
 class Sizes(NamedTuple):
-    """Sizes of a launch, by measurement on an H200."""
+    """Sizes of a launch, by measurement on an H200; those of Triton's forward passes on an H100."""
 
     rows: int  # of queries (BM)
     columns: int  # keys (BN) of the forward pass, features (BF) of the backward pass
