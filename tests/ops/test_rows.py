@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from ntk_attention import NTKAttentionConfig, RowStates, ntk_attention
 from ntk_attention.ops import fused
 from ntk_attention.ops.state import PrefixState
-from ntk_attention.ops.triton import launch, support
+from ntk_attention.ops.triton import decoder, launch, support
 from ntk_attention.tuner.layer import NTKAttentionLayer
 from research.benchmarks.timing import captured
 from tests.reference import relative_error
@@ -259,9 +259,9 @@ def test_a_model_uses_the_kernels(monkeypatch):
     model = small_llama(torch.bfloat16)
     ids = torch.randint(3, 64, (5, 9), device=DEVICE)
     calls = []
-    forward, decode = launch.fused_forward, launch.decode
+    forward, decode = launch.fused_forward, decoder.decode
     monkeypatch.setattr(launch, "fused_forward", lambda *a: calls.append("forward") or forward(*a))
-    monkeypatch.setattr(launch, "decode", lambda *a: calls.append("decode") or decode(*a))
+    monkeypatch.setattr(decoder, "decode", lambda *a: calls.append("decode") or decode(*a))
     logits = model(ids, adapter_names=NAMES).logits  # no gradients, though nobody said so
     model.generate(input_ids=ids, attention_mask=ids > 0, adapter_names=NAMES, max_new_tokens=2, min_new_tokens=2)
     assert calls == ["forward"] * 4 + ["decode"] * 2

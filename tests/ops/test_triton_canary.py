@@ -15,7 +15,7 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from ntk_attention.ops.triton import launch, launcher, tiles
+from ntk_attention.ops.triton import decoder, launch, launcher, tiles
 
 pytestmark = pytest.mark.skipif(launch.triton is None, reason="needs Triton")
 BLOCK = (1, 1, 16, 64)
@@ -79,7 +79,9 @@ def test_run_of_a_compiled_kernel():
 @pytest.mark.parametrize("name", ["forward", "merge", "decode", "backward", "random_backward", "random_query"])
 def test_numbers_and_vectors_are_never_special(name):
     """What a launch finds by its types and constants must not depend on values: else it would run a wrong kernel."""
-    parameters = inspect.signature(getattr(launch, f"{name}_kernel").kernel.fn).parameters.values()
+    parameters = inspect.signature(
+        getattr(decoder if name == "decode" else launch, f"{name}_kernel").kernel.fn
+    ).parameters.values()
     found = {p.name: "constexpr" not in str(p.annotation) for p in parameters}
     unknown = {
         name
@@ -92,7 +94,7 @@ def test_numbers_and_vectors_are_never_special(name):
 def test_kernels_are_told_so():
     """`decorated` names the parameters that Triton must not look at."""
     told = {}
-    tiles.decorated(lambda kernel, **options: told.update(options), launch.decode_kernel.kernel.fn)
+    tiles.decorated(lambda kernel, **options: told.update(options), decoder.decode_kernel.kernel.fn)
     assert {"L", "S", "scale", "stride_qb", "stride_t"} <= set(told["do_not_specialize"])
     assert {"k_state", "b_state", "Index", "Mask"} == set(told["do_not_specialize_on_alignment"])
 

@@ -26,7 +26,7 @@ from .sdpa import (
     library_forward,
     needs_grad,
 )
-from .triton import launch
+from .triton import decoder, launch
 
 NUM_TOKENS = len(Tokens._fields)
 Grads = tuple[Any, ...]  # tensors, or None
@@ -47,7 +47,7 @@ def attend_fused(path: Path, tokens: Tokens, state: StateTensors) -> Tensor:
         shape = (*tokens.query.shape[:3], tokens.key.shape[2])
         tokens = tokens._replace(attn_mask=tokens.attn_mask.expand(shape))
     if path is Path.DECODE:
-        return decode_op(*tokens, *state) if compiling else launch.decode(tokens, state)
+        return decode_op(*tokens, *state) if compiling else decoder.decode(tokens, state)
     if compiling:
         return forward_op(*tokens, *state, path.value)[0]
     if needs_grad(*inputs):
@@ -246,9 +246,10 @@ def decode_op(
     start: int,
 ) -> Tensor:
     tokens = Tokens(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    return launch.decode(tokens, StateTensors(Z, k, log_scale, index, W, table, constant, factor, width, start))
+    return decoder.decode(tokens, StateTensors(Z, k, log_scale, index, W, table, constant, factor, width, start))
 
 
 @decode_op.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
-    return empty_output(query, value)
+    B, H, L, _ = query.shape
+    return query.new_empty(B, L, H, value.shape[-1]).transpose(1, 2)

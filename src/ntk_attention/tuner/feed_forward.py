@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .coordinates import Coordinated
 from .distributed import ON_ALL
@@ -111,12 +112,9 @@ class FeedForwardPrefix(Coordinated):
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """out + x^T Z for every x: [..., D], in the dtype of out."""
-        Z_A, Z_B = self.kept(x.dtype, lambda: (self.plain_leading().to(x.dtype), self.plain_scaled().to(x.dtype)))
-        hidden = x.flatten(0, -2) @ Z_A
-        Z_B = Z_B.to(hidden.dtype)  # that of autocast
-        if hidden.dtype != out.dtype:
-            return out + (hidden @ Z_B).view(out.shape).to(out.dtype)
-        return torch.addmm(out.flatten(0, -2), hidden, Z_B).view(out.shape)  # the sum in one kernel
+        Z_A, Z_B = self.kept(x.dtype, lambda: (self.plain_leading().to(x.dtype).mT, self.plain_scaled().to(x.dtype).mT))
+        added = linear(linear(x, Z_A), Z_B)
+        return out + (added if added.shape == out.shape else added.view(out.shape)).to(out.dtype)
 
     @torch.no_grad()
     def become_sum(self, parts: Sequence[tuple[FeedForwardPrefix, float]]) -> None:

@@ -10,18 +10,28 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .decoding import DecodingStep
+    from .layer import NTKAttentionLayer
 
 T = TypeVar("T")
 
 
 class Kept(threading.local):
-    """By what it is, what was made and of which tensors in which versions; None outside of a call."""
+    """What this thread keeps; None outside of a call.
+
+    Args:
+        made: by what it is, what was made and of which tensors in which versions.
+        steps: by layer, how it computes one new token after another, see decoding.py.
+    """
 
     made: dict[Hashable, tuple[list[Tensor], list[int], Any]] | None = None
+    steps: dict[NTKAttentionLayer, DecodingStep] | None = None
 
 
 KEPT = Kept()
@@ -33,11 +43,11 @@ def keeping() -> Iterator[None]:
     if KEPT.made is not None or torch.compiler.is_compiling():
         yield
         return
-    KEPT.made = {}
+    KEPT.made, KEPT.steps = {}, {}
     try:
         yield
     finally:
-        KEPT.made = None
+        KEPT.made = KEPT.steps = None
 
 
 def kept(what: Hashable, tensors: Sequence[Tensor | None], make: Callable[[], T]) -> T:
@@ -48,14 +58,12 @@ def kept(what: Hashable, tensors: Sequence[Tensor | None], make: Callable[[], T]
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or (made := KEPT.made) is None:
         return make()
     given = [x for x in tensors if x is not None]
-    if any(map(torch.is_inference, given)):  # which have no versions
-        return make()
     if given[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return make()
-    versions = [x._version for x in given]
     found = made.get(what)
-    if found is not None and found[1] == versions and all(map(is_, found[0], given)):
+    if found is not None and all(map(is_, found[0], given)) and found[1] == [x._version for x in given]:
         return found[2]
     result = make()
-    made[what] = given, versions, result
+    if not any(map(torch.is_inference, given)):  # which have no versions
+        made[what] = given, [x._version for x in given], result
     return result

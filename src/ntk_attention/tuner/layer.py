@@ -20,6 +20,7 @@ from .arguments import OwnAttention
 from .calls import CALLS
 from .config import NTKAttentionConfig
 from .coordinates import Coordinated
+from .decoding import step_of
 from .distributed import is_partitioned
 from .feed_forward import FeedForward
 from .geometry import Geometry
@@ -178,7 +179,9 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         As a keyword argument: torch.compile could not put what is kept elsewhere into one graph with activation
         checkpointing.
         """
-        if not (self in CALLS.watchers or self.sees_no_positions(self.active())):
+        step = step_of(self)
+        is_free = step is not None and step.is_free
+        if not (is_free or self in CALLS.watchers or self.sees_no_positions(self.active())):
             return None
         assert self._rotary is not None
         positions = self._rotary.of_call(module, args, kwargs, self.geometry.head_dim)

@@ -26,9 +26,12 @@ from ..ops.attention import (
 )
 from ..ops.bundles import Prefixes, Tokens
 from ..ops.checks import check_state_fits
+from ..ops.reference import Block
+from ..ops.rotation import Rotation
 from ..ops.state import PrefixState, RowStates
 from .arguments import wants_weights
-from .calls import CALLS
+from .calls import CALLS, Watcher
+from .decoding import IMPLEMENTATION, bind, step_of
 from .geometry import named
 from .lookup import ROUTE, lookup_of, routed_config
 from .masks import FLASH, IMPLEMENTATIONS, visible_tokens
@@ -157,40 +160,50 @@ def ntk_attention_forward(
         ValueError: for an argument that changes attention and that we do not handle.
     """
     layer = cast("NTKAttentionLayer", module._modules[CHILD])  # which takes less time than asking the module
-    positions: Positions | None = kwargs.pop(ROTATION, None)  # no other function may see it
     active = layer.active()  # once: another thread may set or delete adapters meanwhile
+    given = query, key, value, attention_mask, scaling, dropout
+    if (step := step_of(layer)) is not None and (out := step(active, given, kwargs)) is not None:
+        return out, None
     watcher, exact = CALLS.watchers.get(layer), CALLS.exact.get(layer)
+    positions: Positions | None = kwargs.pop(ROTATION, None)  # no other function may see it
     implementation = own_config(module)._attn_implementation
     if watcher is None and exact is None and not active:
         base, caller = own_function(module, layer, implementation)
         return base(caller, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     check_call(layer, module, implementation, kwargs)
-    casts = torch.is_autocast_enabled(query.device.type)
-    if casts:
+    if casts := torch.is_autocast_enabled(query.device.type):
         query, key, value = autocast_inputs(query, key, value)
     scale, factor = query_scale(module, scaling, query.shape[-1])
     key, value, mask, is_causal = visible_tokens(module, query, key, value, attention_mask, implementation, **kwargs)
     if query.shape[0] != key.shape[0]:  # learned queries, the same for every item
         query = query.expand(key.shape[0], -1, -1, -1)
-    tokens = Tokens(query, key, value, mask, dropout, is_causal, scale)
-    softcap, sink = kwargs.get("softcap"), sink_of(kwargs)
+    tokens, softcap = Tokens(query, key, value, mask, dropout, is_causal, scale), kwargs.get("softcap")
     with without_autocast(query.device.type) if casts else NOTHING:
         states = states_for(layer, active, query, key, value)
         rotation = None if positions is None else positions.of(query, type(module).__name__)
         is_free = rotation is not None and layer.sees_no_positions(active)
-        prefixes = Prefixes(states, factor, exact, sink, rotation if is_free else None)
-        prefix = None
+        prefixes = Prefixes(states, factor, exact, sink_of(kwargs), rotation if is_free else None)
         if watcher is not None:
-            context = context_block(tokens, softcap=softcap, sink=sink)
-            if states or exact is not None:
-                prefix = states_block(query, prefixes, scale, softcap)
-            watcher(query, context, prefix, factor, rotation)
+            context = watched(watcher, tokens, prefixes, softcap, rotation)
         out = attend(tokens, prefixes, softcap=softcap) if states or exact is not None else context.out
+        if implementation == IMPLEMENTATION and len(active) == 1 and not casts:
+            bind(layer, active[0], tokens, prefixes, given, {**kwargs, ROTATION: positions})
         weights = None
         if implementation == "eager" and wants_weights(module, kwargs):
             with torch.no_grad():  # asked for or not, checkpointing must find the same tensors the second time
                 weights = attention_weights(tokens, prefixes, softcap)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def watched(
+    watcher: Watcher, tokens: Tokens, prefixes: Prefixes, softcap: float | None, rotation: Rotation | None
+) -> Block:
+    """Show a call to its watcher; returns the block of its real tokens."""
+    context, prefix = context_block(tokens, softcap=softcap, sink=prefixes.sink), None
+    if prefixes.states or prefixes.exact is not None:
+        prefix = states_block(tokens.query, prefixes, tokens.scale, softcap)
+    watcher(tokens.query, context, prefix, prefixes.factor, rotation)
+    return context
 
 
 def own_function(module: nn.Module, layer: NTKAttentionLayer, implementation: str) -> tuple[Any, Any]:

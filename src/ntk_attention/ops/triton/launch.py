@@ -1,34 +1,22 @@
-"""Launches of the Triton kernels, and the sizes of their blocks."""
+"""Launches of the Triton kernels for many queries, and the sizes of their blocks; for few see decoder.py."""
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..bundles import StateTensors, Tokens
 from ..sdpa import empty_output
-from .arguments import (
-    WORKSPACES,
-    KernelState,
-    PhiQueries,
-    gluon_descriptor,
-    mask_arguments,
-    multiprocessors,
-    order_of_pairs,
-    turn,
-)
-from .launcher import Launcher, Options, aligned, ceil_div, contiguous, described, descriptor, padded, steps
+from .arguments import KernelState, PhiQueries, gluon_descriptor, mask_arguments, multiprocessors, turn
+from .launcher import Launcher, Options, aligned, ceil_div, contiguous, described, descriptor, padded
 from .support import forward_sm90, triton
 
 if triton is not None:
     from . import backward as backward_kernels
-    from . import decode as decode_kernels
     from . import forward as forward_kernels
 
     forward_kernel = Launcher(forward_kernels.fused_forward)
     merge_kernel = Launcher(forward_kernels.merge_prefix)
-    decode_kernel = Launcher(decode_kernels.decode)
     backward_kernel = Launcher(backward_kernels.prefix_backward)
     random_backward_kernel = Launcher(backward_kernels.random_backward)
     random_query_kernel = Launcher(backward_kernels.random_grad_query)
@@ -205,7 +193,7 @@ def prefix_backward(
     own, queries = KernelState.of(state), PhiQueries.of(query, state)
     H_state, r = state.k.shape
     parts, cut = backward_work(query, d_v, own.k, state)
-    part_Z, part_k = parts.split((H_state * r * d_v, H_state * r), dim=1)
+    part_Z, part_k = parts, parts[:, H_state * r * d_v :]  # one behind the other, in each split
     grad_x, half = gradient_of_x(queries, grad_query, cut.half)
     lse, BDV = lse.contiguous(), padded(d_v)
     whole = state.W is None and queries.rotated == 0 and d == 2 * cut.half
@@ -240,8 +228,9 @@ def prefix_backward(
             )  # fmt: skip
     if grad_query is not None and grad_x is not grad_query:
         add_gradient(grad_query, grad_x, half, queries, state)
-    grad_Z, grad_k = parts.sum(dim=0).split((H_state * r * d_v, H_state * r))
-    return grad_Z.view(H_state, r, d_v), grad_k.view(H_state, r)
+    total = parts[0] if len(parts) == 1 else parts.sum(dim=0)
+    grad_Z = total.as_strided((H_state, r, d_v), (r * d_v, d_v, 1))
+    return grad_Z, total.as_strided((H_state, r), (r, 1), H_state * r * d_v)
 
 
 def gradient_of_x(queries: PhiQueries, grad_query: Tensor | None, half: int) -> tuple[Tensor, int]:
@@ -298,78 +287,3 @@ def backward_work(query: Tensor, d_v: int, k: Tensor, state: StateTensors) -> tu
     splits = max(1, min(programs, ceil_div(L, sizes.rows) * B * H // H_state))
     parts = query.new_empty(splits, H_state * r * (d_v + 1), dtype=torch.float32)
     return parts, Cut(sizes, half, blocks)
-
-
-class DecodeKind(NamedTuple):
-    """What launches of decoding have in common, whatever the tensors and the number of keys."""
-
-    rows: int  # of a program: the query heads of a KV head, and the query's length
-    keys: int  # in a block
-    max_splits: int  # of the keys
-    partial: int  # numbers that the programs of one KV head leave for one another, for each part
-    heads: tuple[int, int, int]
-    constants: tuple[Any, ...]  # before SPLITS
-    blocks: tuple[int, ...]  # behind it
-
-
-@functools.lru_cache(maxsize=4096)  # of queries of as many shapes
-def decode_kind(
-    shape: tuple[int, ...], num_kv_heads: int, value_dim: int, state_shape: tuple[int, ...], processors: int,
-    options: tuple[Any, ...],
-) -> DecodeKind:  # fmt: skip
-    """Of a query [B, H, L, d] and Z [..., H_state, r, d_v]; options: is_random, constant, rotation, mixed, masked."""
-    (B, H, L, d), d_v = shape, value_dim
-    is_random, constant, rotation, is_mixed, is_masked = options
-    group, BDV, BH = H // num_kv_heads, padded(d_v), padded(d // 2)
-    rows, keys = padded(group * L), 64 if max(d, d_v) <= 128 else 32
-    return DecodeKind(
-        rows,
-        keys,
-        max(1, min(ceil_div(processors, B * num_kv_heads), 64)),
-        rows * (BDV + 2),
-        (num_kv_heads, group, H // state_shape[-3]),
-        (is_random, state_shape[-2] - constant, d, d_v, constant, *rotation, is_mixed, is_masked),
-        (rows, keys, padded(d), BH if is_random else min(64, BH), BDV, 32, 3),
-    )
-
-
-DECODE_OPTIONS = Options(4)
-
-
-def decode(tokens: Tokens, state: StateTensors) -> Tensor:
-    """out [B, H, L, d_v] of a short query that sees all keys, or those that the mask shows; one launch."""
-    query, key, value, attn_mask, _, _, scale = tokens
-    table, rotation, stride_t = state.table, (0, 2, 0), 0
-    if table is not None:
-        rotation = (table.shape[-1], state.width, state.start)
-        table = contiguous(table.to(query.dtype))
-        stride_t = 0 if len(table) == 1 else table.stride(0)
-    is_random = state.W is not None
-    B, H_kv, S, d_v = value.shape
-    options = (is_random, state.constant, rotation, state.rows is not None, attn_mask is not None)
-    kind = decode_kind(query.shape, H_kv, d_v, state.Z.shape, multiprocessors(query), options)
-    own = KernelState.of(state, order_of_pairs(query.shape[-1], *rotation, query.device) if is_random else None)
-    out = empty_output(query, value)
-    splits = min(kind.max_splits, ceil_div(S, 2 * kind.keys))
-    keys_per_split = ceil_div(ceil_div(S, splits), kind.keys) * kind.keys
-    splits = ceil_div(S, keys_per_split)
-    partial, counter = own.k, own.k  # not looked at
-    if splits > 1:
-        partial, counter = WORKSPACES.take(query, B * H_kv * (splits + 1) * kind.partial, B * H_kv)
-    mask, mask_strides = mask_arguments(attn_mask, query)
-    query, key, value = aligned(query), aligned(key), aligned(value)
-    decode_kernel(
-        (splits + (splits > 1), B * H_kv, 1),
-        (),
-        (
-            query, key, value, own.W, own.Z, own.k, own.log_scale, own.rows, own.k if table is None else table,
-            mask, out, partial, counter,
-        ),
-        (
-            *steps(query), *steps(key), *steps(value), stride_t, *mask_strides, *steps(out),
-            *kind.heads, query.shape[2], S, keys_per_split, scale, state.factor,
-        ),
-        (*kind.constants, splits, *kind.blocks),
-        DECODE_OPTIONS,
-    )  # fmt: skip
-    return out
