@@ -8,7 +8,7 @@ from statistics import fmean
 
 from research.recording import Row
 
-from . import positions
+from . import develop, positions
 from .methods import METHODS
 from .tasks import Task
 from .train import Cell
@@ -69,6 +69,16 @@ def position_cells(
     done = {(row["method"], row["learning_rate"], row["seed"]) for row in rows}
     wanted = [(method, rate, seed) for seed in range(seeds) for rate in rates for method in methods]
     return [Cell(task.name, *cell, positions.STAGE) for cell in wanted if cell not in done]
+
+
+def develop_cells(
+    rows: Iterable[Row], task: Task, method: str, rates: Sequence[float] | None, seeds: int
+) -> list[Cell]:
+    """Of one task and method, what has no result in the rows; at the method's own rates by default."""
+    own = [row for row in rows if belongs(row, task, method) and is_result(row)]
+    done = {(row["learning_rate"], row["seed"]) for row in own}
+    wanted = [(rate, seed) for seed in range(seeds) for rate in rates or METHODS[method].rates]
+    return [Cell(task.name, method, *cell, develop.STAGE) for cell in wanted if cell not in done]
 
 
 def is_result(row: Row) -> bool:
