@@ -222,7 +222,7 @@ def develop_(
 
     for task in tasks:
         task.warm_up()
-    execute(planner, rows, path, own_commit, device, jobs, minutes, max(1, len(planner())), retry=True)
+    execute(planner, rows, path, own_commit, device, jobs, minutes, max(1, len(planner())))
 
 
 @app.command()
@@ -266,9 +266,8 @@ def execute(
     jobs: int,
     minutes: float,
     total: int,
-    retry: bool = False,
 ) -> None:
-    """Run what the planner wants; with `retry`, in processes, and what has failed once more without company."""
+    """Run what the planner wants, side by side, and what it still wants of what has failed once more, alone."""
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     made = where_made(device, own_commit, jobs)
@@ -289,12 +288,12 @@ def execute(
                 console.print(in_short(row), soft_wrap=True)
 
         deadline = time.monotonic() + 60 * minutes
-        if jobs == 1 and not retry:
+        if jobs == 1:
             run_inline(planner, device, write, deadline)
         else:
             run_jobs(planner, device, write, deadline, jobs)
-        if retry and failed:
-            run_jobs(planner, device, write, deadline, 1)
+            if failed:
+                run_jobs(planner, device, write, deadline, 1)
     if failed:
         last = list(failed.values())[-1]
         console.print(f"{len(failed)} failed, which the next run tries again; the last: {last}", soft_wrap=True)

@@ -124,9 +124,8 @@ def of_one_size(methods: Methods) -> list[Block]:
 
 
 def at_end(tried: Tried) -> str:
-    if len(tried.loss) < 2:
-        return ""
-    return {max(tried.loss): " ↑", min(tried.loss): " ↓"}.get(tried.rate, "")
+    rates = {*tried.loss, *tried.broken}
+    return {max(rates): " ↑", min(rates): " ↓"}.get(tried.rate, "") if len(rates) > 1 else ""
 
 
 def share(tried: Tried) -> str:

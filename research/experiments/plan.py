@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from statistics import fmean
 
@@ -13,6 +14,7 @@ from .methods import METHODS
 from .tasks import Task
 from .train import Cell
 
+MOST_TRIES = 2  # of a cell that fails, in one run
 MAX_EXTENSIONS = 4  # rates added at an end of the grid while the best one is there
 
 
@@ -74,11 +76,13 @@ def position_cells(
 def develop_cells(
     rows: Iterable[Row], task: Task, method: str, rates: Sequence[float] | None, seeds: int
 ) -> list[Cell]:
-    """Of one task and method, what has no result in the rows; at the method's own rates by default."""
-    own = [row for row in rows if belongs(row, task, method) and is_result(row)]
-    done = {(row["learning_rate"], row["seed"]) for row in own}
+    """Of one task and method, what has no result in the rows and has not failed twice; by default at its own rates."""
+    tries: Counter[tuple[float, int]] = Counter()
+    for row in rows:
+        if belongs(row, task, method):
+            tries[row["learning_rate"], row["seed"]] += MOST_TRIES if is_result(row) else 1
     wanted = [(rate, seed) for seed in range(seeds) for rate in rates or METHODS[method].rates]
-    return [Cell(task.name, method, *cell, develop.STAGE) for cell in wanted if cell not in done]
+    return [Cell(task.name, method, *cell, develop.STAGE) for cell in wanted if tries[cell] < MOST_TRIES]
 
 
 def is_result(row: Row) -> bool:
