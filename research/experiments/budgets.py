@@ -15,6 +15,10 @@ from ntk_attention.tuner.routing import routes
 TOLERANCE = 0.05
 QUERY_VALUE = re.compile(r"\.(q_proj|v_proj|query|value)$")
 ATTENTION = re.compile(r"\.([qkvo]_proj|out_proj|query|key|value|attention\.output\.dense)$")
+FEED_FORWARD = re.compile(
+    r"(\.(gate_proj|up_proj|down_proj|fc1|fc2)|\.intermediate\.dense|(?<!attention)\.output\.dense)$"
+)
+LAST = re.compile(r"(\.(down_proj|fc2)|(?<!attention)\.output\.dense)$")  # of a feed-forward block
 IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
@@ -115,3 +119,13 @@ def lora_ranks(
     if abs(found - budget) > TOLERANCE * budget:
         raise ValueError(f"no ranks give {budget:,} parameters within {TOLERANCE:.0%}: the closest give {found:,}")
     return Ranks(ranks)
+
+
+def oft_block_size(model: nn.Module, budget: int) -> int:
+    """The b that comes closest, of rotations before all linear modules, with b (b - 1) / 2 parameters for b inputs.
+
+    It divides the inputs of every module, so the sizes that there are lie far apart.
+    """
+    inputs = [module.in_features for module in linear_modules(model).values()]
+    sizes = [b for b in range(2, min(inputs) + 1) if all(n % b == 0 for n in inputs)]
+    return min(sizes, key=lambda b: abs(sum(inputs) * (b - 1) / 2 - budget))

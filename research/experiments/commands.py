@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,10 +20,10 @@ from rich.table import Table
 
 from research.recording import Row, append, commit, hardware, read, versions
 
-from . import assets, positions, recipes
+from . import assets, develop, positions, recipes, suite
 from .language import LanguageTask
 from .methods import METHODS
-from .plan import belongs, is_result, next_cells, pairs, position_cells, timing_cells
+from .plan import belongs, develop_cells, is_result, next_cells, pairs, position_cells, timing_cells
 from .registry import registry
 from .runner import Job, Worker, run_inline, run_jobs
 from .tasks import Task
@@ -109,6 +109,7 @@ def run(
     Rows are written as cells finish; a run that was stopped goes on where it was. The exit status is 1 if cells failed.
     """
     device = device_or_default(device)
+    refuse_test_data(names)
     tasks, todo = chosen_pairs(names, method, max_tier, steps)
     own_commit, path = commit(*SOURCES), out / ROWS
     rows = rows_so_far(path, own_commit if again else None)
@@ -189,6 +190,41 @@ def positions_(
     execute(planner, rows, path, own_commit, device, jobs, minutes, max(1, len(planner())))
 
 
+@app.command(name="develop")
+def develop_(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Tasks; by default those of the development suite.", metavar="TASK...")
+    ] = None,
+    method: Methods = None,
+    max_tier: MaxTier = 2,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Learning rates; may be repeated; by default those of each method.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0 on.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes side by side, on all GPUs together.")] = 1,
+    minutes: Minutes = 10**6,
+    again: Again = False,
+    steps: Steps = None,
+    out: Annotated[Path, typer.Option(help=f"Folder of {develop.ROWS}, which is added to.")] = RESULTS,
+    device: Device = None,
+) -> None:
+    """Compare methods at each learning rate on validation data alone, to choose a default: no cell sees test data.
+
+    What has a row is not run again. Cells that fail, for want of memory perhaps, are tried once more, one at a time.
+    """
+    device = device_or_default(device)
+    tasks, todo = chosen_pairs(names or [task.name for task in suite.SUITE], method, max_tier, steps)
+    own_commit, path = commit(*SOURCES), out / develop.ROWS
+    rows = rows_so_far(path, own_commit if again else None)
+
+    def planner() -> list[Job]:
+        return [(cell, task) for task, name in todo for cell in develop_cells(rows, task, name, rate, seeds)]
+
+    for task in tasks:
+        task.warm_up()
+    execute(planner, rows, path, own_commit, device, jobs, minutes, max(1, len(planner())))
+
+
 @app.command()
 def cell(
     name: Annotated[str, typer.Argument(help="A task.", metavar="TASK")],
@@ -203,6 +239,7 @@ def cell(
     """Run one cell, whether it has a row or not, and print the row that it adds. The exit status is 1 if it fails."""
     if stage not in STAGES:
         raise typer.BadParameter(f"unknown stage {stage!r}: expected one of {', '.join(STAGES)}")
+    refuse_test_data([name] if stage == "final" else None)
     device = device_or_default(device)
     _, [(task, _)] = chosen_pairs([name], [method], 0, steps)
     own_commit = commit(*SOURCES)  # of the code that runs, whatever is edited meanwhile
@@ -230,10 +267,11 @@ def execute(
     minutes: float,
     total: int,
 ) -> None:
+    """Run what the planner wants, side by side, and what it still wants of what has failed once more, alone."""
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     made = where_made(device, own_commit, jobs)
-    failed = []
+    failed: dict[Cell, str] = {}
     columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[last]}"), console=console) as progress:
         bar = progress.add_task("", total=total, last="")
@@ -241,8 +279,10 @@ def execute(
         def write(row: Row) -> None:
             rows.append({**row, **made})
             append(path, rows[-1])
+            ran = Cell(*(row[f.name] for f in fields(Cell)))
+            failed.pop(ran, None)
             if not is_result(row):
-                failed.append(in_short(row))
+                failed[ran] = in_short(row)
             progress.update(bar, advance=1, last=in_short(row))
             if not console.is_terminal:
                 console.print(in_short(row), soft_wrap=True)
@@ -252,8 +292,11 @@ def execute(
             run_inline(planner, device, write, deadline)
         else:
             run_jobs(planner, device, write, deadline, jobs)
+            if failed:
+                run_jobs(planner, device, write, deadline, 1)
     if failed:
-        console.print(f"{len(failed)} failed, which the next run tries again; the last: {failed[-1]}", soft_wrap=True)
+        last = list(failed.values())[-1]
+        console.print(f"{len(failed)} failed, which the next run tries again; the last: {last}", soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -302,7 +345,8 @@ def chosen(
         for name in given or ():
             if name not in expected:
                 raise typer.BadParameter(f"unknown {what} {name!r}: expected one of {', '.join(expected)}")
-    tasks = [known[name] for name in names] if names else [t for t in known.values() if t not in recipes.RECIPES]
+    left_out = (*recipes.RECIPES, *suite.SUITE)
+    tasks = [known[name] for name in names] if names else [t for t in known.values() if t not in left_out]
     refused = {task.name: reason for task in tasks if check and (reason := refusal(task))}
     for name, reason in refused.items():
         if names:
@@ -323,6 +367,15 @@ def chosen_pairs(
             "`python -m research list` shows what there is"
         )
     return tasks, todo
+
+
+def refuse_test_data(names: list[str] | None) -> None:
+    """Of the tasks that defaults are chosen on."""
+    for name in names or ():
+        if name in {task.name for task in suite.SUITE}:
+            raise typer.BadParameter(
+                f"{name} is of the development suite, whose test data stay unseen: `python -m research develop {name}`"
+            )
 
 
 def refusal(task: Task) -> str | None:

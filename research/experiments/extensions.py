@@ -2,11 +2,13 @@
 
 - PrefixMemory (arXiv 2506.13674): softmax attention plus phi(q) M, with no term in the denominator.
 - ExactPrefix: m real prefix tokens, keys and values trained. peft's own needs a cache, which BERT and ViT have not.
+- LowRank: LoRA of a linear module, with a unit, beside adapters of ours.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -143,3 +145,35 @@ def start_mask(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     config: Any = model.config
     length = 1 + (config.image_size // config.patch_size) ** 2
     return torch.ones(len(inputs["pixel_values"]), length, dtype=torch.bool, device=inputs["pixel_values"].device)
+
+
+class LowRank(nn.Module):
+    """What LoRA adds to the output of a linear module: 2 B A x, B = 0 and A at random at the start, as peft has them.
+
+    Args:
+        linear: the module.
+        rank: of B A.
+        unit: of A and B. They are held as multiples of it, so steps of Adam on them are multiplied by it.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, unit: float):
+        super().__init__()
+        self.unit = unit
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        with torch.no_grad():
+            self.A /= unit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * F.linear(F.linear(x.to(self.A.dtype), self.unit * self.A), self.unit * self.B)
+
+
+def add_low_rank(linear: nn.Linear, rank: int, unit: float = 1.0) -> None:
+    """Let a linear module add what a new LowRank makes of its input."""
+
+    def added(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + module.low_rank(inputs[0]).to(output.dtype)
+
+    linear.add_module("low_rank", LowRank(linear, rank, unit).to(linear.weight.device))
+    linear.register_forward_hook(added)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ntk_attention.cli.data import Item, Row, collate, encode, same_final_number
-from ntk_attention.cli.evaluation import answers, mean_loss
+from ntk_attention.cli.data import IGNORED, Item, Row, collate, encode, same_final_number
+from ntk_attention.cli.evaluation import answers
 from ntk_attention.cli.models import convert_gguf, load_model
+from ntk_attention.tuner.distributed import device_of
+from ntk_attention.tuner.observation import evaluating
 
 from . import assets
 from .tasks import Base, Batch, Score, Task
@@ -20,7 +22,7 @@ TEXT_LENGTH = 256  # tokens; longer texts are cut
 PAD_TO = 32  # few different shapes: kernels are tuned and planned for each
 UNRELATED_PASSAGES = 64
 VALIDATION_ITEMS, TEST_ITEMS = 300, 1000
-EVALUATION_BATCH, GENERATION_BATCH = 8, 256
+EVALUATION_TOKENS, GENERATION_BATCH = 4096, 256  # of a batch: as many tokens as a training step has, and items
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class LanguageTask(Task):
     max_length: int = 384  # tokens of a training item; longer ones are left out
     judge: Callable[[str, str], bool] = same_final_number  # of a generated and an expected answer
     judged: str = "final number"  # name of what the judge looks at
+    pad_to: int = PAD_TO  # tokens; with max_length here all training batches have one shape
 
     @property
     def metric(self) -> str:  # type: ignore[override]
@@ -74,31 +77,64 @@ class LanguageTask(Task):
         return encoded(items, base.tokenizer, self.max_length if split != "test" else None)
 
     def batch(self, base: Base, examples: Sequence[tuple[Row, Item]]) -> Batch:
-        return collate([row for row, _ in examples], base.tokenizer.pad_token_id, PAD_TO)
+        return collate([row for row, _ in examples], base.tokenizer.pad_token_id, self.pad_to)
 
     def score(self, base: Base, model: nn.Module, examples: Sequence[tuple[Row, Item]], with_answers: bool) -> Score:
         model_: Any = model
-        loss = mean_loss(model_, [row for row, _ in examples], base.tokenizer.pad_token_id, EVALUATION_BATCH)
-        if self.max_new_tokens is None or not with_answers:
+        loss, exact = loss_and_exact(model, [row for row, _ in examples], base.tokenizer.pad_token_id)
+        if self.max_new_tokens is None:
             return Score(loss)
+        if not with_answers:
+            return Score(loss, exact=exact)
         # by length, which wastes little on padding; the order is the same for every method
         items = sorted((item for _, item in examples), key=lambda item: len(item.prompt))
         prompts = [item.prompt for item in items]
         texts = answers(model_, base.tokenizer, prompts, self.max_new_tokens, batch_size=GENERATION_BATCH)
         correct = [self.judge(text, item.completion) for text, item in zip(texts, items, strict=True)]
-        return Score(loss, sum(correct) / len(correct), correct)
+        return Score(loss, sum(correct) / len(correct), correct, exact)
 
     def unrelated(self, base: Base) -> list[Row]:
         items = [as_item(row, base.tokenizer) for row in assets.read_rows("python-docs", "validation")]
         return [row for row, _ in encoded(items[:UNRELATED_PASSAGES], base.tokenizer)]
 
     def unrelated_loss(self, base: Base, model: nn.Module) -> float:
-        return mean_loss(model, self.unrelated(base), base.tokenizer.pad_token_id, EVALUATION_BATCH)  # type: ignore
+        return loss_and_exact(model, self.unrelated(base), base.tokenizer.pad_token_id)[0]
 
     def unrelated_batches(self, base: Base) -> list[Batch]:
         rows = self.unrelated(base)
         starts = range(0, min(len(rows), self.calibration_batches * self.batch_size), self.batch_size)
         return [collate(rows[i : i + self.batch_size], base.tokenizer.pad_token_id, PAD_TO) for i in starts]
+
+
+@torch.no_grad()
+def loss_and_exact(model: Any, rows: Sequence[Row], pad_token_id: int) -> tuple[float, float]:
+    """Cross-entropy in nats over all tokens that count, and the share of the rows whose completion is written greedily.
+
+    A model writes a completion, and its end, by greedy decoding if and only if each of its tokens is the likeliest one
+    after those before it: one forward pass says so.
+    """
+    total, count, exact, device = 0.0, 0, 0, device_of(model)
+    with evaluating(model):
+        for batch in batches_of(rows, pad_token_id):
+            logits = model(**{k: x.to(device) for k, x in batch.items() if k != "labels"}).logits[:, :-1]
+            labels = batch["labels"][:, 1:].to(device)
+            counts = labels != IGNORED
+            total += nn.functional.cross_entropy(logits[counts].float(), labels[counts], reduction="sum").item()
+            exact += int(((logits.argmax(dim=-1) == labels) | ~counts).all(dim=1).sum())
+            count += int(counts.sum())
+    return total / count, exact / len(rows)
+
+
+def batches_of(rows: Sequence[Row], pad_token_id: int) -> Iterator[Batch]:
+    """The shortest rows first, at most EVALUATION_TOKENS in a batch, padding included, or one row."""
+    chosen: list[Row] = []
+    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+        if chosen and (len(chosen) + 1) * len(row["input_ids"]) > EVALUATION_TOKENS:
+            yield collate(chosen, pad_token_id)
+            chosen = []
+        chosen.append(row)
+    if chosen:
+        yield collate(chosen, pad_token_id)
 
 
 def as_item(row: dict[str, Any], tokenizer: Any) -> Item:

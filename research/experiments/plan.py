@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from statistics import fmean
 
 from research.recording import Row
 
-from . import positions
+from . import develop, positions
 from .methods import METHODS
 from .tasks import Task
 from .train import Cell
 
+MOST_TRIES = 2  # of a cell that fails, in one run
 MAX_EXTENSIONS = 4  # rates added at an end of the grid while the best one is there
 
 
@@ -69,6 +71,18 @@ def position_cells(
     done = {(row["method"], row["learning_rate"], row["seed"]) for row in rows}
     wanted = [(method, rate, seed) for seed in range(seeds) for rate in rates for method in methods]
     return [Cell(task.name, *cell, positions.STAGE) for cell in wanted if cell not in done]
+
+
+def develop_cells(
+    rows: Iterable[Row], task: Task, method: str, rates: Sequence[float] | None, seeds: int
+) -> list[Cell]:
+    """Of one task and method, what has no result in the rows and has not failed twice; by default at its own rates."""
+    tries: Counter[tuple[float, int]] = Counter()
+    for row in rows:
+        if belongs(row, task, method):
+            tries[row["learning_rate"], row["seed"]] += MOST_TRIES if is_result(row) else 1
+    wanted = [(rate, seed) for seed in range(seeds) for rate in rates or METHODS[method].rates]
+    return [Cell(task.name, method, *cell, develop.STAGE) for cell in wanted if tries[cell] < MOST_TRIES]
 
 
 def is_result(row: Row) -> bool:

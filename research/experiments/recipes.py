@@ -27,7 +27,8 @@ from ntk_attention.cli.data import Item, same_final_number
 from . import assets, budgets
 from .classification import ClassificationTask, Classifier
 from .language import LanguageTask
-from .methods import METHODS, lora
+from .methods import METHODS
+from .opponents import lora
 from .tasks import Base, Batch, Task
 
 Example = dict[str, Any]

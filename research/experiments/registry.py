@@ -1,10 +1,11 @@
-"""The tasks by name. The paper's own, which need the hub or a local copy, stand in recipes.py."""
+"""The tasks by name. The paper's own, which need the hub or a local copy, stand in recipes.py, others in suite.py."""
 
 from __future__ import annotations
 
 from .classification import PictureTask, TextTask
 from .language import LanguageTask
 from .recipes import RECIPES
+from .suite import SUITE
 from .tasks import Task
 
 
@@ -26,4 +27,4 @@ def registry() -> dict[str, Task]:
         LanguageTask("gemma-chain-sum", second, gemma, "chain-sum", 300, 32, max_new_tokens=8),
         LanguageTask("gemma-gsm-worked", second, gemma, "gsm-worked", 300, 16, max_new_tokens=192),
     ]
-    return {task.name: task for task in (*tasks, *RECIPES)}
+    return {task.name: task for task in (*tasks, *SUITE, *RECIPES)}

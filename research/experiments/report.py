@@ -6,8 +6,9 @@ from pathlib import Path
 
 from research.recording import Row, read
 
-from . import figures, positions, tables
+from . import develop, figures, positions, tables
 from .document import Block, Figure, Heading, Text, markdown, page
+from .plan import is_result
 from .registry import registry
 from .statistics import Result, collect
 
@@ -34,11 +35,14 @@ def write_report(folder: Path) -> list[Path]:
     """Raises FileNotFoundError if there are no rows."""
     rows = read(folder / "rows.jsonl")
     results, of_positions = collect(rows, registry()), read(folder / positions.ROWS)
-    if not results and not of_positions:
+    developed = [row for row in read(folder / develop.ROWS) if is_result(row)]
+    if not (results or of_positions or developed):
         raise FileNotFoundError(f"{folder} has no rows: run an experiment first")
     blocks, pictures = compose(results, rows, folder) if results else ([Heading(TITLE, 1)], [])
     if of_positions:
         blocks += [*positions.tables(of_positions), *tables.provenance(of_positions)]
+    if developed:
+        blocks += [*develop.tables(developed), *tables.provenance(developed)]
     (folder / "README.md").write_text(markdown(blocks))
     (folder / "index.html").write_text(page(blocks))
     return [folder / "README.md", folder / "index.html", *pictures]

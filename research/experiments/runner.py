@@ -22,6 +22,7 @@ import torch
 
 from research.recording import Row
 
+from .plan import is_result
 from .registry import registry
 from .tasks import Base, Task
 from .train import Cell, run_cell
@@ -159,7 +160,8 @@ class Process:
 def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadline: float, jobs: int) -> None:
     """Until nothing is left to run, or the deadline has come: then what is still running is lost, and what hangs fails.
 
-    However a process ends, the cell that it had is one that failed, and others go on. No cell is run twice.
+    However a process ends, the cell that it had is one that failed, and others go on. No cell is run twice. Where one
+    has failed the process is ended: what it holds of a device may be broken.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     processes: list[Process] = []
@@ -208,6 +210,8 @@ def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadli
                 if row is not None:
                     job, process.job = process.job, None
                     finish(job, row)
+                    if not is_result(row):
+                        end_all([processes.pop(processes.index(process))])
         for process in [process for process in processes if process.job]:
             if process.job and (reason := process.hangs()):
                 fail(process.job, process, TimeoutError(f"{reason} at the deadline"))

@@ -13,7 +13,7 @@ from .statistics import Result, best_of, difference, same_passages
 from .tasks import Task
 
 OURS = "ntk"
-LORA = ("lora-attention", "lora-all", "lora-qv")
+LORA = ("lora-attention", "lora-mlp", "lora-all", "lora-qv", "rslora-all", "pissa-mlp", "pissa-all")
 PREFIXES = ("prefix", "prefix-text", "prefix-memory", "prefix-1", "prefix-10", "prefix-100")
 MIB = 2**20
 

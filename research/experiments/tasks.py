@@ -25,11 +25,12 @@ class Base:
 
 @dataclass(frozen=True)
 class Score:
-    """On one split: the loss, and the share of items that are right, where items can be."""
+    """On one split: the loss, the share of items that are right, where items can be, and of exact completions."""
 
     loss: float
     share: float | None = None
     correct: Sequence[bool] | None = None
+    exact: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from research.recording import Row
 
-from . import assets, positions
-from .methods import METHODS, Context
+from . import assets, develop, positions
+from .extensions import LowRank
+from .method import Context
+from .methods import METHODS
 from .steps import training_on
 from .tasks import Base, Batch, Score, Task
 
 HEAD_RATE = 5e-3  # of a new classifier, whatever the method's rate is; the method "head" tunes it
 STAGES = ("select", "final", "time")
+REMEMBERS = ("final", develop.STAGE)  # where forgetting is measured
 CURVE_POINTS = 50
 TIMED_STEPS = 40
 CHECK_EVERY = 50  # steps between looks at whether the loss is finite
@@ -34,7 +37,7 @@ class Cell:
 
     Args:
         stage: of STAGES; "select" scores on validation data only, "final" on test data as well, "time" is a few
-            steps, alone. Beside them positions.STAGE, whose rows have a file of their own.
+            steps, alone. Beside them positions.STAGE and develop.STAGE, whose rows have files of their own.
     """
 
     task: str
@@ -54,7 +57,7 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
     first = [data.batch(i) for i in range(min(task.calibration_batches, len(data)))]
     model = task.fresh(base, cell.seed)
     with precision(task, device):
-        unrelated_before = task.unrelated_loss(base, model) if cell.stage == "final" else None
+        unrelated_before = task.unrelated_loss(base, model) if cell.stage in REMEMBERS else None
     model = METHODS[cell.method].build(model, Context(task, base, first)).to(device)
     row: Row = {**asdict(cell), **sizes(model, task, base)}
 
@@ -144,15 +147,15 @@ def train(
 
 
 def scores(cell: Cell, task: Task, base: Base, model: nn.Module, unrelated_before: float | None) -> Row:
-    """On validation data; of a final run also on test data, and what it forgot."""
+    """On validation data; of a final run also on test data; and what was forgotten."""
     held_out = cached_examples(task, base, "validation", cell.seed)
     if cell.stage == positions.STAGE:
         return positions.measured(base.model, model, held_out, base.tokenizer.pad_token_id)
     valid = task.score(base, model, held_out, with_answers=False)
-    if cell.stage != "final":
-        return {"validation": figures(valid)}
-    test = task.score(base, model, cached_examples(task, base, "test", cell.seed), with_answers=True)
-    row: Row = {"validation": figures(valid), "test": figures(test), "test_correct": packed(test.correct)}
+    row: Row = {"validation": figures(valid)}
+    if cell.stage == "final":
+        test = task.score(base, model, cached_examples(task, base, "test", cell.seed), with_answers=True)
+        row |= {"test": figures(test), "test_correct": packed(test.correct)}
     if unrelated_before is not None:
         unrelated_after = task.unrelated_loss(base, model)
         assert unrelated_after is not None
@@ -203,7 +206,11 @@ def trainable(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]
 def adapter_bytes(model: nn.Module, base: Base) -> int:
     """Size of the safetensors file that holds what was trained; the whole model in the dtype it came in."""
     if isinstance(model, PeftModel):
-        tensors = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model).items()}
+        held: dict[str, Tensor] = get_peft_model_state_dict(model)
+        for place, module in model.named_modules():
+            if isinstance(module, LowRank):
+                held |= {f"{place}.{name}": p for name, p in module.named_parameters()}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in held.items()}
     else:
         dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
         tensors = {
@@ -215,8 +222,8 @@ def adapter_bytes(model: nn.Module, base: Base) -> int:
 
 
 def figures(score: Score) -> dict[str, float]:
-    found = {"loss": score.loss}
-    return found if score.share is None else {**found, "share": score.share}
+    found = {"loss": score.loss, "share": score.share, "exact": score.exact}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def packed(correct: Sequence[bool] | None) -> str | None:

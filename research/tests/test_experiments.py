@@ -12,7 +12,9 @@ from ntk_attention.tuner.adapter import parameter_shapes
 from ntk_attention.tuner.geometry import Geometry
 from research.experiments import budgets
 from research.experiments.classification import classifier_of
-from research.experiments.methods import METHODS, Context, adapters
+from research.experiments.method import Context
+from research.experiments.methods import METHODS
+from research.experiments.ours import adapters
 from research.experiments.registry import registry
 from research.experiments.train import Cell, trainable, unpacked
 

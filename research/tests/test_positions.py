@@ -10,7 +10,9 @@ from ntk_attention.cli.data import collate
 from ntk_attention.cli.evaluation import mean_loss
 from research.__main__ import app
 from research.experiments import positions
-from research.experiments.methods import METHODS, Context, adapters
+from research.experiments.method import Context
+from research.experiments.methods import METHODS
+from research.experiments.ours import adapters
 from research.recording import read
 
 ARGUMENTS = ("positions", "chain-sum", "--steps", 2, "--device", "cpu")

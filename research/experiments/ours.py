@@ -1,0 +1,156 @@
+"""NTK-Attention as methods of the comparison: the default, parts of it taken away or changed, and LoRA beside it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from ntk_attention import NTKAttentionConfig, calibrate
+from ntk_attention.calibration.settings import DEFAULT, CalibrationSettings
+from ntk_attention.tuner.adapter import LOG_OF_NOTHING, PrefixAdapter
+from ntk_attention.tuner.observation import adapted_layers
+
+from . import budgets
+from .extensions import add_low_rank
+from .inputs import with_random_inputs
+from .method import Context, peft_options
+from .tasks import Batch
+
+ATTENTION_ALONE: dict[str, None] = {"rank": None, "feed_forward_rank": None}  # a full Z, as in the paper
+
+
+def ntk(
+    model: nn.Module,
+    context: Context,
+    *,
+    source: str = "train",
+    settings: CalibrationSettings = DEFAULT,
+    others: Literal["own", "random", "none"] = "own",
+    **options: Any,
+) -> nn.Module:
+    """As the library makes it: attached and calibrated."""
+    layers = options.pop("layers", None)
+    if layers is not None:
+        count = len(budgets.geometries(model))
+        options["layers_to_transform"] = [i for i in range(count) if layers(i, count)]
+    model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task), **options))
+    batches = batches_from(context, source)
+    seen = with_random_inputs(model, batches) if others == "random" else others == "own"
+    calibrate(model, batches, settings=settings, others=seen)
+    return model
+
+
+def batches_from(context: Context, source: str) -> list[Batch]:
+    """Batches for calibration without labels, which belong to the task."""
+    batches = context.batches if source == "train" else context.task.unrelated_batches(context.base)
+    batches = [{name: x for name, x in batch.items() if name != "labels"} for batch in batches]
+    if source == "noise":
+        generator = torch.Generator().manual_seed(0)
+        for batch in batches:
+            if "input_ids" in batch:
+                size = context.base.tokenizer.vocab_size
+                batch["input_ids"] = torch.randint(size, batch["input_ids"].shape, generator=generator)
+            else:
+                batch["pixel_values"] = torch.randn(batch["pixel_values"].shape, generator=generator)
+    return batches
+
+
+def ntk_published(model: nn.Module, context: Context) -> nn.Module:
+    """Z = 0 and |k| = 0, plain coordinates, phi = elu + 1 without a constant feature."""
+    options = {"init_weights": "published", "constant_feature": False, **ATTENTION_ALONE}
+    return get_peft_model(model, NTKAttentionConfig(**peft_options(context.task), **options))
+
+
+def ntk_neutral(model: nn.Module, context: Context) -> nn.Module:
+    """The library's own start without calibration."""
+    return get_peft_model(model, NTKAttentionConfig(**peft_options(context.task)))
+
+
+def adapters(model: nn.Module) -> list[PrefixAdapter]:
+    return [layer["default"] for layer in adapted_layers(model).values()]
+
+
+@torch.no_grad()
+def ntk_scale_only(model: nn.Module, context: Context) -> nn.Module:
+    """Calibrated b, share and value of the prefix, but plain coordinates."""
+    model = ntk(model, context)
+    for adapter in adapters(model):
+        for part in [part for part in (adapter, adapter.feed_forward) if part is not None]:
+            leading, scaled = part.plain_leading(), part.plain_scaled()
+            part.set_coordinates(None, 1.0)
+            part.set_plain(leading, scaled)
+    return model
+
+
+@torch.no_grad()
+def ntk_whitening_only(model: nn.Module, context: Context) -> nn.Module:
+    """Calibrated coordinates, but one scale for all heads (b = 0) and a neutral start."""
+    model = ntk(model, context)
+    for adapter in adapters(model):
+        adapter.log_scale.zero_()
+        without_value(adapter, -math.log(adapter.log_k.shape[1]))
+    return model
+
+
+@torch.no_grad()
+def ntk_without_normaliser(model: nn.Module, context: Context) -> nn.Module:
+    """Calibrated coordinates and b; k weighs nothing and does not train: the prefix only adds to the numerator."""
+    model = ntk(model, context)
+    for adapter in adapters(model):
+        without_value(adapter, LOG_OF_NOTHING)
+        adapter.log_k.requires_grad_(False)
+    return model
+
+
+def ntk_divided(
+    model: nn.Module, context: Context, *, size: float = 1.0, part: float | None = None, **options: Any
+) -> nn.Module:
+    """`size` times the numbers of a full Z, `part` of them in attention, at most a full Z, the rest in the blocks.
+
+    By default divided as the library does.
+    """
+    if part is None:
+        part = 1.0 if context.task.has_head and size <= 1 else 1 / 4
+    geometry = replace(budgets.geometries(model)[0], feed_forward=model.config.hidden_size)
+    rank, in_blocks = budgets.divided(geometry, size, part)
+    return ntk(model, context, rank=rank, feed_forward_rank=in_blocks, **options)
+
+
+def combined(
+    model: nn.Module,
+    context: Context,
+    *,
+    part: float,
+    size: float = 1.0,
+    pattern: re.Pattern[str] = budgets.FEED_FORWARD,
+    unit: float = 1.0,
+) -> nn.Module:
+    """A state in attention, and LoRA in the feed-forward blocks.
+
+    Args:
+        part: of the numbers, in attention, at most a full Z there.
+        size: of both, as in `ntk_divided`.
+        pattern: of the names of the modules with LoRA.
+        unit: of LoRA's numbers: what their steps are, measured by those of the state.
+    """
+    total = budgets.ours(model, size=size)
+    geometry = replace(budgets.geometries(model)[0], feed_forward=model.config.hidden_size)
+    rank, _ = budgets.divided(geometry, size, part)
+    adapted: Any = ntk(model, context, rank=rank, feed_forward_rank=None)
+    base = adapted.get_base_model()
+    rest = total - sum(p.numel() for adapter in adapters(adapted) for p in adapter.parameters() if p.requires_grad)
+    for name, rank in budgets.lora_ranks(base, rest, pattern).by_module.items():
+        add_low_rank(base.get_submodule(name), rank, unit)
+    return adapted
+
+
+def without_value(adapter: PrefixAdapter, log_k: float) -> None:
+    """A prefix of value zero; what multiplies the zeros is left as calibration has made it."""
+    (adapter.Z_B if adapter.is_factored else adapter.Z).zero_()
+    adapter.log_k.fill_(log_k / adapter.unit)
