@@ -4,7 +4,8 @@ The tensors are so small that the device never is what one waits for. Every meth
 looks at the host's clock, synchronised before and after; a row holds the times of several loops and the calls in one.
 
 - "plain" and "ours": `scaled_dot_product_attention` and `ntk_attention`, causal; "decode" is one query over a short
-  cache. In rows with B = 64 the device has work to do: what a user without CUDA graphs waits for.
+  cache. "ours, one thread" runs the backward pass in the calling thread. In rows with B = 64 the device has work to do:
+  what a user without CUDA graphs waits for.
 - "layer": one decoder layer of a Llama, in a decoding step over a short cache, as `generate` calls it, and in training,
   with gradients to its input and to what trains. "plain layer" is frozen; "ours layer" has an adapter of attention
   alone with a full Z, "ours layer, default" as `get_peft_model` makes it, and LoRA (r = 16) is PEFT's own.
@@ -62,6 +63,8 @@ def cases(device: str, tiny: bool) -> list[Case]:
                 sizes: dict[str, Any] = {"B": B, "L": L, "H": num_heads, "H_kv": H_kv, "d": d, "mode": mode}
                 calls = 2 if tiny else 20 if (B, L) == LARGE else 100
                 methods = {name: partial(operation, maker, calls=calls) for name, maker in MAKERS.items()}
+                if mode == "forward+backward":
+                    methods[ONE_THREAD] = partial(in_one_thread, ours, calls=calls)
                 out.append(case(sizes, methods, partial(make_inputs, sizes, dtype, device), dtype, tiny))
     for mode in ("layer decode", "layer training"):
         sizes = {"B": 1, "L": SMALL[1], "mode": mode, **LAYER}
@@ -110,10 +113,22 @@ def ours(x: Inputs):
 
 
 MAKERS = {"plain": plain, "ours": ours}
+ONE_THREAD = "ours, one thread"
 
 
 def operation(maker: Any, inputs: Inputs, calls: int) -> Prepared:
     return looped(prepare(maker, (inputs, {})).run, calls)
+
+
+def in_one_thread(maker: Any, inputs: Inputs, calls: int) -> Prepared:
+    """The backward pass in the calling thread."""
+    loop = operation(maker, inputs, calls)
+
+    def run() -> None:
+        with torch.autograd.set_multithreading_enabled(False):
+            loop.run()
+
+    return loop._replace(run=run)
 
 
 def in_layer(
