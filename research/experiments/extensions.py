@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -148,32 +147,51 @@ def start_mask(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 class LowRank(nn.Module):
-    """What LoRA adds to the output of a linear module: 2 B A x, B = 0 and A at random at the start, as peft has them.
+    """What LoRA adds to the output of a linear module: B A x, with B = 0 and A at random at the start.
 
     Args:
         linear: the module.
         rank: of B A.
-        unit: of A and B. They are held as multiples of it, so steps of Adam on them are multiplied by it.
+        units: of A and B. They are held as multiples of these, so steps of Adam on them are multiplied by them.
+        spread: of the numbers of A as they are held, uniform between plus and minus this.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, unit: float):
+    def __init__(self, linear: nn.Linear, rank: int, units: tuple[float, float], spread: float):
         super().__init__()
-        self.unit = unit
-        self.A = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.units = units
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features).uniform_(-spread, spread))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        with torch.no_grad():
-            self.A /= unit
 
     def forward(self, x: Tensor) -> Tensor:
-        return 2 * F.linear(F.linear(x.to(self.A.dtype), self.unit * self.A), self.unit * self.B)
+        of_A, of_B = self.units
+        return F.linear(F.linear(x.to(self.A.dtype), of_A * self.A), of_B * self.B)
 
 
-def add_low_rank(linear: nn.Linear, rank: int, unit: float = 1.0) -> None:
-    """Let a linear module add what a new LowRank makes of its input."""
+def add_low_rank(linear: nn.Linear, low_rank: LowRank) -> None:
+    """Let a linear module add what a LowRank makes of its input."""
 
     def added(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + module.low_rank(inputs[0]).to(output.dtype)
 
-    linear.add_module("low_rank", LowRank(linear, rank, unit).to(linear.weight.device))
+    linear.add_module("low_rank", low_rank.to(linear.weight.device))
     linear.register_forward_hook(added)
+
+
+def as_peft(linear: nn.Linear, rank: int, unit: float = 1.0) -> LowRank:
+    """LoRA with alpha = 2 r as PEFT starts it, its steps multiplied by a unit."""
+    return LowRank(linear, rank, (unit, 2 * unit), linear.in_features**-0.5 / unit)
+
+
+def measured(
+    linear: nn.Linear, rank: int, sizes: tuple[float, float], input_unit: float, output_unit: float
+) -> LowRank:
+    """LoRA in the units of calibration: A x has the rms 1 at the start, and a step of B is a part of the output.
+
+    Args:
+        sizes: the rms of the module's input and output.
+        input_unit: of A, relative to that of such numbers.
+        output_unit: of B, relative to the output.
+    """
+    of_input, of_output = sizes
+    unit = input_unit / (of_input * linear.in_features**0.5)
+    return LowRank(linear, rank, (unit, output_unit * of_output), 3**0.5 / input_unit)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,12 +14,13 @@ from peft import get_peft_model
 from torch import nn
 
 from ntk_attention import NTKAttentionConfig, calibrate
+from ntk_attention.calibration.moments import row_rms
 from ntk_attention.calibration.settings import DEFAULT, CalibrationSettings
 from ntk_attention.tuner.adapter import LOG_OF_NOTHING, PrefixAdapter
-from ntk_attention.tuner.observation import adapted_layers
+from ntk_attention.tuner.observation import adapted_layers, evaluating
 
 from . import budgets
-from .extensions import add_low_rank
+from .extensions import add_low_rank, as_peft, measured
 from .inputs import with_random_inputs
 from .method import Context, peft_options
 from .tasks import Batch
@@ -130,6 +133,7 @@ def combined(
     size: float = 1.0,
     pattern: re.Pattern[str] = budgets.FEED_FORWARD,
     unit: float = 1.0,
+    output_unit: float | None = None,
 ) -> nn.Module:
     """A state in attention, and LoRA in the feed-forward blocks.
 
@@ -138,6 +142,7 @@ def combined(
         size: of both, as in `ntk_divided`.
         pattern: of the names of the modules with LoRA.
         unit: of LoRA's numbers: what their steps are, measured by those of the state.
+        output_unit: of B relative to the output, for LoRA in units of calibration, where `unit` does not count.
     """
     total = budgets.ours(model, size=size)
     geometry = replace(budgets.geometries(model)[0], feed_forward=model.config.hidden_size)
@@ -145,9 +150,35 @@ def combined(
     adapted: Any = ntk(model, context, rank=rank, feed_forward_rank=None)
     base = adapted.get_base_model()
     rest = total - sum(p.numel() for adapter in adapters(adapted) for p in adapter.parameters() if p.requires_grad)
-    for name, rank in budgets.lora_ranks(base, rest, pattern).by_module.items():
-        add_low_rank(base.get_submodule(name), rank, unit)
+    ranks = budgets.lora_ranks(base, rest, pattern).by_module
+    sizes = {} if output_unit is None else median_sizes(adapted, ranks, batches_from(context, "train"))
+    for name, rank in ranks.items():
+        linear: Any = base.get_submodule(name)
+        if output_unit is None:
+            add_low_rank(linear, as_peft(linear, rank, unit))
+        else:
+            add_low_rank(linear, measured(linear, rank, sizes[name], DEFAULT.input_unit, output_unit))
     return adapted
+
+
+@torch.no_grad()
+def median_sizes(model: Any, names: Iterable[str], batches: list[Batch]) -> dict[str, tuple[float, float]]:
+    """The rms of the inputs and outputs of linear modules, of the median real token, without the adapter."""
+    seen: dict[str, list[Any]] = {name: [] for name in names}
+    base, masks = model.get_base_model(), []
+
+    def see(name: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen[name].append(torch.stack([row_rms(x.flatten(0, -2)[masks[-1]]) for x in (inputs[0], output)]))
+
+    hooks = [base.get_submodule(name).register_forward_hook(partial(see, name)) for name in seen]
+    with model.disable_adapter(), evaluating(model):
+        for batch in batches:
+            masks.append(batch["attention_mask"].flatten().bool().to(model.device))
+            model(**{name: x.to(model.device) for name, x in batch.items()})
+    for hook in hooks:
+        hook.remove()
+    medians = {name: torch.cat(found, dim=1).median(dim=1).values.tolist() for name, found in seen.items()}
+    return {name: (of_input, of_output) for name, (of_input, of_output) in medians.items()}
 
 
 def without_value(adapter: PrefixAdapter, log_k: float) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from ntk_attention.tuner.observation import adapted_layers
 from research.experiments import budgets
-from research.experiments.extensions import LowRank, add_low_rank
+from research.experiments.extensions import LowRank, add_low_rank, as_peft
 from research.experiments.method import Context
 from research.experiments.methods import METHODS
 from research.experiments.opponents import oft, rank_stabilised
@@ -102,7 +103,7 @@ def test_low_rank_is_peft_s_lora():
     expected = get_peft_model(nn.Sequential(nn.Linear(6, 4)), LoraConfig(r=3, lora_alpha=6, target_modules=["0"]))
     theirs = expected.base_model.model[0]
     theirs.base_layer.load_state_dict(linear.state_dict())
-    add_low_rank(linear, 3, unit=1 / 4)
+    add_low_rank(linear, as_peft(linear, 3, 1 / 4))
     torch.testing.assert_close(linear(x), theirs(x))  # B = 0
     A, B = torch.randn(3, 6), torch.randn(4, 3)
     with torch.no_grad():
@@ -115,7 +116,7 @@ def test_low_rank_is_peft_s_lora():
     optimizer.step()
     moved = (linear.low_rank.A / 4 - A).abs()
     torch.testing.assert_close(moved, torch.full_like(moved, 1e-2 / 4), rtol=1e-3, atol=1e-6)
-    spread = [LowRank(nn.Linear(1000, 2), 50, unit).A.std() * unit for unit in (1.0, 1 / 6)]
+    spread = [as_peft(nn.Linear(1000, 2), 50, unit).A.std() * unit for unit in (1.0, 1 / 6)]
     torch.testing.assert_close(spread[0], spread[1], rtol=2e-2, atol=0)
 
 
@@ -148,3 +149,25 @@ def test_the_last_layer_alone(setting):
     places = [name for name, module in model.named_modules() if isinstance(module, LowRank)]
     assert len(places) == 2
     assert all("down_proj" in place for place in places)
+
+
+@torch.no_grad()
+def test_lora_in_units_of_calibration(setting):
+    """A x has the rms 1 at the start where it was measured, and B is held in parts of the output."""
+    task, base, context = setting
+    torch.manual_seed(0)
+    model = combined(task.fresh(base, 0), context, part=1 / 2, size=4.0, output_unit=0.1)
+    found, outputs = {}, {}
+
+    def see(name, module, inputs, output):
+        mask = context.batches[0]["attention_mask"].bool()
+        found[name] = (module.units[0] * inputs[0][mask] @ module.A.mT).square().mean().sqrt().item()
+
+    for name, module in model.named_modules():
+        if isinstance(module, LowRank):
+            module.register_forward_hook(partial(see, name))
+            outputs[name] = module.units[1]
+    logits(model, context)
+    assert len(found) == 6
+    assert all(1 / 3 < rms < 3 for rms in found.values())
+    assert len(set(outputs.values())) == 6
