@@ -32,14 +32,16 @@ check: setup lint
 test: setup lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-# The same with the libraries of examples/, on the oldest versions that pyproject.toml allows and on the newest that pip
-# finds. Triton 3.6, which belongs to torch 2.11, interprets with numpy before 2.4 only.
+# The same with the libraries of examples/, on the oldest versions that pyproject.toml allows. On the newest that pip finds,
+# which differ from those of `make test` in torch at most, what is not slow, and what needs those libraries. Triton 3.6,
+# which belongs to torch 2.11, interprets with numpy before 2.4 only.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest EXTRAS=demo,test,examples \
 		FIRST="torch==2.11.0 numpy==2.3.5 transformers==5.17.0 peft==0.21.0"
 
 test-newest:
-	$(MAKE) test VENV=.venv-newest EXTRAS=demo,test,examples FIRST=torch
+	$(MAKE) check VENV=.venv-newest EXTRAS=demo,test,examples FIRST=torch
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 tests/cli/test_examples.py tests/tuner/test_trl.py
 
 lint: setup
 	$(VENV)/bin/ruff check .
