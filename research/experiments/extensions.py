@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,17 +155,27 @@ class LowRank(nn.Module):
         rank: of B A.
         units: of A and B. They are held as multiples of these, so steps of Adam on them are multiplied by them.
         spread: of the numbers of A as they are held, uniform between plus and minus this.
+        coordinates: C [in, in], where A is held as A C^-1; none by default.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, units: tuple[float, float], spread: float):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        units: tuple[float, float],
+        spread: float,
+        coordinates: Tensor | None = None,
+    ):
         super().__init__()
         self.units = units
+        self.register_buffer("coordinates", coordinates, persistent=False)
         self.A = nn.Parameter(torch.empty(rank, linear.in_features).uniform_(-spread, spread))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         of_A, of_B = self.units
-        return F.linear(F.linear(x.to(self.A.dtype), of_A * self.A), of_B * self.B)
+        A = self.A if self.coordinates is None else self.A @ self.coordinates
+        return F.linear(F.linear(x.to(A.dtype), of_A * A), of_B * self.B)
 
 
 def add_low_rank(linear: nn.Linear, low_rank: LowRank) -> None:
@@ -182,16 +193,22 @@ def as_peft(linear: nn.Linear, rank: int, unit: float = 1.0) -> LowRank:
     return LowRank(linear, rank, (unit, 2 * unit), linear.in_features**-0.5 / unit)
 
 
-def measured(
-    linear: nn.Linear, rank: int, sizes: tuple[float, float], input_unit: float, output_unit: float
-) -> LowRank:
+@dataclass(frozen=True)
+class Sizes:
+    """Of a linear module, by calibration: the rms of its input and output, and C in which inputs are white."""
+
+    of_input: float
+    of_output: float
+    coordinates: Tensor | None = None  # [in, in]
+
+
+def measured(linear: nn.Linear, rank: int, sizes: Sizes, input_unit: float, output_unit: float) -> LowRank:
     """LoRA in the units of calibration: A x has the rms 1 at the start, and a step of B is a part of the output.
 
     Args:
-        sizes: the rms of the module's input and output.
         input_unit: of A, relative to that of such numbers.
         output_unit: of B, relative to the output.
     """
-    of_input, of_output = sizes
-    unit = input_unit / (of_input * linear.in_features**0.5)
-    return LowRank(linear, rank, (unit, output_unit * of_output), 3**0.5 / input_unit)
+    of_input = sizes.of_input if sizes.coordinates is None else 1.0
+    units = input_unit / (of_input * linear.in_features**0.5), output_unit * sizes.of_output
+    return LowRank(linear, rank, units, 3**0.5 / input_unit, sizes.coordinates)

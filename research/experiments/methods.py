@@ -83,6 +83,9 @@ COMBINED: dict[str, Method] = {
     "combined-8-down": combination("d / 8", "'s last layer, its steps a third", unit=1 / 3, pattern=budgets.LAST),
     "combined-16-units": combination("d / 4", ", its steps 0.1 of the output", output_unit=0.1),
     "combined-16-large-units": combination("d / 4", ", its steps 0.4 of the output", output_unit=0.4),
+    "combined-16-white": combination(
+        "d / 4", ", its inputs white, its steps 0.1 of the output", output_unit=0.1, whitens=True
+    ),
     "combined-16-quarter": combination("d / 4", ", its steps a third, a quarter of the size", unit=1 / 3, size=1 / 4),
     "combined-8-quarter": combination("d / 8", ", its steps a third, a quarter of the size", unit=1 / 3, size=1 / 4),
     "combined-16-4x": combination("d / 4", ", its steps a third, four times the size", unit=1 / 3, size=4.0),

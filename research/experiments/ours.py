@@ -14,13 +14,13 @@ from peft import get_peft_model
 from torch import nn
 
 from ntk_attention import NTKAttentionConfig, calibrate
-from ntk_attention.calibration.moments import row_rms
+from ntk_attention.calibration.moments import inverse_root, row_rms
 from ntk_attention.calibration.settings import DEFAULT, CalibrationSettings
 from ntk_attention.tuner.adapter import LOG_OF_NOTHING, PrefixAdapter
 from ntk_attention.tuner.observation import adapted_layers, evaluating
 
 from . import budgets
-from .extensions import add_low_rank, as_peft, measured
+from .extensions import Sizes, add_low_rank, as_peft, measured
 from .inputs import with_random_inputs
 from .method import Context, peft_options
 from .tasks import Batch
@@ -134,6 +134,7 @@ def combined(
     pattern: re.Pattern[str] = budgets.FEED_FORWARD,
     unit: float = 1.0,
     output_unit: float | None = None,
+    whitens: bool = False,
 ) -> nn.Module:
     """A state in attention, and LoRA in the feed-forward blocks.
 
@@ -143,6 +144,7 @@ def combined(
         pattern: of the names of the modules with LoRA.
         unit: of LoRA's numbers: what their steps are, measured by those of the state.
         output_unit: of B relative to the output, for LoRA in units of calibration, where `unit` does not count.
+        whitens: whether these have coordinates in which inputs are white, too.
     """
     total = budgets.ours(model, size=size)
     geometry = replace(budgets.geometries(model)[0], feed_forward=model.config.hidden_size)
@@ -151,7 +153,7 @@ def combined(
     base = adapted.get_base_model()
     rest = total - sum(p.numel() for adapter in adapters(adapted) for p in adapter.parameters() if p.requires_grad)
     ranks = budgets.lora_ranks(base, rest, pattern).by_module
-    sizes = {} if output_unit is None else median_sizes(adapted, ranks, batches_from(context, "train"))
+    sizes = {} if output_unit is None else sizes_of(adapted, ranks, batches_from(context, "train"), whitens)
     for name, rank in ranks.items():
         linear: Any = base.get_submodule(name)
         if output_unit is None:
@@ -162,13 +164,17 @@ def combined(
 
 
 @torch.no_grad()
-def median_sizes(model: Any, names: Iterable[str], batches: list[Batch]) -> dict[str, tuple[float, float]]:
-    """The rms of the inputs and outputs of linear modules, of the median real token, without the adapter."""
+def sizes_of(model: Any, names: Iterable[str], batches: list[Batch], whitens: bool) -> dict[str, Sizes]:
+    """Those of linear modules: of the median real token, without the adapter."""
     seen: dict[str, list[Any]] = {name: [] for name in names}
+    moments: dict[str, Any] = dict.fromkeys(seen, 0.0)
     base, masks = model.get_base_model(), []
 
     def see(name: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        seen[name].append(torch.stack([row_rms(x.flatten(0, -2)[masks[-1]]) for x in (inputs[0], output)]))
+        x, out = (x.flatten(0, -2)[masks[-1]].float() for x in (inputs[0], output))
+        seen[name].append(torch.stack([row_rms(x), row_rms(out)]))
+        if whitens:
+            moments[name] = moments[name] + x.mT @ x / len(x)
 
     hooks = [base.get_submodule(name).register_forward_hook(partial(see, name)) for name in seen]
     with model.disable_adapter(), evaluating(model):
@@ -177,8 +183,12 @@ def median_sizes(model: Any, names: Iterable[str], batches: list[Batch]) -> dict
             model(**{name: x.to(model.device) for name, x in batch.items()})
     for hook in hooks:
         hook.remove()
-    medians = {name: torch.cat(found, dim=1).median(dim=1).values.tolist() for name, found in seen.items()}
-    return {name: (of_input, of_output) for name, (of_input, of_output) in medians.items()}
+    found = {}
+    for name, sizes in seen.items():
+        medians = torch.cat(sizes, dim=1).median(dim=1).values.tolist()
+        root = inverse_root(moments[name].double() / len(masks), DEFAULT.eigenvalue_floor).float() if whitens else None
+        found[name] = Sizes(*medians, root)
+    return found
 
 
 def without_value(adapter: PrefixAdapter, log_k: float) -> None:
