@@ -90,5 +90,5 @@ def test_loading_tells_of_every_tensor(model_folder):
     reporter = Reporter()
     model, _ = load_model(str(model_folder), reporter=reporter)
     ((text, total),) = reporter.stages
-    assert text == f"load {model_folder}"
+    assert text == f"load {model_folder.name}"
     assert total == reporter.done >= len(list(model.parameters())) - 1

@@ -1,6 +1,5 @@
 """The page of an adapter: all of it in one file, and its figures those of the attention."""
 
-import json
 import re
 from html.parser import HTMLParser
 
@@ -78,12 +77,12 @@ def test_shade_says_who_looks_at_the_prefix_most():
     shares = torch.tensor([0.1, 0.4, 0.2]).expand(1, 1, 3)
     (text,) = [part for part in Seen(shares, ["a", "b", "c"]).sections() if 'class="text"' in part]
     shades = [float(x) for x in re.findall(r"rgba\(31, 119, 180, ([\d.]+)\)", text)]
-    assert shades[1] == pytest.approx(0.75)
-    assert shades[0] == pytest.approx(0.75 / 4, abs=1e-3)
+    assert shades == pytest.approx([0, 0.75, 0.25], abs=1e-3)
 
 
 def test_an_adapter_without_a_run(tmp_path):
     text = page("adapter", [("covers", "all")], None, None)
     assert "Training" not in text
-    unfinished = json.loads(json.dumps({"settings": RECORD["settings"]}))
-    assert page("adapter", [("covers", "all")], unfinished, None) == text
+    unfinished = page("adapter", [("covers", "all")], {"settings": RECORD["settings"]}, None)
+    assert "Training" not in unfinished
+    assert "&lt;data&gt;" in unfinished

@@ -59,7 +59,10 @@ def one_line_errors(resume: str | None = None) -> Iterator[None]:
 @app.callback()
 def start(
     version: Annotated[
-        bool, typer.Option("--version", callback=lambda asked: show_version(asked), is_eager=True, help="And leave.")
+        bool,
+        typer.Option(
+            "--version", callback=lambda asked: show_version(asked), is_eager=True, help="Show versions and exit."
+        ),
     ] = False,
 ) -> None:
     """Long prefixes for transformers as small adapters: fine-tune, compress, evaluate, generate."""
@@ -315,8 +318,10 @@ def generate(
         sampling = {"temperature": temperature, "top_p": top_p}
         set_seed(seed)
         if prompt is None:
+            write("A conversation, which Ctrl-D ends.\n", "dim")
             read = functools.partial(console.input, "[bold]> [/bold]")
             converse(adapted, tokenizer, read, write, limit, max_new_tokens, system, **sampling)
+            write("\n")
             return
         write("base model:   ", "dim")
         with adapted.disable_adapter():
@@ -375,11 +380,14 @@ def info(
                 f"head; drawn in {picture}"
             )
         if html is not None:
-            from .models import load_tokenizer
+            from .models import load_tokenizer, short_name
 
             tokenizer = load_tokenizer(base)
             seen = Seen(shares, [tokenizer.decode([token]) for token in tokens])
-            write_page(html, page(f"{adapter.name}, an adapter of {base}", facts, read_record(adapter), seen))
+            write_page(
+                html,
+                page(f"{adapter.resolve().name}, an adapter of {short_name(base)}", facts, read_record(adapter), seen),
+            )
             console.print(f"written to {html}", markup=False, soft_wrap=True)
 
 

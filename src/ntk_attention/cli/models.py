@@ -52,7 +52,7 @@ def load_model(
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    with in_short(f"the model {name!r}"), shown(f"load {name}", reporter or Silent()):
+    with in_short(f"the model {name!r}"), shown(f"load {short_name(name)}", reporter or Silent()):
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     for module in model.modules() if in_4bit else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -89,6 +89,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def short_name(name: str) -> str:
+    """Of a model in a folder the last part of its path."""
+    return Path(name).resolve().name if os.path.isdir(name) else name
 
 
 def longest_input(name: str) -> int:

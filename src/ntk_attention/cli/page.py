@@ -33,9 +33,10 @@ def page(title: str, facts: Sequence[tuple[str, str]], record: dict[str, Any] | 
     parts = [f"<h1>{escape(title)}</h1>", "<h2>What was adapted</h2>", rows_of(facts)]
     if record is not None and "after" in record:
         parts += ["<h2>Training</h2>", figures_of(record), drawn(lambda stream: plot_loss(record, stream))]
-        parts += ["<h2>Settings</h2>", rows_of(settings_of(record))]
     if seen is not None:
         parts += seen.sections()
+    if record is not None:
+        parts += ["<h2>Settings</h2>", rows_of(settings_of(record))]
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n'
@@ -54,9 +55,10 @@ class Seen:
 
     def sections(self) -> list[str]:
         by_token = self.shares.mean(dim=(0, 1))
-        most = max(by_token.max().item(), 1e-12)
+        least, most = by_token.min().item(), by_token.max().item()
+        shade = MOST_SHADE / max(most - least, 1e-12)
         spans = [
-            f'<span style="background: rgba(31, 119, 180, {MOST_SHADE * share / most:.3f})" '
+            f'<span style="background: rgba(31, 119, 180, {shade * (share - least):.3f})" '
             f'title="{share:.1%}">{escape(token)}</span>'
             for token, share in zip(self.tokens, by_token.tolist(), strict=True)
         ]
@@ -67,7 +69,7 @@ class Seen:
         return [
             "<h2>Share of the prefix by token</h2>",
             f'<p class="text">{"".join(spans)}</p>',
-            f"<p><small>Mean over layers and heads, from {by_token.min():.1%} to {by_token.max():.1%}.</small></p>",
+            f"<p><small>Mean over layers and heads, from {least:.1%}, white, to {most:.1%}.</small></p>",
             drawn(lambda stream: plot_token_shares(self.shares.mean(dim=1), self.tokens, stream)),
             "<h2>Share of the prefix by layer and head</h2>",
             f"<p>{said}</p>",
