@@ -255,7 +255,7 @@ BAD = {
         r"line 1: .*binary.jsonl is not UTF-8 text \(invalid start byte at byte 0",
     ),
     "latin.jsonl": (lines(PAIRS).encode() + b'{"prompt": "\xe4"}', "line 3: .* is not UTF-8 text"),
-    "latin.csv": (b"prompt,completion\na,\xe4\n", "line 1: .* is not UTF-8 text"),
+    "latin.csv": (b"prompt,completion\na,\xe4\n", "line 2: .* is not UTF-8 text"),
     "latin.txt": (b"\xff\xfe\x00", "latin.txt is not UTF-8 text"),
     "half.jsonl": (lines(PAIRS[:1]) + '{"prompt": ', "line 2: not JSON"),
     "half.json": (json.dumps(PAIRS, indent=1)[:-20], "line 8: not JSON"),

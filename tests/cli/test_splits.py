@@ -56,7 +56,7 @@ def test_data_to_evaluate_on():
 
 def test_too_long(tokenizer):
     items = [Item("a", "b"), Item("a", "b" * 20, place="x.jsonl, line 2"), Item("a" * 20, "b"), Item("c", "d")]
-    message = r"x.jsonl, line 2: an item has 22 tokens, --max-length is 10, and so have 1 others: --too-long drop"
+    message = r"x.jsonl, line 2: an item has 22 tokens, --max-length is 10 .2 of 6 items are longer.: --too-long drop"
     with pytest.raises(ValueError, match=message):
         encoded(items, tokenizer, max_length=10)
     with pytest.raises(ValueError, match="an item has 22 tokens, the model takes 12"):
@@ -167,7 +167,7 @@ def test_preparation_says_what_there_is(model_folder, tmp_path):
     said = describe_data(work.found, chosen)
     for text in (
         "data: 48 train, 6 validation, 6 test; 192 tokens to train on; read as prompt and completion; not read: id",
-        "12 left out of training, whose prompts are held out",
+        "12 left out of training, which are held out as well",
         "too long: 1 dropped, 0 cut",
         "packed into 6 rows of 32 tokens",
     ):

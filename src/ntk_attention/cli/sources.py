@@ -181,17 +181,23 @@ def read_text(path: Path) -> str:
     return text
 
 
-def json_lines(path: Path, streaming: bool = False) -> Rows:
-    """One object a line; empty lines do not count."""
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends, one by one."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            place = f"{path}, line {number}"
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{place}: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-            if line.strip():
-                yield place, as_object(parsed(line, place), place)
+                reason = f"{error.reason} at byte {error.start}"
+                raise ValueError(f"{path}, line {number}: {path} is not UTF-8 text ({reason})") from None
+
+
+def json_lines(path: Path, streaming: bool = False) -> Rows:
+    """One object a line; empty lines do not count."""
+    for number, line in enumerate(lines_of(path), start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield place, as_object(parsed(line, place), place)
 
 
 def parsed(line: str, place: str) -> Any:
@@ -248,25 +254,22 @@ def end_of_space(text: str, at: int) -> int:
 def table_rows(path: Path, streaming: bool = False) -> Rows:
     """A table whose first line names the columns; the place of a row is the line that it begins in."""
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        number = 1
-        try:
-            header = next(reader, [])
-            if len(set(header)) < len(header):
-                raise ValueError(f"{path}, line 1: two columns have one name, got {', '.join(header)}")
+    reader = csv.reader(lines_of(path), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    number = 1
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}, line 1: two columns have one name, got {', '.join(header)}")
+        number = reader.line_num + 1
+        for row in reader:
+            place = f"{path}, line {number}"
             number = reader.line_num + 1
-            for row in reader:
-                place = f"{path}, line {number}"
-                number = reader.line_num + 1
-                if len(row) not in (0, len(header)):
-                    raise ValueError(f"{place}: has {len(row)} columns, the first line names {len(header)}")
-                if row:
-                    yield place, dict(zip(header, row, strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {number}: not a table ({error})") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: {path} is not UTF-8 text ({error.reason})") from None
+            if len(row) not in (0, len(header)):
+                raise ValueError(f"{place}: has {len(row)} columns, the first line names {len(header)}")
+            if row:
+                yield place, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {number}: not a table ({error})") from None
 
 
 # --- what `datasets` reads ---

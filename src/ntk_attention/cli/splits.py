@@ -149,8 +149,8 @@ def encode_split(
         item, size = encoder.longer[0]
         allowed = f"--max-length is {encoder.limit}" if settings.max_length else f"the model takes {encoder.limit}"
         raise ValueError(
-            f"{item.place or settings.data}: an item has {size} tokens, {allowed}, and so have "
-            f"{len(encoder.longer) - 1:,} others: --too-long drop leaves such items out, --too-long cut keeps their "
+            f"{item.place or settings.data}: an item has {size} tokens, {allowed} ({len(encoder.longer):,} of "
+            f"{encoder.seen:,} items are longer): --too-long drop leaves such items out, --too-long cut keeps their "
             "beginnings"
         )
     if not all(items for items, _ in encoded.values()):
@@ -169,7 +169,7 @@ class Encoder:
         self.tokenizer, self.too_long = tokenizer, settings.too_long
         self.limit = min(limit, settings.max_length or limit)
         self.longer: list[tuple[Item, int]] = []
-        self.dropped = self.shortened = self.digest = 0
+        self.seen = self.dropped = self.shortened = self.digest = 0
         self.num_tokens: Counter[str] = Counter()
 
     def encode(self, name: str, items: Sequence[Item], reporter: Reporter) -> tuple[list[Item], Dataset]:
@@ -194,6 +194,7 @@ class Encoder:
         except ValueError as error:
             raise ValueError(f"{item.place}: {error}" if item.place else str(error)) from None
         size = len(row["input_ids"])
+        self.seen += 1
         if size <= self.limit:
             return row
         self.longer.append((item, size))

@@ -75,7 +75,7 @@ def describe_data(found: dict[str, Any], settings: Settings) -> str:
     counts = ", ".join(f"{found[f'{name}_items']:,} {name}" for name in ("train", "validation", "test"))
     said = [f"data: {counts}; {found['train_tokens']:,} tokens to train on; read as {found['read_as']}"]
     if found["repeated"]:
-        said.append(f"{found['repeated']:,} left out of training, whose prompts are held out")
+        said.append(f"{found['repeated']:,} left out of training, which are held out as well")
     if found["dropped"] or found["shortened"]:
         said.append(f"too long: {found['dropped']:,} dropped, {found['shortened']:,} cut")
     if settings.packing:
