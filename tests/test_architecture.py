@@ -26,6 +26,7 @@ COME_ALONG = {  # modules that pyproject.toml does not name, with the rooms that
     "triton": ({"ops"}, "comes with torch where there is a GPU; everything runs without"),
     "deepspeed": ({"tuner"}, "imported only where a run uses it"),
     "huggingface_hub": ({"tuner", "cli"}, "comes with transformers"),
+    "yaml": ({"cli"}, "comes with transformers"),
     "jinja2": ({"cli"}, "comes with torch"),
     "numpy": ({"theory"}, "comes with matplotlib"),
 }

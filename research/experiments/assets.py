@@ -42,7 +42,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ntk_attention.cli.data import Item, chain_sum, gsm_symbolic_worked, reasoning_gym
+from ntk_attention.cli.data import Item
+from ntk_attention.cli.tasks import chain_sum, gsm_symbolic_worked, reasoning_gym
 from research.recording import ROOT
 
 SPLITS = ("train", "validation", "test")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ntk_attention.cli.data import IGNORED, Item, Row, collate, encode, same_final_number
+from ntk_attention.cli.data import IGNORED, Item, Row, collate, same_final_number
+from ntk_attention.cli.encoding import encode
 from ntk_attention.cli.evaluation import answers
 from ntk_attention.cli.models import convert_gguf, load_model
 from ntk_attention.tuner.distributed import device_of

@@ -12,6 +12,9 @@ class Reporter(Protocol):
     def advance(self, n: int = 1, **figures: float) -> None:
         """n more steps of the stage are done; figures are shown beside them by name."""
 
+    def say(self, text: str) -> None:
+        """A line that stays, whatever stage comes next."""
+
 
 class Silent:
     """A reporter that shows nothing."""
@@ -21,3 +24,9 @@ class Silent:
 
     def advance(self, n: int = 1, **figures: float) -> None:
         pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
+SILENT = Silent()

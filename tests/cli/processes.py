@@ -7,15 +7,12 @@ In float32, so that runs agree to its rounding.
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 
-from ntk_attention.cli import finetuning
 from ntk_attention.cli.finetuning import Settings, finetune
-from ntk_attention.cli.models import load_model
 from ntk_attention.cli.trainer import AdapterTrainer
 from research.benchmarks.processes import pretend_gpus
 
@@ -24,10 +21,10 @@ def main(output: str, model: str, data: str, stop_at: int = 0) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    finetuning.load_model = partial(load_model, dtype=torch.float32)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         pretend_gpus()
-    settings = Settings(model, data, 104, 12, epochs=2, batch_size=8, learning_rate=0.01, max_new_tokens=4)
+    options = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "max_new_tokens": 4, "dtype": "float32"}
+    settings = Settings(model, data, 104, 12, **options)
     step = AdapterTrainer.training_step
 
     def stop(self, *args, **kwargs):

@@ -167,15 +167,14 @@ FILES = {
     "missing.jsonl": (None, "no data at"),
     "empty.jsonl": ("", "is empty"),
     "broken.jsonl": ('{"prompt": ', "line 1: not JSON"),
-    "fields.jsonl": ('{"question": "a", "answer": "b"}', "the field 'prompt' must be a string, got None"),
-    "table.csv": ("prompt,completion", "expected a file that ends in .jsonl or .txt"),
+    "fields.jsonl": ('{"question": "a", "answer": "b"}', "line 1: the fields question, answer are no format"),
+    "table.xls": ("prompt,completion", "expected a file that ends in one of .jsonl, .json, .csv,"),
     "bytes.txt": (b"\xff\xfe", "is not UTF-8 text"),
-    "folder.jsonl": ("folder", "is a folder"),
+    "folder.jsonl": ("folder", "has no files to train on"),
     "long.jsonl": (
         "\n".join(json.dumps({"prompt": f"{'a' * 200}{i}", "completion": "b"}) for i in range(12)),
         "the model takes 128",
     ),
-    "long.txt": ("some words " * 1000, "tokens, the model takes 128"),
 }
 
 
@@ -220,7 +219,12 @@ def test_folders_are_checked_before_a_model_is_loaded(finetuned, model_folder, d
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "a" * 100], "a prompt of 100 tokens and an answer of max_new_tokens = 48 are more"),
+        (["generate", "a" * 100, "--max-new-tokens", "48"], "and an answer of max_new_tokens = 48 are more"),
+        (["generate", "a" * 128], "a prompt of 128 tokens and an answer are more than the model takes, 128"),
+        (["generate", "a", "--temperature", "-1"], "temperature must be finite and not negative, got -1"),
+        (["generate", "a", "--top-p", "0.5"], "top_p is for sampling: give a temperature above 0 with it"),
+        (["generate", "a", "--system", "b"], "the model has no chat template"),
+        (["generate"], "has no chat template, so it holds no conversation: give a prompt"),
         (["generate", "a", "--max-new-tokens", "0"], "max_new_tokens must be positive, got 0"),
         (["info", "--text", "a" * 200], "--text has 200 tokens, the model takes 1 to 128"),
         (["evaluate", "--items", "0"], "expected a positive number of items, got 0"),

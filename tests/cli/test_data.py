@@ -1,4 +1,4 @@
-"""Items: where they come from, how they become tokens, how answers are scored."""
+"""Items: how they become tokens, how answers are scored."""
 
 import importlib.util
 import json
@@ -9,24 +9,21 @@ import torch
 from transformers import AutoTokenizer
 
 from ntk_attention.cli.data import (
-    EMBEDDED_TASKS,
     METRICS,
     Item,
-    check_source,
     collate,
-    encode,
-    encode_all,
+    cut,
     final_number,
     is_exact_match,
-    load_items,
-    metric_of,
     prompt_tokens,
     render_prompt,
     same_final_number,
     special_tokens,
     start_of_text,
 )
+from ntk_attention.cli.encoding import encode, encode_all
 from ntk_attention.cli.models import embedded_folder
+from ntk_attention.cli.tasks import EMBEDDED_TASKS, metric_of
 from tests.tiny import save_tokenizer
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
@@ -38,79 +35,25 @@ def tokenizer(model_folder):
     return AutoTokenizer.from_pretrained(model_folder)
 
 
-@pytest.mark.parametrize("name", EMBEDDED_TASKS)
-def test_embedded_tasks(name):
-    first, again, other = (load_items(name, 5, seed, None) for seed in (1, 1, 2))
-    assert first == again != other
-    assert len(first) == 5
-    for item in first:
-        assert item.prompt
-        assert final_number(item.completion) is not None
+def pieces(text, tokenizer, length, **options):
+    return list(cut(Item("", text, **options), tokenizer, length))
 
 
-def test_jsonl(tmp_path, tokenizer):
-    path = tmp_path / "items.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "c", "completion": "d", "more": 1}\n')
-    assert load_items(str(path), 10, 0, tokenizer) == [Item("a", "b"), Item("c", "d")]
-    assert load_items(str(path), 1, 0, tokenizer) == [Item("a", "b")]
-
-
-def test_text_is_cut_into_chunks_and_loses_nothing(tmp_path, tokenizer):
-    path = tmp_path / "book.txt"
+def test_text_is_cut_into_chunks_and_loses_nothing(tokenizer):
     text = "All happy families are alike. " * 40
-    path.write_text(text)
-    items = load_items(str(path), 100, 0, tokenizer)
+    items = pieces(text, tokenizer, 256)
     assert len(items) == 5
     assert "".join(item.completion for item in items) == text
     assert not any(item.prompt for item in items)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing.jsonl", None, "no data at .*expected one of .*chain-sum"),
-        ("empty.jsonl", " \n", "empty.jsonl is empty"),
-        ("data.csv", "a,b", "ends in .jsonl or .txt"),
-        ("bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": ', "bad.jsonl, line 2: not JSON"),
-        ("list.jsonl", "[1]", "line 1: expected an object, got list"),
-        ("field.jsonl", '\n{"prompt": "a"}', "line 2: the field 'completion' must be a string, got None"),
-        ("type.jsonl", '{"prompt": 3, "completion": "b"}', "line 1: the field 'prompt' must be a string, got 3"),
-        ("bytes.txt", b"\xff\xfe\x00", "bytes.txt is not UTF-8 text"),
-        ("nan.jsonl", "NaN", "line 1: expected an object, got float"),
-        ("none.jsonl", "null", "line 1: expected an object, got NoneType"),
-        ("nans.jsonl", '{"prompt": NaN}', "line 1: the field 'prompt' must be a string, got nan"),
-        ("half.jsonl", r'{"prompt": "\ud800", "completion": "b"}', "line 1: the field 'prompt' holds half of a surr"),
-        ("both.jsonl", '{"prompt": "", "completion": ""}', "line 1: prompt and completion are both empty"),
-        ("deep.jsonl", "[" * 100_000, "line 1: JSON that cannot be read"),
-        ("digits.jsonl", '{"prompt": ' + "1" * 5000 + "}", "line 1: JSON that cannot be read"),
-        ("mark.txt", b"\xef\xbb\xbf \r\n", "mark.txt is empty"),
-    ],
-)
-def test_bad_files(tmp_path, tokenizer, name, content, message):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for read in (lambda: check_source(str(path), 10), lambda: load_items(str(path), 10, 0, tokenizer)):
-        with pytest.raises(ValueError, match=message):
-            read()
-
-
-def test_a_folder_and_no_items_are_refused(tmp_path, tokenizer):
-    (tmp_path / "data.jsonl").mkdir()
-    with pytest.raises(ValueError, match=r"data\.jsonl is a folder: expected one of"):
-        check_source(str(tmp_path / "data.jsonl"), 10)
-    with pytest.raises(ValueError, match="expected a positive number of items, got 0"):
-        load_items("chain-sum", 0, 0, tokenizer)
-
-
-def test_files_of_other_editors(tmp_path, tokenizer):
-    """A mark of byte order, and two characters for the end of a line."""
-    path = tmp_path / "items.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n\r\n{"prompt": "c", "completion": "d"}\r\n')
-    assert load_items(str(path), 10, 0, tokenizer) == [Item("a", "b"), Item("c", "d")]
-    path = tmp_path / "text.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo")
-    assert load_items(str(path), 10, 0, tokenizer) == [Item("", "one\ntwo")]
+def test_a_whole_text_ends_with_its_last_piece(tokenizer):
+    items = pieces("ab" * 40, tokenizer, 32, is_whole=True)
+    assert [item.is_whole for item in items] == [False, False, True]
+    rows = encode_all(items, tokenizer, 32)
+    assert [row["input_ids"][-1] == tokenizer.eos_token_id for row in rows] == [False, False, True]
+    with pytest.raises(ValueError, match="pieces of 3 tokens are too short for a text"):
+        pieces("abc", tokenizer, 3)
 
 
 def test_encode_counts_the_completion_only(tokenizer):
@@ -167,21 +110,16 @@ def test_special_tokens_are_never_there_twice(special):
     assert tokenizer.decode(prompt_tokens("ab", tokenizer)) == "<user>ab<answer>"
 
 
-def test_chunks_of_a_text_have_room_for_special_tokens(special, tmp_path, monkeypatch):
+def test_chunks_of_a_text_have_room_for_special_tokens(special):
     tokenizer, before, _ = special
-    monkeypatch.setattr("ntk_attention.cli.data.TEXT_CHUNK", 16)
-    (tmp_path / "book.txt").write_text("All happy families are alike. " * 4)
-    items = load_items(str(tmp_path / "book.txt"), 5, 0, tokenizer)
-    rows = encode_all(items, tokenizer, 16)
+    rows = encode_all(pieces("All happy families are alike. " * 4, tokenizer, 16)[:5], tokenizer, 16)
     assert {len(row["input_ids"]) for row in rows} == {16}
     assert all(tokenizer.decode(row["input_ids"]).startswith(before) for row in rows)
 
 
-def test_characters_of_several_tokens_stay_whole(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("ntk_attention.cli.data.TEXT_CHUNK", 16)
+def test_characters_of_several_tokens_stay_whole(tokenizer):
     text = "Žluťoučký kůň, 吾輩は猫である, 🙂🙃. " * 9
-    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    items = load_items(str(tmp_path / "book.txt"), 100, 0, tokenizer)
+    items = pieces(text, tokenizer, 16)
     assert "".join(item.completion for item in items) == text
     assert max(len(row["input_ids"]) for row in encode_all(items, tokenizer, 16)) <= 16
 

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ntk_attention.cli import evaluation
-from ntk_attention.cli.data import Item, encode, encode_all
-from ntk_attention.cli.evaluation import answers, check_room, figures, share_right
+from ntk_attention.cli.data import Item
+from ntk_attention.cli.encoding import encode, encode_all
+from ntk_attention.cli.evaluation import answers, check_room, figures, share_right, stop_tokens
 from tests.tiny import save_model
 
 
@@ -56,8 +57,17 @@ def test_share_right(model_and_tokenizer, monkeypatch):
     assert share_right(*model_and_tokenizer, items, "final_number") == 2 / 4
     mixed = [*items[:2], Item("", "a text that nobody asks for")]
     rows = encode_all(mixed, model_and_tokenizer[1], 40)
-    assert figures(*model_and_tokenizer, mixed, rows, "exact_match")["exact_match"] == 1 / 2
-    assert figures(*model_and_tokenizer, mixed[2:], rows, "exact_match").keys() == {"loss"}
+    assert figures(*model_and_tokenizer, rows, mixed[:2], "exact_match")["exact_match"] == 1 / 2
+    assert figures(*model_and_tokenizer, rows, [], "exact_match").keys() == {"loss"}
+
+
+def test_an_answer_ends_where_the_model_says_as_well(model_and_tokenizer, monkeypatch):
+    """As where the end of a turn is another token than that of a text."""
+    model, tokenizer = model_and_tokenizer
+    assert stop_tokens(model, tokenizer) == [tokenizer.eos_token_id]
+    first = answers(model, tokenizer, ["a"], 1)[0]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", tokenizer(first, add_special_tokens=False).input_ids)
+    assert answers(model, tokenizer, ["a"], 5) == [first]
 
 
 def test_room_for_an_answer(model_and_tokenizer):

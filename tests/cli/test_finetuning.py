@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from ntk_attention.cli import finetuning
-from ntk_attention.cli.finetuning import Settings, finetune, split_items
-from ntk_attention.cli.models import load_model, load_tokenizer
+from ntk_attention.cli.finetuning import Settings, finetune
+from ntk_attention.cli.models import load_model
 from ntk_attention.cli.run_folder import RECORD
+from ntk_attention.cli.sources import load_data
+from ntk_attention.cli.splits import split_items
 from ntk_attention.cli.trainer import AdapterTrainer
 from tests.tiny import adapted, save_letters, save_model
 
@@ -103,30 +105,28 @@ def test_an_interrupted_run_resumes_to_the_same_end(run, settings, tmp_path):
 def test_text_has_no_exact_match(model_folder, tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("It was the best of times, it was the worst of times. " * 60)
-    small = Settings(str(model_folder), str(path), items=8, held_out=2, batch_size=2)
-    with pytest.raises(ValueError, match="item 1: an item has 256 tokens, the model takes 128"):
-        finetune(small, tmp_path / "out")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ntk_attention.cli.data.TEXT_CHUNK", 64)
-        record = finetune(small, tmp_path / "out")
+    small = Settings(str(model_folder), str(path), items=8, held_out=2, batch_size=2, max_length=64)
+    record = finetune(small, tmp_path / "out")
     assert set(record["after"]) == {"loss"}
+    assert record["train_tokens"] == 64 * record["train_items"]
     assert record["after"]["loss"] < record["before"]["loss"]
 
 
 def test_nothing_held_out_was_trained_on(settings, tmp_path):
     """Prompts, and texts without a prompt, that a file holds several times."""
-    tokenizer = load_tokenizer(settings.model)
     for field in ("prompt", "completion"):
         lines = [{"prompt": "", "completion": "x", field: f"{i % 20} and"} for i in range(100)]
         path = tmp_path / f"{field}.jsonl"
         path.write_text("\n".join(json.dumps(line) for line in lines))
-        split = split_items(Settings(**{**vars(settings), "data": str(path)}), tokenizer)
-        train, *others = ({vars(item)[field] for item in part} for part in vars(split).values())
+        split = split_items(settings, load_data(str(path)).items)
+        parts = (split.train, split.validation, split.test)
+        train, *others = ({vars(item)[field] for item in part} for part in parts)
         assert train
         assert all(part and not part & train for part in others)
+        assert split.repeated + sum(map(len, parts)) == 100
     path.write_text("\n".join([json.dumps({"prompt": "a", "completion": "b"})] * 100))
-    with pytest.raises(ValueError, match="gives 0 training and 20 held-out items: too few"):
-        split_items(Settings(**{**vars(settings), "data": str(path)}), tokenizer)
+    with pytest.raises(ValueError, match="0 training and 20 held-out items: too few"):
+        split_items(settings, load_data(str(path)).items)
 
 
 def test_a_model_whose_tokenizer_adds_tokens(tmp_path):

@@ -17,9 +17,11 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache
 
 from ntk_attention import NTKAttentionConfig
-from ntk_attention.cli.data import EMBEDDED_TASKS, collate, encode_all
+from ntk_attention.cli.data import collate
+from ntk_attention.cli.encoding import encode_all
 from ntk_attention.cli.evaluation import mean_loss, share_right
 from ntk_attention.cli.models import load_model
+from ntk_attention.cli.tasks import EMBEDDED_TASKS
 from ntk_attention.convert import adapter_from_prefix, anchor, by_layer, distill, fit, prefix_of_adapter
 
 from .methods import ANCHORED, R256, TAYLOR

@@ -20,12 +20,14 @@ All of it is a change of coordinates and a start: saved files hold plain Z, k an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..progress import SILENT, Reporter
 from ..tuner.batches import checked_batches
 from ..tuner.calls import without_adapters
 from ..tuner.layer import NTKAttentionLayer
@@ -44,6 +46,7 @@ def calibrate(
     adapter_name: str = "default",
     settings: CalibrationSettings = DEFAULT,
     others: bool | Iterable[Mapping[str, Any]] = True,
+    reporter: Reporter = SILENT,
 ) -> None:
     """Start an adapter near the frozen model, in coordinates that train well.
 
@@ -57,8 +60,8 @@ def calibrate(
         settings: the numbers of the start, such as the share of the attention that the prefix holds.
         others: batches of other inputs, which the coordinates see too. The data of a task may hold queries of few
             kinds; what these rarely do would weigh much in their coordinates, and training would spoil the model for
-            all else. True: text that the model writes itself, where it writes text from its first token, and nothing
-            elsewhere. False: nothing.
+            all else. True: text that the model writes itself, if it writes text from its first token. False: nothing.
+        reporter: is told of every batch.
 
     Raises:
         ValueError: without such an adapter, without its constant feature, if the moments would not fit into
@@ -79,14 +82,15 @@ def calibrate(
         if others is True:
             beside = own_text(model, batches, settings)
         heads = {name: HeadStatistics(layer[adapter_name]) for name, layer in layers.items()}
-        scale_observers = {name: s.observe_scale for name, s in heads.items()}
-        observe(model, layers, batches, scale_observers, None, "batches", adapter_name)
+        reporter.stage("calibrate", 2 * len(batches) + len(beside))
+        observers = {name: s.observe_scale for name, s in heads.items()}
+        observe(model, layers, Told(batches, reporter), observers, None, "batches", adapter_name)
         check_finite(heads, "batches")
         layers = reached(layers, heads)
         heads = {name: heads[name] for name in layers}
         for name, s in heads.items():
             s.set_scale(units[name].share)
-        blocks = measure_moments(model, layers, heads, {"batches": batches, "others": beside}, adapter_name)
+        blocks = measure_moments(model, layers, heads, {"batches": batches, "others": beside}, adapter_name, reporter)
 
     generator = torch.Generator().manual_seed(0)  # every process, and every call, makes the same start
     for name, s in heads.items():
@@ -95,6 +99,19 @@ def calibrate(
         block.set_coordinates_and_start(settings, generator)
     for layer in layers.values():
         layer.lead(adapter_name)
+
+
+@dataclass(frozen=True)
+class Told:
+    """Batches; the reporter hears of each when it is done."""
+
+    batches: Iterable[Mapping[str, Any]]
+    reporter: Reporter
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for batch in self.batches:
+            yield batch
+            self.reporter.advance()
 
 
 def check_call(layers: Mapping[str, NTKAttentionLayer], adapter_name: str, settings: CalibrationSettings) -> None:
@@ -154,6 +171,7 @@ def measure_moments(
     heads: Mapping[str, HeadStatistics],
     kinds: Mapping[str, list[Mapping[str, Any]]],
     adapter_name: str,
+    reporter: Reporter,
 ) -> dict[str, FeedForwardStatistics]:
     """The second pass: show every kind of input, by what it was given as, to heads and feed-forward blocks.
 
@@ -168,7 +186,7 @@ def measure_moments(
     for source, batches in kinds.items():
         if batches:
             observers = {name: s.observe_moments for name, s in heads.items()}
-            observe(model, layers, batches, observers, blocks, source, adapter_name)
+            observe(model, layers, Told(batches, reporter), observers, blocks, source, adapter_name)
             for statistics in heads.values():
                 statistics.end_of_kind()
             for block in blocks.values():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 
-NEEDS = ("filelock", "matplotlib", "rich", "typer")  # the extra `cli` of pyproject.toml
+NEEDS = ("datasets", "filelock", "matplotlib", "rich", "trl", "typer")  # the extra `cli` of pyproject.toml
 
 
 def main() -> None:
@@ -13,6 +14,7 @@ def main() -> None:
     if missing:
         print(f"error: the command line needs {', '.join(missing)}: pip install 'ntk-attention[cli]'", file=sys.stderr)
         sys.exit(2)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries, read when they are imported; ours say it all
     from .main import app
 
     app()

@@ -32,11 +32,15 @@ from ..ops.exact import LayerPrefix
 from ..progress import Reporter, Silent
 from ..tuner.config import NTKAttentionConfig
 from ..tuner.observation import adapted_layers
-from .data import check_source, encode_all, load_items, read_text, start_of_text
+from .data import start_of_text
+from .encoding import encode_all
 from .evaluation import fidelity, logits_of
-from .finetuning import check_numbers, check_seed, hardware
-from .models import load_model, load_tokenizer, longest_input
+from .finetuning import hardware
+from .models import EMBEDDED, load_model, load_tokenizer, longest_input
 from .run_folder import check_folder, read_record, write_json
+from .settings import check_numbers, check_seed
+from .sources import Data, load_data, read_text
+from .splits import in_pieces
 
 RECORD = "compress.json"  # settings and results; its presence says that a folder is ours
 WORK = "work"  # what an interrupted run goes on with
@@ -92,13 +96,14 @@ def compress(
     started = time.time()
     config = NTKAttentionConfig(task_type="CAUSAL_LM", **settings.adapter).for_given_prefix()
     check_folder(output, asdict(settings), resume=resume, overwrite=overwrite, name=RECORD)
-    check_sources(settings)
+    check_source(settings)
+    following = read_calibration(settings, reporter)
     set_seed(settings.seed)
     reporter.stage(f"load {settings.model}")
     tokenizer = load_tokenizer(settings.model)
-    given = given_batches(settings, tokenizer, longest_input(settings.model))
+    given = given_batches(settings, following, tokenizer, longest_input(settings.model))
     document, cache = read_source(settings, tokenizer)
-    base, _ = load_model(settings.model)
+    base, _ = load_model(settings.model, reporter=reporter)
     base.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     prefix, seconds = read_prefix(settings, base, document, cache, reporter)
     check_prefix(base, prefix)
@@ -168,8 +173,8 @@ def fit_and_distill(
         record["kl_curve"] = [round(x, 4) for x in curve[:: max(1, len(curve) // 50)]]
 
 
-def check_sources(settings: Settings) -> None:
-    """Raise ValueError unless the source and the calibration text are there and what they should be."""
+def check_source(settings: Settings) -> None:
+    """Raise ValueError unless the source is there and what it should be."""
     path = Path(settings.path)
     if settings.source == "prefix_tuning":
         if not (path / "adapter_config.json").is_file():
@@ -184,8 +189,16 @@ def check_sources(settings: Settings) -> None:
         raise ValueError(f"no file {path}: expected {'a text' if settings.source == 'text' else 'a KV cache'}")
     elif settings.source == "text":
         read_text(path)
-    if settings.calibration is not None:
-        check_source(settings.calibration, settings.rows + HELD_OUT_ROWS)
+
+
+def read_calibration(settings: Settings, reporter: Reporter) -> Data | None:
+    """The items that the user gave to calibrate on."""
+    if settings.calibration is None:
+        return None
+    # The embedded model has a template, and is not made before the data are known to be good.
+    has_template = settings.model == EMBEDDED or load_tokenizer(settings.model).chat_template is not None
+    wanted = settings.rows + HELD_OUT_ROWS
+    return load_data(settings.calibration, wanted, settings.seed, has_template=has_template, reporter=reporter)
 
 
 def read_source(settings: Settings, tokenizer: Any) -> tuple[Tensor, Any]:
@@ -219,12 +232,12 @@ def on(model: Any, layer: LayerPrefix) -> LayerPrefix:
     return LayerPrefix(layer.keys.to(weight), layer.values.to(weight))
 
 
-def given_batches(settings: Settings, tokenizer: Any, limit: int) -> list[dict[str, Tensor]]:
+def given_batches(settings: Settings, data: Data | None, tokenizer: Any, limit: int) -> list[dict[str, Tensor]]:
     """The calibration items that the user gave, in batches: `rows` to fit on and some held out."""
-    if settings.calibration is None:
+    if data is None:
         return []
-    wanted = settings.rows + HELD_OUT_ROWS
-    rows = encode_all(load_items(settings.calibration, wanted, settings.seed, tokenizer), tokenizer, limit)
+    items = in_pieces(data, tokenizer, limit, size=settings.rows + HELD_OUT_ROWS)
+    rows = encode_all(items, tokenizer, limit)
     if len(rows) < 3 * settings.batch_size:
         raise ValueError(f"{settings.calibration} gives {len(rows)} items, {3 * settings.batch_size} are needed")
     batches = []

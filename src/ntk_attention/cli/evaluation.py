@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tuner.distributed import device_of, inputs_on
 from ..tuner.observation import evaluating
-from .data import IGNORED, METRICS, Item, Row, collate, prompt_tokens
+from .data import IGNORED, METRICS, Item, Message, Row, collate, prompt_tokens
 
 MAX_NEW_TOKENS = 48
 BATCH_SIZE = 32
@@ -20,7 +20,13 @@ Progress = Callable[[int], None]  # called with the number of items done since t
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, batch_size: int = BATCH_SIZE) -> float:
+def mean_loss(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    pad_token_id: int,
+    batch_size: int = BATCH_SIZE,
+    progress: Progress = lambda n: None,
+) -> float:
     """Cross-entropy in nats, averaged over all tokens that count."""
     total, count = 0.0, 0
     device = device_of(model)
@@ -31,6 +37,7 @@ def mean_loss(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, ba
             if n:
                 total += n * model(**{k: v.to(device) for k, v in batch.items()}).loss.item()
                 count += n
+            progress(len(batch["labels"]))
     if count == 0:
         raise ValueError("the items have no token that counts: a loss needs at least two tokens")
     return total / count
@@ -67,7 +74,9 @@ def fidelity(
     return {"kl": kl / count, "agreement": agreement / count, "perplexity": math.exp(nll / max(predicted, 1))}
 
 
-def check_room(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, limit: int) -> None:
+def check_room(
+    prompts: Sequence[str | Sequence[Message]], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, limit: int
+) -> None:
     """Raise ValueError unless the model has positions for every prompt and its answer, `limit` in all."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
@@ -79,11 +88,18 @@ def check_room(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_n
         )
 
 
+def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the tokenizer's end token, and those of the model, such as the end of a turn."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = named if isinstance(named, list) else [named]
+    return sorted({tokenizer.eos_token_id, *(token for token in named if token is not None)})
+
+
 @torch.no_grad()
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[Message]],
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Progress = lambda n: None,
     batch_size: int = BATCH_SIZE,
@@ -101,7 +117,7 @@ def answers(
                 attention_mask=torch.tensor(mask, device=device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=stop_tokens(model, tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
             )
             texts += tokenizer.batch_decode(
@@ -128,14 +144,14 @@ def share_right(
 def figures(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Item],
     rows: Sequence[Row],
+    asked: Sequence[Item],
     metric: str,
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Progress = lambda n: None,
 ) -> dict[str, float]:
-    """Loss of the items, and by the metric's name the share that is right of those with a prompt, if there are any."""
-    found = {"loss": mean_loss(model, rows, tokenizer.pad_token_id)}
-    if asked := [item for item in items if item.prompt]:
+    """Loss of the rows, and by the metric's name the share of the items asked that is right, if there are any."""
+    found = {"loss": mean_loss(model, rows, tokenizer.pad_token_id, progress=progress)}
+    if asked:
         found[metric] = share_right(model, tokenizer, asked, metric, max_new_tokens, progress)
     return found

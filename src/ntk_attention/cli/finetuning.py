@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from accelerate import PartialState
 from peft import get_peft_model
 from torch import Tensor
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -28,6 +29,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from ..calibration.start import calibrate, check_size
 from ..progress import Reporter, Silent
@@ -35,11 +40,14 @@ from ..tuner.config import NTKAttentionConfig
 from ..tuner.distributed import gathered, whole
 from ..tuner.observation import adapted_layers
 from ..tuner.routing import CHILD
-from .data import EMBEDDED_TASKS, Item, Row, check_source, collate, encode_all, load_items, metric_of
-from .evaluation import MAX_NEW_TOKENS, check_room, figures, mean_loss
-from .models import load_model, load_tokenizer, longest_input
+from .data import Row, collate
+from .evaluation import figures, mean_loss
+from .hub import check_push, push
+from .models import DTYPES, load_model
+from .options import save_options
 from .run_folder import (
     CHECKPOINTS,
+    CONFIG,
     RECORD,
     STAGING,
     check_folder,
@@ -50,99 +58,14 @@ from .run_folder import (
     read_record,
     write_json,
 )
+from .settings import SCHEDULERS, Settings
+from .tasks import metric_of
 from .trainer import AdapterTrainer, load_calibration, save_calibration, share_calibration
+from .work import Work, check_packing, prepare
 
 CALIBRATION = "calibration.safetensors"
-CALIBRATION_ITEMS = 64
-VALIDATION_ITEMS = 64
 CHECKPOINTS_OF_A_RUN = 20
 EVALUATIONS_OF_A_RUN = 5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a run depends on."""
-
-    model: str
-    data: str
-    items: int = 2000
-    held_out: int = 200
-    epochs: float = 1.0
-    batch_size: int = 16
-    learning_rate: float = 3e-3
-    max_new_tokens: int = MAX_NEW_TOKENS
-    seed: int = 0
-    adapter: dict[str, Any] = field(default_factory=dict)  # options of NTKAttentionConfig
-
-    def __post_init__(self) -> None:
-        check_numbers(self, whole=("items", "held_out", "batch_size", "max_new_tokens"))
-        check_numbers(self, positive=("epochs", "learning_rate"))
-        check_seed(self.seed)
-
-
-def check_numbers(settings: Any, whole: Sequence[str] = (), positive: Sequence[str] = ()) -> None:
-    """Raise ValueError unless these settings are positive and finite, and the first ones whole numbers."""
-    for name in (*whole, *positive):
-        value = getattr(settings, name)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-        if name in whole and not isinstance(value, int):
-            raise ValueError(f"{name} must be a whole number, got {value}")
-
-
-def check_seed(seed: int) -> None:
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed}")
-
-
-@dataclass(frozen=True)
-class Split:
-    train: list[Item]
-    validation: list[Item]
-    test: list[Item]
-
-
-def split_items(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split:
-    """Training, validation and held-out items; none of the last two has the prompt of a training item, or its text.
-
-    Raises:
-        ValueError: if there are too few items.
-    """
-    num_validation = min(VALIDATION_ITEMS, settings.held_out)
-    wanted = settings.held_out + num_validation
-    if settings.data in EMBEDDED_TASKS:
-        train = load_items(settings.data, settings.items, settings.seed, tokenizer)
-        seen = {item.prompt for item in train}
-        others = load_items(settings.data, 4 * wanted, settings.seed + 10**6, tokenizer)
-        others = list({item.prompt: item for item in others if item.prompt not in seen}.values())[:wanted]
-    else:
-        items = load_items(settings.data, settings.items, settings.seed, tokenizer)
-        wanted = min(wanted, len(items) // 3)
-        generator = torch.Generator().manual_seed(settings.seed)
-        items = [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
-        others, train = items[:wanted], items[wanted:]
-        held = {item.prompt or item.completion for item in others}
-        train = [item for item in train if (item.prompt or item.completion) not in held]
-    if len(others) < 2 or not train:
-        raise ValueError(
-            f"{settings.data} gives {len(train)} training and {len(others)} held-out items: too few for training, "
-            "validation and test"
-        )
-    num_validation = min(num_validation, len(others) // 2)
-    return Split(train, others[:num_validation], others[num_validation:])
-
-
-def encoded(split: Split, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:
-    """Tokens of every part.
-
-    Raises:
-        ValueError: if an item, or a prompt with its answer, is longer than what the model takes.
-    """
-    limit = longest_input(settings.model)
-    rows = {name: encode_all(getattr(split, name), tokenizer, limit) for name in ("train", "validation", "test")}
-    prompts = [item.prompt for item in split.test if item.prompt]
-    check_room(prompts, tokenizer, settings.max_new_tokens, limit)
-    return rows
 
 
 class ReportToUser(TrainerCallback):
@@ -200,17 +123,14 @@ def finetune(
         )
     if processes.is_main_process:
         check_folder(output, asdict(settings), resume=resume, overwrite=overwrite)
-    check_source(settings.data, settings.items)
+    check_services(settings)
     set_seed(settings.seed)
     # With FSDP, transformers and accelerate would leave the model empty on all processes but the first until the
     # trainer shards it: too late for calibration.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    reporter.stage(f"load {settings.model}")
-    tokenizer = load_tokenizer(settings.model)
-    split = split_items(settings, tokenizer)
-    rows = encoded(split, settings, tokenizer)
-    base, _ = load_model(settings.model)
-    model = get_peft_model(base.to(processes.device), config)
+    tokenizer, work = prepare(settings, reporter)
+    base, _ = load_model(settings.model, DTYPES[settings.dtype], in_4bit=settings.load_in_4bit, reporter=reporter)
+    model = get_peft_model(base if settings.load_in_4bit else base.to(processes.device), config)
     check_size(adapted_layers(model))
 
     with locked(output) if processes.is_main_process else nullcontext():
@@ -219,17 +139,33 @@ def finetune(
             if overwrite:
                 clear(output)
         processes.wait_for_everyone()
-        record = calibrate_and_train(model, tokenizer, split, rows, settings, output, reporter, started)
+        record = calibrate_and_train(model, tokenizer, work, settings, output, reporter, started)
         if processes.is_main_process:
             shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+            if settings.push_to_hub is not None:
+                reporter.stage(f"push to {settings.push_to_hub}")
+                push(output, settings.push_to_hub)
     return record
+
+
+def check_services(settings: Settings) -> None:
+    """Raise ValueError unless what is to hear of the run is there."""
+    names = [] if settings.report_to is None else settings.report_to.split(",")
+    unknown = [name for name in names if name not in INTEGRATION_TO_CALLBACK]
+    if unknown:
+        known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+        raise ValueError(f"report_to must be one or several of {known}, got {settings.report_to!r}")
+    missing = [name for name in names if name not in get_available_reporting_integrations()]
+    if missing:
+        raise ValueError(f"report_to needs {', '.join(missing)}, which is not installed: pip install {missing[0]}")
+    if settings.push_to_hub is not None:
+        check_push(settings.push_to_hub)
 
 
 def calibrate_and_train(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    split: Split,
-    rows: dict[str, list[Row]],
+    work: Work,
     settings: Settings,
     output: Path,
     reporter: Reporter,
@@ -240,39 +176,52 @@ def calibrate_and_train(
     record = read_record(output) or {"settings": asdict(settings)}
     checkpoint = last_good_checkpoint(output / CHECKPOINTS)
     processes.wait_for_everyone()  # what is there was read by all before one writes
-    measure = partial(measure_test, model, tokenizer, split.test, rows["test"], settings, reporter)
+    check_same_data(record, work, output)
+    measure = partial(measure_test, model, tokenizer, work, settings, reporter)
     write_record = partial(write_json, output / RECORD) if processes.is_main_process else lambda record: None
+    write_record(record | work.found)
+    if processes.is_main_process:
+        save_options(output / CONFIG, settings.options(), f"ntk-attention finetune OUT --config {CONFIG}")
+    record |= work.found
+    if settings.packing:
+        check_packing(model, work.rows["train"], tokenizer.pad_token_id)
     if "before" not in record:
         with model.disable_adapter():
             record["before"] = measure("held-out items before")
         write_record(record)
 
-    reporter.stage("calibrate")
     calibration = output / CHECKPOINTS / CALIBRATION
     if calibration.is_file() and "start_loss" in record:
         load_calibration(model, calibration)
     else:
-        start(model, rows["train"], tokenizer.pad_token_id, settings.batch_size)
+        start(model, work.rows["calibration"], tokenizer.pad_token_id, settings.batch_size, reporter)
         share_calibration(model, processes)
         if processes.is_main_process:
             save_calibration(model, calibration)
-        record["start_loss"] = mean_loss(model, rows["validation"], tokenizer.pad_token_id)
+        record["start_loss"] = mean_loss(model, work.rows["validation"], tokenizer.pad_token_id)
         write_record(record)
 
-    trainer = make_trainer(model, rows, tokenizer.pad_token_id, settings, output, reporter)
+    trainer = make_trainer(model, work.rows, tokenizer.pad_token_id, settings, output, reporter)
     trainer.train_from(checkpoint)
     save_whole(trainer, tokenizer, output)
     record["after"] = measure("held-out items after")
-    record |= {"train_items": len(split.train), "test_items": len(split.test), "seconds": time.time() - started}
+    record["seconds"] = time.time() - started
     record |= describe_run(model, trainer, output)
     write_record(record)
     processes.wait_for_everyone()
     return record
 
 
-def start(model: Any, rows: list[Row], pad_token_id: int, batch_size: int) -> None:
-    rows = rows[:CALIBRATION_ITEMS]
-    calibrate(model, [collate(rows[i : i + batch_size], pad_token_id) for i in range(0, len(rows), batch_size)])
+def check_same_data(record: dict[str, Any], work: Work, output: Path) -> None:
+    """Raise ValueError if the run in the folder was started with other data."""
+    if record.get("digest", work.found["digest"]) != work.found["digest"]:
+        raise ValueError(f"{output} was started with other data than are there now: cannot resume; use --overwrite")
+
+
+def start(model: Any, rows: Sequence[Row], pad_token_id: int, batch_size: int, reporter: Reporter) -> None:
+    batches = [collate(rows[i : i + batch_size], pad_token_id) for i in range(0, len(rows), batch_size)]
+    reporter.stage("write text to calibrate on")
+    calibrate(model, batches, reporter=reporter)
 
 
 def save_whole(trainer: AdapterTrainer, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
@@ -304,6 +253,7 @@ def describe_run(model: Any, trainer: Trainer, output: Path) -> dict[str, Any]:
         "base_parameters": total - trainable,
         "adapter_bytes": (output / "adapter_model.safetensors").stat().st_size,
         "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
         "train_loss": [[h["step"], h["loss"]] for h in history if "loss" in h],
         "validation_loss": [[h["step"], h["eval_loss"]] for h in history if "eval_loss" in h],
         "processes": PartialState().num_processes,
@@ -313,18 +263,13 @@ def describe_run(model: Any, trainer: Trainer, output: Path) -> dict[str, Any]:
 
 
 def measure_test(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    items: list[Item],
-    rows: list[Row],
-    settings: Settings,
-    reporter: Reporter,
-    stage: str,
+    model: Any, tokenizer: PreTrainedTokenizerBase, work: Work, settings: Settings, reporter: Reporter, stage: str
 ) -> dict[str, float]:
     """Figures of the held-out items."""
-    reporter.stage(stage, sum(bool(item.prompt) for item in items) or None)
-    metric = metric_of(settings.data)
-    return figures(model, tokenizer, items, rows, metric, settings.max_new_tokens, reporter.advance)
+    rows, asked = work.rows["test"], work.asked
+    reporter.stage(stage, len(rows) + len(asked))
+    metric = metric_of(settings.eval_data or settings.data)
+    return figures(model, tokenizer, rows, asked, metric, settings.max_new_tokens, reporter.advance)
 
 
 def hardware() -> str:
@@ -332,37 +277,11 @@ def hardware() -> str:
 
 
 def make_trainer(
-    model: Any, rows: dict[str, list[Row]], pad_token_id: int, settings: Settings, output: Path, reporter: Reporter
-) -> Trainer:
-    steps = math.ceil(len(rows["train"]) / settings.batch_size * settings.epochs)
-    # Both fall on a step that is logged, so that a resumed run logs the same figures.
-    logged = max(1, steps // 100)
-    evaluated, saved = (
-        logged * max(1, steps // (parts * logged)) for parts in (EVALUATIONS_OF_A_RUN, CHECKPOINTS_OF_A_RUN)
-    )
-    arguments = TrainingArguments(
-        output_dir=str(output / CHECKPOINTS),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size // PartialState().num_processes,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=min(20, max(1, steps // 10)),
-        logging_steps=logged,
-        eval_strategy="steps",
-        eval_steps=evaluated,
-        save_strategy="steps",
-        save_steps=saved,
-        seed=settings.seed,
-        report_to=[],
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
+    model: Any, rows: dict[str, Any], pad_token_id: int, settings: Settings, output: Path, reporter: Reporter
+) -> AdapterTrainer:
     trainer = AdapterTrainer(
         model=model,
-        args=arguments,
+        args=training_arguments(settings, len(rows["train"]), output),
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=lambda part: collate(part, pad_token_id),
@@ -370,4 +289,42 @@ def make_trainer(
         pad_token_id=pad_token_id,
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    if settings.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(settings.patience))
     return trainer
+
+
+def training_arguments(settings: Settings, num_rows: int, output: Path) -> TrainingArguments:
+    steps = math.ceil(num_rows / (settings.batch_size * settings.gradient_accumulation) * settings.epochs)
+    # Both fall on a step that is logged, so that a resumed run logs the same figures.
+    logged = max(1, steps // 100)
+    evaluated, saved = (
+        logged * max(1, steps // (parts * logged)) for parts in (EVALUATIONS_OF_A_RUN, CHECKPOINTS_OF_A_RUN)
+    )
+    report_to = [] if settings.report_to is None else settings.report_to.split(",")
+    if "tensorboard" in report_to:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")  # the folder of checkpoints does not stay
+    return TrainingArguments(
+        output_dir=str(output / CHECKPOINTS),
+        run_name=output.name,
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size // PartialState().num_processes,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=SCHEDULERS[settings.scheduler],
+        warmup_steps=min(20, max(1, steps // 10)) if settings.warmup is None else settings.warmup,
+        logging_steps=logged,
+        eval_strategy="steps",
+        eval_steps=saved if settings.keeps_best else evaluated,
+        save_strategy="steps",
+        save_steps=saved,
+        metric_for_best_model="eval_loss" if settings.keeps_best else None,
+        greater_is_better=False if settings.keeps_best else None,
+        seed=settings.seed,
+        report_to=report_to,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -10,26 +11,34 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors import SafetensorError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-console = Console(highlight=False)
+from ..progress import Reporter
+from .bars import bars, console
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_DATA = "chain-sum"
 
 Adapter = Annotated[Path, typer.Argument(help="Folder of a saved adapter.")]
 Model = Annotated[str | None, typer.Option(help="Base model; by default the one the adapter names.")]
-Data = Annotated[str, typer.Option(help="chain-sum, gsm-symbolic, gsm-symbolic-worked, a .jsonl or a .txt file.")]
+BaseModel = Annotated[str, typer.Option("--model", help="smollm2-135m (embedded), a folder or a name on the hub.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="A .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder of them, name[:config][:split] on the hub, "
+        "or chain-sum, gsm-symbolic, gsm-symbolic-worked.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Length limit of generated answers.")]
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Bad input ends with one line and exit code 2."""
+def one_line_errors(resume: str | None = None) -> Iterator[None]:
+    """Bad input ends with one line and exit code 2; Ctrl-C with the command that goes on, if there is one."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -41,69 +50,93 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, SafetensorError) as error:
         console.print(f"error: {' '.join(str(error).split())}", style="red", soft_wrap=True, markup=False)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        how = "" if resume is None else f": `{resume}` goes on from the last checkpoint"
+        console.print(f"stopped{how}", soft_wrap=True, markup=False)
+        raise typer.Exit(130) from None
 
 
-class Bars:
-    """A progress bar for each stage of a run: a `training.Reporter`."""
-
-    def __init__(self, progress: Progress):
-        self.progress = progress
-        self.task: TaskID | None = None
-
-    def stage(self, text: str, total: int | None = None) -> None:
-        self.finish()
-        self.task = self.progress.add_task(text, total=total or 1, figures="")
-
-    def advance(self, n: int = 1, **figures: float) -> None:
-        if self.task is not None:
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
-            self.progress.update(self.task, advance=n, figures=shown)
-
-    def finish(self) -> None:
-        if self.task is not None:
-            self.progress.update(self.task, completed=self.progress.tasks[self.task].total)
+@app.callback()
+def start(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=lambda asked: show_version(asked), is_eager=True, help="Show versions and exit."
+        ),
+    ] = False,
+) -> None:
+    """Long prefixes for transformers as small adapters: fine-tune, compress, evaluate, generate."""
 
 
-@contextlib.contextmanager
-def bars() -> Iterator[Bars]:
-    columns = (TextColumn("{task.description:26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as progress:
-        reporter = Bars(progress)
-        yield reporter
-        reporter.finish()
+def show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        import peft
+        import torch
+        import transformers
+
+        versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, peft))
+        console.print(f"ntk-attention {version('ntk-attention')} ({versions})")
+        raise typer.Exit
 
 
 @app.command()
 def finetune(
+    context: typer.Context,
     output: Annotated[Path, typer.Argument(help="Folder for the adapter, its record and the plot of the loss.")],
-    model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a folder or a name on the hub.")] = DEFAULT_MODEL,
+    model: BaseModel = DEFAULT_MODEL,
     data: Data = DEFAULT_DATA,
-    items: Annotated[int, typer.Option(help="Training items (files: at most that many lines).")] = 2000,
-    held_out: Annotated[int, typer.Option(help="Items held out for the figures before and after.")] = 200,
+    eval_data: Annotated[
+        str | None, typer.Option(help="As --data: validation and test items. By default some of --data.")
+    ] = None,
+    items: Annotated[int | None, typer.Option(help="Read so many rows; all by default, 2000 of a task.")] = None,
+    held_out: Annotated[int | None, typer.Option(help="Test items: 200 of --data, all of --eval-data.")] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read no more of the hub than --items.")] = False,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of an item; as the model takes by default.")] = None,
+    too_long: Annotated[str, typer.Option(help="What to do with longer items: refuse, drop or cut.")] = "refuse",
+    packing: Annotated[bool, typer.Option("--packing", help="Several items in a row of --max-length.")] = False,
     epochs: Annotated[float, typer.Option(help="Passes over the training items.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Items of a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the linear schedule.")] = 3e-3,
+    batch_size: Annotated[int, typer.Option(help="Rows that are computed at once.")] = 16,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 3e-3,
+    scheduler: Annotated[str, typer.Option(help="linear or cosine to zero, or constant.")] = "linear",
+    warmup: Annotated[
+        float | None, typer.Option(help="Steps, or below 1 a share of all; a tenth, at most 20, by default.")
+    ] = None,
+    save_best: Annotated[bool, typer.Option("--save-best", help="Keep what had the lowest validation loss.")] = False,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many evaluations without a lower one; keeps the best.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16 or float16.")] = "auto",
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Base model in 4 bits (nf4), with bitsandbytes.")
+    ] = False,
     max_new_tokens: MaxNewTokens = 48,
     seed: int = 0,
     feature_map: Annotated[str, typer.Option(help="elu, taylor or positive_random.")] = "elu",
     rank: Annotated[int | None, typer.Option(help="Rank of Z; an eighth of head_dim by default.")] = None,
     state_heads: Annotated[str, typer.Option(help="One state per 'query' or per 'kv' head.")] = "query",
     positions: Annotated[str, typer.Option(help="Queries without rotary positions, 'free', or 'rotary'.")] = "free",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb, ...: as of transformers.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Repository for the adapter; a new one is private.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON with these options, such as the finetune.yaml of a run.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run, with the options that it had.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the folder.")] = False,
 ) -> None:
     """Fine-tune a model and save an ordinary PEFT adapter."""
-    with one_line_errors():
-        from .finetuning import Settings
+    with one_line_errors(f"ntk-attention finetune {output} --resume"):
         from .finetuning import finetune as run
+        from .options import with_file
+        from .run_folder import CONFIG
+        from .settings import from_options
 
-        adapter = {"feature_map": feature_map, "rank": "auto" if rank is None else rank}
-        adapter |= {"state_heads": state_heads, "positions": positions}
-        settings = Settings(
-            model, data, items, held_out, epochs, batch_size, learning_rate, max_new_tokens, seed, adapter
-        )
+        saved = output / CONFIG
+        options = with_file(context, saved if resume and config is None and saved.is_file() else config)
         with bars() as reporter:
-            record = run(settings, output, resume=resume, overwrite=overwrite, reporter=reporter)
+            record = run(from_options(options), output, resume=resume, overwrite=overwrite, reporter=reporter)
         from .reports import plot_loss
 
         plot_loss(record, output / "loss.png")
@@ -126,7 +159,7 @@ def show_summary(record: dict[str, Any], output: Path) -> None:
         f"in {record['seconds'] / 60:.1f} minutes on {record['hardware']}; "
         f"adapter file {record['adapter_bytes'] / 2**20:.1f} MiB"
     )
-    console.print(f"saved to {output}: adapter, finetune.json, loss.png", markup=False)
+    console.print(f"saved to {output}: adapter, finetune.yaml, finetune.json, loss.png", markup=False, soft_wrap=True)
 
 
 def base_name(folder: Path, model: str | None) -> str:
@@ -141,15 +174,19 @@ def base_name(folder: Path, model: str | None) -> str:
     return model or base_of(config.base_model_name_or_path)
 
 
-def load_adapter(folder: Path, base: str) -> Any:
-    """The base model with the adapter in `folder`; ValueError if they do not fit."""
+def load_adapter(folder: Path, base: str, reporter: Reporter) -> Any:
+    """The base model, in the dtype of the run, with the adapter in `folder`; ValueError if they do not fit."""
     import torch
     from peft import PeftModel
 
-    from .models import load_model
+    from .models import DTYPES, load_model
+    from .run_folder import read_record
 
-    adapted = PeftModel.from_pretrained(load_model(base)[0], folder)
-    return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    run = (read_record(folder) or {"settings": {}})["settings"]
+    in_4bit = bool(run.get("load_in_4bit"))
+    model, _ = load_model(base, DTYPES.get(run.get("dtype")), in_4bit=in_4bit, reporter=reporter)
+    adapted = PeftModel.from_pretrained(model, folder)
+    return (adapted if in_4bit else adapted.to("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
 @app.command()
@@ -160,7 +197,7 @@ def compress(
         Path | None, typer.Option(help="A KV cache that `ntk_attention.convert.save_cache` wrote.")
     ] = None,
     prefix_tuning: Annotated[Path | None, typer.Option(help="Folder of a prefix-tuning or cartridge adapter.")] = None,
-    model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a folder or a name on the hub.")] = DEFAULT_MODEL,
+    model: BaseModel = DEFAULT_MODEL,
     calibration: Annotated[str | None, typer.Option(help="Text that follows, as --data of finetune.")] = None,
     rows: Annotated[int, typer.Option(help="Rows of calibration text.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of a row: as many as will follow the prefix in use.")] = 512,
@@ -176,7 +213,7 @@ def compress(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the folder.")] = False,
 ) -> None:
     """Turn a long text, a KV cache or a prefix-tuning adapter into an adapter of fixed size, and say what was lost."""
-    with one_line_errors():
+    with one_line_errors(f"ntk-attention compress {output} --resume, with the same options,"):
         from .compression import Settings
         from .compression import compress as run
 
@@ -217,61 +254,87 @@ def evaluate(
     adapter: Adapter,
     model: Model = None,
     data: Data = DEFAULT_DATA,
-    items: Annotated[int, typer.Option(help="How many items.")] = 200,
+    items: Annotated[int | None, typer.Option(help="How many; all by default, 200 of a task.")] = None,
     max_new_tokens: MaxNewTokens = 48,
     seed: Annotated[int, typer.Option(help="Of an embedded task; others than those of training.")] = 2_000_003,
 ) -> None:
     """Loss and right answers of a model with an adapter and without it."""
     with one_line_errors():
-        from .data import check_source, encode_all, load_items, metric_of
-        from .evaluation import check_room, figures
-        from .models import load_tokenizer, longest_input
+        from .evaluation import figures
+        from .models import load_tokenizer
+        from .tasks import metric_of
+        from .work import to_evaluate
 
         base = base_name(adapter, model)
-        check_source(data, items)
-        tokenizer, limit = load_tokenizer(base), longest_input(base)
-        examples = load_items(data, items, seed, tokenizer)
-        rows = encode_all(examples, tokenizer, limit)
-        prompts = [item.prompt for item in examples if item.prompt]
-        check_room(prompts, tokenizer, max_new_tokens, limit)
-        metric = metric_of(data)
         with bars() as reporter:
-            reporter.stage("load")
-            adapted = load_adapter(adapter, base)
+            tokenizer = load_tokenizer(base)
+            rows, asked = to_evaluate(data, items, seed, base, tokenizer, max_new_tokens, reporter)
+            adapted = load_adapter(adapter, base, reporter)
+            metric = metric_of(data)
             found: dict[str, dict[str, float]] = {}
             for name, context in (("base", adapted.disable_adapter), ("adapter", contextlib.nullcontext)):
                 with context():
-                    reporter.stage(name, len(prompts))
-                    found[name] = figures(adapted, tokenizer, examples, rows, metric, max_new_tokens, reporter.advance)
-        shown = ["loss, nats per token", *([metric.replace("_", " ")] if prompts else [])]
-        table = Table("model", *shown, title=f"{len(examples)} items of {data}")
+                    reporter.stage(name, len(rows) + len(asked))
+                    found[name] = figures(adapted, tokenizer, rows, asked, metric, max_new_tokens, reporter.advance)
+        shown = ["loss, nats per token", *([metric.replace("_", " ")] if asked else [])]
+        table = Table("model", *shown, title=f"{len(rows):,} items of {data}")
         for name, values in found.items():
-            table.add_row(name, f"{values['loss']:.3f}", *([f"{values[metric]:.1%}"] if prompts else []))
+            table.add_row(name, f"{values['loss']:.3f}", *([f"{values[metric]:.1%}"] if asked else []))
         console.print(table)
 
 
 @app.command()
 def generate(
     adapter: Adapter,
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; without it, a conversation begins.")] = None,
     model: Model = None,
-    max_new_tokens: MaxNewTokens = 48,
+    system: Annotated[str | None, typer.Option(help="A system prompt, for the model's chat template.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of an answer; 256 by default.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that hold this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
 ) -> None:
-    """Answer a prompt, with the adapter and without it."""
+    """Answer a prompt, with the adapter and without it; or hold a conversation, which Ctrl-D ends."""
     with one_line_errors():
-        if not prompt.strip():
+        if prompt is not None and not prompt.strip():
             raise ValueError("the prompt is empty")
-        from .evaluation import answers, check_room
-        from .models import load_tokenizer, longest_input
+        from transformers import set_seed
 
+        from .data import prompt_tokens, with_system
+        from .generation import check_sampling, converse, room_for, write_answer
+        from .models import load_tokenizer, longest_input
+        from .settings import check_seed
+
+        check_sampling(temperature, top_p)
+        check_seed(seed)
         base = base_name(adapter, model)
-        tokenizer = load_tokenizer(base)
-        check_room([prompt], tokenizer, max_new_tokens, longest_input(base))
-        adapted = load_adapter(adapter, base)
+        tokenizer, limit = load_tokenizer(base), longest_input(base)
+        if prompt is None and tokenizer.chat_template is None:
+            raise ValueError(f"{base} has no chat template, so it holds no conversation: give a prompt")
+        asked = with_system(system, prompt or "x")
+        room = room_for(prompt_tokens(asked, tokenizer), max_new_tokens, limit)
+        with bars() as reporter:
+            adapted = load_adapter(adapter, base, reporter)
+        sampling = {"temperature": temperature, "top_p": top_p}
+        set_seed(seed)
+        if prompt is None:
+            write("A conversation, which Ctrl-D ends.\n", "dim")
+            read = functools.partial(console.input, "[bold]> [/bold]")
+            converse(adapted, tokenizer, read, write, limit, max_new_tokens, system, **sampling)
+            write("\n")
+            return
+        write("base model:   ", "dim")
         with adapted.disable_adapter():
-            text = answers(adapted, tokenizer, [prompt], max_new_tokens)[0]
-        console.print(f"base model:   {text.strip()}", style="dim", markup=False)
-        console.print(f"with adapter: {answers(adapted, tokenizer, [prompt], max_new_tokens)[0].strip()}", markup=False)
+            write_answer(adapted, tokenizer, asked, room, functools.partial(write, style="dim"), **sampling)
+        write("\nwith adapter: ")
+        set_seed(seed)
+        write_answer(adapted, tokenizer, asked, room, write, **sampling)
+        write("\n")
+
+
+def write(text: str, style: str | None = None) -> None:
+    """Text as it comes."""
+    console.print(text, end="", style=style, markup=False, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -280,32 +343,52 @@ def info(
     model: Model = None,
     text: Annotated[str | None, typer.Option(help="Measure the prefix's share of attention on this text.")] = None,
     picture: Annotated[Path, typer.Option(help="Where --text draws that share, layers by heads.")] = Path("shares.png"),
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page: what was adapted, losses, share by layer, head and token.")
+    ] = None,
 ) -> None:
     """What an adapter consists of; with --text, how much attention its prefix takes."""
     with one_line_errors():
         if text is not None and not text.strip():
             raise ValueError("--text is empty")
-        base = base_name(adapter, model)
-        tokens = None if text is None else tokens_of(text, base)
+        from .page import TEXT, Seen, page, write_page
         from .reports import describe_adapter, plot_shares
+        from .run_folder import read_record
 
-        adapted = load_adapter(adapter, base)
+        base = base_name(adapter, model)
+        measured = TEXT if text is None and html is not None else text
+        tokens = None if measured is None else tokens_of(measured, base)
+        with bars() as reporter:
+            adapted = load_adapter(adapter, base, reporter)
+        facts = describe_adapter(adapted, adapter)
         table = Table(title=str(adapter), show_header=False)
-        for row in describe_adapter(adapted, adapter):
+        for row in facts:
             table.add_row(*row)
         console.print(table)
-        if tokens is not None:
-            import torch
+        if tokens is None:
+            return
+        import torch
 
-            from ..tuner.observation import prefix_shares
+        from ..tuner.observation import token_shares
 
-            ids = torch.tensor([tokens])
-            shares = prefix_shares(adapted, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
-            plot_shares(shares, picture)
+        shares = token_shares(adapted, torch.tensor([tokens]))
+        heads = shares.mean(dim=-1)
+        if text is not None:
+            plot_shares(heads, picture)
             console.print(
-                f"the prefix takes {shares.mean():.1%} of the attention, from {shares.min():.1%} to "
-                f"{shares.max():.1%} by head; drawn in {picture}"
+                f"the prefix takes {heads.mean():.1%} of the attention, from {heads.min():.1%} to {heads.max():.1%} by "
+                f"head; drawn in {picture}"
             )
+        if html is not None:
+            from .models import load_tokenizer, short_name
+
+            tokenizer = load_tokenizer(base)
+            seen = Seen(shares, [tokenizer.decode([token]) for token in tokens])
+            write_page(
+                html,
+                page(f"{adapter.resolve().name}, an adapter of {short_name(base)}", facts, read_record(adapter), seen),
+            )
+            console.print(f"written to {html}", markup=False, soft_wrap=True)
 
 
 def tokens_of(text: str, base: str) -> list[int]:

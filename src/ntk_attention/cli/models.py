@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,30 +16,67 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
+
+from ..progress import Reporter, Silent
 
 EMBEDDED = "smollm2-135m"  # name of the embedded model on the command line
 EMBEDDED_FOLDER = "smollm2-135m-instruct"
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORDS_TRIED, LEAST_WHOLE = 200, 0.9  # of a tokenizer's own words
 
 
-def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, dtype: torch.dtype | None = None, *, in_4bit: bool = False, reporter: Reporter | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
     Args:
         name: "smollm2-135m" for the embedded model, a folder, or a name on the hub.
         dtype: of the weights; by default bfloat16 where the machine multiplies it fast, else float32.
+        in_4bit: whether bitsandbytes holds the weights of linear layers in 4 bits (nf4).
+        reporter: is told of every tensor that is loaded.
 
     Raises:
         ValueError: if the name is neither, or the embedded model's package is not installed.
     """
     tokenizer, source = load_tokenizer(name), source_of(name)
-    with in_short(f"the model {name!r}"):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or fast_dtype(), attn_implementation="sdpa")
+    dtype = dtype or fast_dtype()
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    with in_short(f"the model {name!r}"), shown(f"load {short_name(name)}", reporter or Silent()):
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    for module in model.modules() if in_4bit else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # or a call without gradients packs the weights for good
     return model, tokenizer
+
+
+@contextmanager
+def shown(stage: str, reporter: Reporter) -> Iterator[None]:
+    """A stage for every bar that transformers would draw."""
+
+    class Told(EmptyTqdm):
+        def __iter__(self) -> Iterator[Any]:
+            steps = list(self._iterator)
+            reporter.stage(stage, len(steps))
+            for step in steps:
+                yield step
+                reporter.advance()
+
+    before = set_tqdm_hook(lambda factory, args, kwargs: Told(*args, **kwargs))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -51,6 +89,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def short_name(name: str) -> str:
+    """Of a model in a folder the last part of its path."""
+    return Path(name).resolve().name if os.path.isdir(name) else name
 
 
 def longest_input(name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import matplotlib
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from matplotlib import pyplot as plt
 from ..tuner.observation import adapted_layers
 
 
-def plot_loss(record: dict[str, Any], path: Path) -> None:
-    """Training and validation loss against the step, as PNG."""
+def plot_loss(record: dict[str, Any], path: Path | IO[str]) -> None:
+    """Training and validation loss against the step, as PNG, or as SVG into a stream."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(*zip(*record["train_loss"], strict=True), color="#9bbfe0", linewidth=1.2, label="training batch")
     validation = [[0, record["start_loss"]], *record["validation_loss"]]
@@ -28,19 +28,35 @@ def plot_loss(record: dict[str, Any], path: Path) -> None:
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
-def plot_shares(shares: Tensor, path: Path) -> None:
-    """The share of attention that the prefix takes, layers by heads, as PNG."""
+def plot_shares(shares: Tensor, path: Path | IO[str]) -> None:
+    """The share of attention that the prefix takes, layers by heads, as PNG, or as SVG into a stream."""
     layers, heads = shares.shape
     figure, axes = plt.subplots(figsize=(2 + 0.32 * heads, 1.6 + 0.2 * layers), layout="constrained")
     image = axes.imshow(100 * shares, cmap="viridis", aspect="auto", vmin=0)
     axes.set(xlabel="head", ylabel="layer", xticks=range(heads), yticks=range(0, layers, max(1, layers // 15)))
     axes.set_title("attention on the prefix", fontsize=11)
     figure.colorbar(image, ax=axes, label="% of the attention mass", shrink=0.8)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
+
+
+def plot_token_shares(shares: Tensor, tokens: Sequence[str], stream: IO[str]) -> None:
+    """The same by layer and token [layers, L], as SVG."""
+    layers, length = shares.shape
+    width = min(14, 2.4 + 0.18 * length)
+    figure, axes = plt.subplots(figsize=(width, 2.2 + 0.12 * layers), layout="constrained")
+    image = axes.imshow(100 * shares, cmap="viridis", aspect="auto", vmin=0)
+    axes.set(ylabel="layer", yticks=range(0, layers, max(1, layers // 15)))
+    shown = range(0, length, -(-length // 70))
+    axes.set_xticks(shown, [tokens[i].replace("$", r"\$") for i in shown], rotation=90, fontsize=7)
+    figure.colorbar(image, ax=axes, label="% of the attention mass", shrink=0.8)
+    save(figure, stream)
+
+
+def save(figure: Any, path: Path | IO[str]) -> None:
+    figure.savefig(path, dpi=150, format="png" if isinstance(path, Path) else "svg")
     plt.close(figure)
 
 

@@ -19,11 +19,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 RECORD = "finetune.json"  # settings and results; its presence says that a folder is ours
+CONFIG = "finetune.yaml"  # the options of the command line that make the run again
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 CONTENTS = "contents.json"  # of a checkpoint: every file with its size and hash
 STAGING = "writing"  # what is not whole yet
-WRITTEN = (RECORD, "adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "shares.png")
+WRITTEN = (RECORD, CONFIG, "adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "shares.png")
 FREE_BYTES = 200 * 2**20  # an adapter, its optimizer state and more checkpoints
 
 

@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..tuner.coordinates import Coordinated
 from ..tuner.distributed import bring_with, gathered, local, whole
 from ..tuner.observation import adapted_layers
 from .evaluation import mean_loss
-from .run_folder import STAGING, last_good_checkpoint, move, seal, step_of
+from .run_folder import STAGING, is_whole, last_good_checkpoint, move, seal, step_of
 
 TRAINED = "trained.safetensors"  # of a checkpoint: the parameters as they are trained, in their coordinates
 KEPT_CHECKPOINTS = 2
@@ -47,13 +47,29 @@ class AdapterTrainer(Trainer):
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from the start or from a checkpoint.
 
-        From the checkpoint of the last step, in the middle of an epoch, `Trainer` would make one step more.
+        From the checkpoint of the last step, in the middle of an epoch or where it stopped early, `Trainer` would make
+        one step more. Where a best checkpoint is looked for, the end is that one.
         """
-        if checkpoint is None or step_of(checkpoint) < self.args.max_steps:
+        if checkpoint is None or not self.is_last(checkpoint):
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            return
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.args.metric_for_best_model is not None and self.state.best_global_step:
+            best = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if not is_whole(best):
+                raise ValueError(f"the best checkpoint, {best}, is not there or damaged: use --overwrite")
+            self._load_from_checkpoint(str(best))
+
+    def is_last(self, checkpoint: Path) -> bool:
+        """Whether the run made no step after this checkpoint."""
+        callbacks = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).stateful_callbacks or {}
+        stopped = any(
+            callback["attributes"]["early_stopping_patience_counter"] >= callback["args"]["early_stopping_patience"]
+            for name, callback in dict(callbacks).items()
+            if name == EarlyStoppingCallback.__name__
+        )
+        return stopped or step_of(checkpoint) >= self.args.max_steps
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoints = Path(self.args.output_dir)
@@ -84,6 +100,8 @@ class AdapterTrainer(Trainer):
     def _forget_older(self, checkpoints: Path) -> None:
         found = sorted(checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=step_of)
         for checkpoint in found[:-KEPT_CHECKPOINTS]:
+            if self.args.metric_for_best_model is not None and step_of(checkpoint) == self.state.best_global_step:
+                continue
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -206,3 +206,22 @@ def prefix_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapte
     if not all(rows.values()):
         raise ValueError("no token reached the adapter: is it active, and is the text empty?")
     return torch.stack([sums[name] / rows[name] for name in layers]).cpu()
+
+
+def token_shares(model: nn.Module, input_ids: Tensor, adapter_name: str = "default") -> Tensor:
+    """The share of attention that the active prefixes take of each token of a text [1, L]: [layers, H, L]."""
+    layers = adapted_layers(model, adapter_name)
+    found: dict[str, Tensor] = {}
+
+    def see(name: str) -> Observer:
+        def keep(query: Tensor, context: Block, prefix: Block | None, x: Tensor, counts: Tensor) -> None:
+            if prefix is not None and prefix.lse.shape[-1] == input_ids.shape[1]:
+                found[name] = torch.sigmoid(prefix.lse - context.lse)[0].double()
+
+        return keep
+
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    observe(model, layers, [batch], {name: see(name) for name in layers}, adapter_name=adapter_name)
+    if not found:
+        raise ValueError("no token reached the adapter: is it active, and is the text empty?")
+    return torch.stack(list(found.values())).cpu()
