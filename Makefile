@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(VENV)/bin/ntk-attention finetune $(RUN) --overwrite --items 1440 --held-out 96 --max-new-tokens 32
 	$(VENV)/bin/ntk-attention info $(RUN) --text "What is 17 + 25?" --picture $(RUN)/shares.png
-	$(VENV)/bin/ntk-attention generate $(RUN) "State the final answer to the following arithmetic problem: 31 + 46 ="
+	$(VENV)/bin/ntk-attention generate $(RUN) --max-new-tokens 48 "State the final answer to the following arithmetic problem: 31 + 46 ="
 
 # A few minutes' worth of everything: the tests that are not marked `slow`.
 check: setup lint
