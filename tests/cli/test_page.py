@@ -1,12 +1,14 @@
 """The page of an adapter: all of it in one file, and its figures those of the attention."""
 
+import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
-from ntk_attention.cli.page import Seen, page, write_page
+from ntk_attention.cli.page import Seen, page, read_run, write_page
+from ntk_attention.cli.run_folder import RECORD as RECORD_NAME
 from ntk_attention.tuner.observation import prefix_shares, token_shares
 from tests.tiny import adapted
 
@@ -86,3 +88,15 @@ def test_an_adapter_without_a_run(tmp_path):
     unfinished = page("adapter", [("covers", "all")], {"settings": RECORD["settings"]}, None)
     assert "Training" not in unfinished
     assert "&lt;data&gt;" in unfinished
+
+
+def test_a_record_of_something_else_is_refused(tmp_path):
+    assert read_run(tmp_path) is None
+    path = tmp_path / RECORD_NAME
+    path.write_text(json.dumps({"settings": {}, "before": {}}))  # a run that has not ended: nothing is shown of it
+    assert read_run(tmp_path) == {"settings": {}, "before": {}}
+    path.write_text(json.dumps(RECORD))
+    assert read_run(tmp_path) == RECORD
+    path.write_text(json.dumps({name: x for name, x in RECORD.items() if name not in ("seconds", "train_tokens")}))
+    with pytest.raises(ValueError, match=r"finetune.json lacks train_tokens, seconds, which the page shows: expected"):
+        read_run(tmp_path)

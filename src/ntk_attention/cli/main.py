@@ -351,10 +351,10 @@ def info(
     with one_line_errors():
         if text is not None and not text.strip():
             raise ValueError("--text is empty")
-        from .page import TEXT, Seen, page, write_page
+        from .page import TEXT, Seen, page, read_run, write_page
         from .reports import describe_adapter, plot_shares
-        from .run_folder import read_record
 
+        record = None if html is None else read_run(adapter)
         base = base_name(adapter, model)
         measured = TEXT if text is None and html is not None else text
         tokens = None if measured is None else tokens_of(measured, base)
@@ -384,10 +384,8 @@ def info(
 
             tokenizer = load_tokenizer(base)
             seen = Seen(shares, [tokenizer.decode([token]) for token in tokens])
-            write_page(
-                html,
-                page(f"{adapter.resolve().name}, an adapter of {short_name(base)}", facts, read_record(adapter), seen),
-            )
+            title = f"{adapter.resolve().name}, an adapter of {short_name(base)}"
+            write_page(html, page(title, facts, record, seen))
             console.print(f"written to {html}", markup=False, soft_wrap=True)
 
 

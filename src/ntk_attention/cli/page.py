@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .data import METRICS
 from .reports import plot_loss, plot_shares, plot_token_shares
+from .run_folder import RECORD, read_record
 
 # What the shares are measured on where no text is given.
 TEXT = "The capital of France is Paris. Water boils at 100 degrees, and 12 + 7 is 19."
@@ -26,6 +27,30 @@ svg { max-width: 100%; height: auto; } .scroll { overflow-x: auto; }
 small { color: #5a6878; }
 """
 MOST_SHADE = 0.75  # of the token that looks at the prefix most
+
+
+NEEDED = (
+    "before", "train_items", "validation_items", "test_items", "train_tokens", "steps", "seconds", "hardware",
+    "train_loss", "validation_loss",
+)  # fmt: skip
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The record of the run that made an adapter; None where there is none.
+
+    Raises:
+        ValueError: if it is no record, or one of a finished run that lacks what the page shows.
+    """
+    record = read_record(folder)
+    if record is None or "after" not in record:
+        return record
+    missing = [name for name in NEEDED if name not in record] + ([] if "adapter" in record["settings"] else ["adapter"])
+    if missing:
+        raise ValueError(
+            f"{folder / RECORD} lacks {', '.join(missing)}, which the page shows: expected the record of a run of this "
+            "version of the library"
+        )
+    return record
 
 
 def page(title: str, facts: Sequence[tuple[str, str]], record: dict[str, Any] | None, seen: Seen | None) -> str:

@@ -51,7 +51,7 @@ class AdapterTrainer(Trainer):
         one step more. Where a best checkpoint is looked for, the end is that one.
         """
         if checkpoint is None or not self.is_last(checkpoint):
-            # On a GPU autograd has a thread of its own, where our Python takes longer (`python -m research bench host`).
+            # On a GPU autograd has a thread of its own, where our Python takes longer: `python -m research bench host`.
             with torch.autograd.set_multithreading_enabled(False):
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         else:
