@@ -20,6 +20,7 @@ ROOMS = {  # room: the rooms that it may know; "" is the face of the package
     "convert": {"ops", "tuner", "calibration", "progress"},
     "theory": {"ops", "progress"},
     "cli": {"ops", "tuner", "calibration", "convert", "theory", "progress"},
+    "vllm": {"ops", "tuner"},
     "": {"ops", "tuner", "calibration"},
 }
 COME_ALONG = {  # modules that pyproject.toml does not name, with the rooms that may import them
@@ -120,7 +121,7 @@ def test_imports_point_one_way():
         for name, found in edges()
         if is_ours(found) and room_of(found) != room_of(name) and room_of(found) not in ROOMS[room_of(name)]
     ]
-    assert not wrong, f"ops <- tuner <- calibration <- convert <- cli, theory <- cli: {wrong}"
+    assert not wrong, f"ops <- tuner <- calibration <- convert <- cli, theory <- cli, tuner <- vllm: {wrong}"
 
 
 def test_no_circle():
@@ -133,14 +134,15 @@ def test_no_circle():
 
 
 def test_third_parties():
-    """The operation needs torch alone, the library what pyproject.toml lists, the command line its extra.
+    """The operation needs torch alone, the library what pyproject.toml lists, the command line and vLLM their extras.
 
     Nothing of tests, research and examples is in that list either.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     library = {imported(line) for line in project["dependencies"]}
     extras = {imported(line) for name in ("cli", "demo") for line in project["optional-dependencies"][name]}
-    allowed = {"ops": {"torch"}, "cli": library | extras, "theory": library | extras}
+    serving = {imported(line) for line in project["optional-dependencies"]["vllm"]}
+    allowed = {"ops": {"torch"}, "cli": library | extras, "theory": library | extras, "vllm": library | serving}
     for name, found in edges():
         top, room = found.split(".")[0], room_of(name)
         if is_ours(found) or top in sys.stdlib_module_names or room in COME_ALONG.get(top, ((), ""))[0]:
