@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,14 @@ BACKENDS = {  # what stands for an attention implementation of vLLM, by its modu
     ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl"): "CPU_ATTN",
     ("vllm.v1.attention.backends.flash_attn", "FlashAttentionImpl"): "FLASH_ATTN",
 }
-# A module that rotates its queries and gives them to attention as they are then.
-ROTATES_LAST = re.compile(r"q, k = self\.rotary_emb\(positions, q, k\)\n\s*\w+ = self\.attn\(q, k, v\)")
+# The method of a module that rotates its queries and gives them to attention as they are. Granite's rotates them if it
+# was told to; Mistral's multiplies them in between if it was told to.
+ROTATES_LAST = re.compile(
+    r"^(    if self\.(?P<only>\w+):\n    )?    q, k = self\.rotary_emb\(\w+, q, k\)\n"
+    r"(    if self\.(?P<unless>do_llama_4_scaling):\n(        .*\n)+)?"
+    r"    \w+ = self\.attn\(q, k, v\)$",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -118,11 +125,14 @@ def rotary_of(module: nn.Module) -> RotaryEmbedding | None:
     Raises:
         ValueError: if something does that cannot be undone, or that is not understood; a sentence's end.
     """
-    source = inspect.getsource(type(module).forward)
+    source = textwrap.dedent(inspect.getsource(type(module).forward))
     if not re.search(r"rot|rope", source, re.IGNORECASE):
         return None
-    if not ROTATES_LAST.search(source):
+    found = ROTATES_LAST.search(source)
+    if found is None or (found["unless"] and getattr(module, found["unless"])):
         raise ValueError(f"{type(module).__name__} does not give its queries to attention as rotary_emb made them")
+    if found["only"] and not getattr(module, found["only"]):
+        return None
     embedding = module.rotary_emb
     methods = ("forward_native", "forward_cpu", "forward_cuda")
     is_plain = isinstance(embedding, RotaryEmbedding) and all(
