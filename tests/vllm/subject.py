@@ -64,6 +64,22 @@ def save_adapter(model: Path | str, folder: Path, seed: int, strength: float = 1
     return folder
 
 
+def save_adapters(model: Path | str, folder: Path, count: int) -> list[Path]:
+    """Many of the default kind."""
+    adapted = get_peft_model(load_model(model), NTKAttentionConfig(task_type="CAUSAL_LM", init_weights=False))
+    paths = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "ntk_states" in name:
+                    strength = 0.1 if "feed_forward" in name else 1.0
+                    parameter.copy_(strength * torch.randn_like(parameter) - (3.0 if "log_k" in name else 0.0))
+        paths.append(folder / f"adapter{seed}")
+        adapted.save_pretrained(paths[-1])
+    return paths
+
+
 def save_lora(model: Path | str, folder: Path, seed: int, rank: int = 8) -> Path:
     """A random LoRA adapter of all linear layers."""
     torch.manual_seed(seed)
