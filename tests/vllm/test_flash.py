@@ -57,9 +57,8 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[PrefixState]:
 
 
 def made(states: list[PrefixState], rows: Tensor, rotary: RotaryTable) -> FlashPrefixAttention:
-    flag = torch.tensor([bool((rows == -1).all())])
-    meta = SimpleNamespace(no_lora_flag_cpu=flag, token_lora_mapping=rows)
-    slots = Slots(3, SimpleNamespace(token_mapping_meta=meta), torch.device("cpu"))
+    meta = SimpleNamespace(no_lora_flag_cpu=torch.tensor([bool((rows == -1).all())]))
+    slots = Slots(3, SimpleNamespace(token_mapping_meta=meta, _token_lora_indices=rows.long()), torch.device("cpu"))
     layer = LayerStates(slots, H, D, torch.bfloat16)
     for place, (state, is_free) in enumerate(zip(states, (True, False), strict=True)):
         packed = weights("layer", state, is_free, Share(0, H, H))

@@ -130,6 +130,25 @@ def test_an_engine_that_is_refused_says_so_when_an_adapter_comes(
         load(llm, path)
 
 
+def test_an_engine_whose_model_is_not_understood_goes_on(
+    llm: LLM, manager: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plugin is a guest: LoRA must go on where transformers cannot make the model, say."""
+
+    def fail(config: Any) -> Any:
+        raise KeyError("no such model")
+
+    monkeypatch.setattr("ntk_attention.vllm.engine.outline", fail)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(enable_prefix_caching=True),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, use_ubatching=False),
+        model_config=SimpleNamespace(disable_cascade_attn=True, hf_config=None),
+    )
+    made = Engine(manager, config)
+    with pytest.raises(AdapterError, match="its model is not understood: KeyError: 'no such model'"):
+        made.load(LoRARequest("a", 1, str(tmp_path)))
+
+
 def test_a_layer_that_is_refused_says_so_when_an_adapter_comes(
     llm: LLM, manager: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +262,20 @@ def test_a_block_that_vllm_lacks(llm: LLM, manager: Any, model: Path, tmp_path: 
     path = save_adapter(model, tmp_path / "a", 0, feed_forward_rank=4)
     monkeypatch.delitem(manager.ntk_attention.blocks, "model.layers.2.self_attn")
     with pytest.raises(AdapterError, match=r"the feed-forward block model\.layers\.2\.mlp cannot be served"):
+        load(llm, path)
+
+
+def test_a_block_of_another_form(llm: LLM, manager: Any, model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """What gives more than a tensor is left alone, and remembered."""
+    path = save_adapter(model, tmp_path / "a", 0, feed_forward_rank=4)
+    factors = manager.ntk_attention.blocks["model.layers.1.self_attn"]
+    monkeypatch.setattr(factors, "refused", None)
+    block, x = torch.nn.Identity(), torch.randn(2, 128)
+    given = (x, None)
+    assert factors.after_block(block, (x,), {}, given) is given
+    with pytest.raises(
+        AdapterError, match=r"layers\.1\.mlp cannot be served: Identity does not give one tensor for one"
+    ):
         load(llm, path)
 
 

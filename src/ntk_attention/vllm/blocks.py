@@ -10,6 +10,7 @@ from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.lora.lora_weights import LoRALayerWeights
 
 from ..tuner.feed_forward import FeedForwardPrefix, feed_forwards
+from ..tuner.layer import input_of
 from .slots import Slots
 
 
@@ -26,6 +27,7 @@ class BlockFactors(BaseLayerWithLoRA):
     def __init__(self, slots: Slots, width: int, rank: int, dtype: torch.dtype):
         super().__init__()
         self.slots = slots
+        self.refused: str | None = None  # why nothing can be added to the block, seen when the model first runs
         A, device = slots.count, slots.device
         self.register_buffer("A", torch.zeros(A, 1, rank, width, dtype=dtype, device=device), persistent=False)
         self.register_buffer("B", torch.zeros(A, 1, width, rank, dtype=dtype, device=device), persistent=False)
@@ -41,10 +43,13 @@ class BlockFactors(BaseLayerWithLoRA):
         self.A[index, 0, : len(lora_a)].copy_(lora_a)
         self.B[index, 0, :, : len(lora_a)].copy_(lora_b)
 
-    def after_block(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output of the block [T, D], with what its prefixes add."""
-        width = output.shape[-1]
-        self.slots.punica.add_lora_linear(output, args[0], (self.A,), (self.B,), 1.0, (width,))
+        x = input_of(args, kwargs)
+        if not isinstance(output, Tensor) or output.shape != x.shape:
+            self.refused = f"{type(block).__name__} does not give one tensor for one"
+            return output
+        self.slots.punica.add_lora_linear(output, x, (self.A,), (self.B,), 1.0, (output.shape[-1],))
         return output
 
 

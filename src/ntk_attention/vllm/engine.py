@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
@@ -20,13 +20,15 @@ from .slots import LayerStates, Share, Slots
 from .step import RotaryTable
 from .survey import Site, backend_of, refused_engine, sites_of
 
+logger = logging.getLogger(__name__)
+
 STATES, BLOCK = "ntk_states", "ntk_block"  # the ends of the names of our layers, which vLLM keeps among its own
 
 
 class Engine:
     """What the plugin knows of one LoRA manager of vLLM.
 
-    An engine that no prefix can be served in is left as it is: the first adapter of ours that is loaded is told why.
+    An engine that no prefix can be served in goes on without: the first adapter of ours that is loaded is told why.
 
     Args:
         manager: vLLM's `LoRAModelManager`, just made.
@@ -35,32 +37,35 @@ class Engine:
 
     def __init__(self, manager: Any, config: Any):
         self.manager = manager
-        self.refused = refused_engine(manager.model, config)
         self.sites: dict[str, Site] = {}
-        self.outline: nn.Module | None = None
         self.loaded: dict[str, str] = {}  # fingerprints, by what the prefix cache calls the adapter
         self.caches_prefixes = bool(config.cache_config.enable_prefix_caching)
-        if self.refused is not None:
-            return
-        try:
-            self.outline = outline(config.model_config.hf_config)
-        except (ValueError, ImportError, AttributeError) as error:
-            self.refused = f"transformers cannot make its model: {error}"
-            return
-        self.sites = sites_of(manager.model)
         self.max_rank: int = manager.lora_config.max_lora_rank
+        self.refused = refused_engine(manager.model, config)
+        if self.refused is None:
+            try:
+                self.make_places(config)
+            except Exception as error:  # of any model: the engine may be there for LoRA alone
+                logger.exception("NTK-Attention cannot be served by this engine")
+                self.refused = f"its model is not understood: {type(error).__name__}: {error}"
+
+    def make_places(self, config: Any) -> None:
+        """Give all layers that can have them places for adapters."""
+        manager = self.manager
+        self.outline = outline(config.model_config.hf_config)
+        self.sites = sites_of(manager.model)
+        self.served = [name for name, site in self.sites.items() if site.refused is None]
+        self.dtype: torch.dtype = manager.lora_config.lora_dtype
         punica = manager._get_punica_wrapper(next(iter(self.sites), ""))
         self.slots = Slots(manager.lora_slots, punica, manager.device)
-        self.dtype: torch.dtype = manager.lora_config.lora_dtype
         tables: dict[int, RotaryTable] = {}
-        self.served = [name for name, site in self.sites.items() if site.refused is None]
         for name in self.served:
             self.add_states(name, tables)
-        self.blocks = blocks.blocks_of(manager.model, self.outline, self.served)
-        for name, (block, width) in self.blocks.items():
-            factors = blocks.BlockFactors(self.slots, width, self.max_rank, self.dtype)
-            manager.register_module(f"{name}.{BLOCK}", factors)
-            block.register_forward_hook(factors.after_block)
+        self.blocks: dict[str, blocks.BlockFactors] = {}
+        for name, (block, width) in blocks.blocks_of(manager.model, self.outline, self.served).items():
+            self.blocks[name] = blocks.BlockFactors(self.slots, width, self.max_rank, self.dtype)
+            manager.register_module(f"{name}.{BLOCK}", self.blocks[name])
+            block.register_forward_hook(self.blocks[name].after_block, with_kwargs=True)
 
     def add_states(self, name: str, tables: dict[int, RotaryTable]) -> None:
         """Give an attention layer places for states; tables that undo rotary positions are shared between layers."""
@@ -81,7 +86,6 @@ class Engine:
         """
         if self.refused is not None:
             raise AdapterError(f"{request.lora_path} cannot be served by this engine: {self.refused}")
-        assert self.outline is not None
         folder = Folder(local_folder(request.lora_path), self.outline)
         self.check_sites(folder)
         self.check_prefix_cache(request, folder)
@@ -115,10 +119,11 @@ class Engine:
                 raise AdapterError(f"{folder.config_file}: {name} cannot be served: {reason}")
             if planned.block is None:
                 continue
-            if name not in self.blocks:
+            factors = self.blocks.get(name)
+            reason = "vLLM has no such module" if factors is None else factors.refused
+            if reason is not None:
                 raise AdapterError(
-                    f"{folder.config_file}: the feed-forward block {planned.block.names[0]} cannot be served: vLLM has "
-                    "no such module"
+                    f"{folder.config_file}: the feed-forward block {planned.block.names[0]} cannot be served: {reason}"
                 )
             rank = folder.config.feed_forward_rank
             if not isinstance(rank, int) or rank > self.max_rank:

@@ -50,11 +50,11 @@ class Slots:
         self.free = torch.zeros(count, dtype=torch.bool, device=device)  # whether phi sees queries without positions
 
     def of_tokens(self, count: int) -> Tensor:
-        """The slots of so many tokens of this pass, int32; -1 for the base model."""
-        on_gpu = getattr(self.punica, "token_mapping_meta", None)
-        if on_gpu is None:
-            return self.punica.token_lora_indices[:count].int()
-        return on_gpu.token_lora_mapping[:count]
+        """The slots of so many tokens of this pass, int32; -1 for the base model.
+
+        vLLM sets these for passes without adapters, too, in which a recorded graph may run that has prefixes.
+        """
+        return self.punica._token_lora_indices[:count].int()
 
 
 class LayerStates(BaseLayerWithLoRA):
