@@ -73,12 +73,13 @@ def test_smollm2(tmp_path: Path) -> None:
     adapters |= {f"lora{i}": save_lora(model, tmp_path / f"lora{i}", i) for i in range(2)}
     tokenizer = load_tokenizer(str(model))
     names = [None, *adapters]
-    start = "You are given a short question. Answer it with one sentence, and think about it before you do. "
+    start = "You are given a short question. Answer it with one sentence, and think about it before you do. " * 2
     texts = [f"{start}What is {i} + {3 * i}, and why is {i * i} a number that Anna likes?" for i in range(200)]
     requests = [(names[i % len(names)], tokenizer(text).input_ids) for i, text in enumerate(texts)]
     expected = expected_tokens(model, adapters, requests, LENGTH)
     with serving(model, adapters, tmp_path, **{"max-loras": 11}) as server:
         found = server.complete_all(requests, LENGTH, 32)
-        assert server.metric("vllm:prefix_cache_hits_total") > 0
+        hits = server.metric("vllm:prefix_cache_hits_total") / server.metric("vllm:prefix_cache_queries_total")
     same = sum(own == other for own, other in zip(found, expected, strict=True))
     assert same == len(requests), f"{same} of {len(requests)} answers are the same"
+    assert hits > 0.2
