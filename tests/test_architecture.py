@@ -151,6 +151,16 @@ def test_third_parties():
         assert top in where, f"{name} imports {top}, its room may import {sorted(where)}"
 
 
+def test_the_plugin_waits_for_vllm():
+    """Its entry imports nothing of vLLM, nor what does, before vLLM calls it."""
+    for name in (f"{PACKAGE}.vllm", f"{PACKAGE}.vllm.plugin"):
+        path = modules()[name]
+        tree = ast.parse(path.read_text())
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = set(imports(name, path, tree, modules()))
+        assert not {x for x in found if x.split(".")[0] == "vllm" or room_of(x) == "vllm"}, f"{name} imports {found}"
+
+
 def imported(requirement: str) -> str:
     """The module of a distribution."""
     name = requirement.split(";")[0]
