@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ntk_attention import NTKAttentionConfig
 
@@ -108,7 +108,8 @@ def prompts(count: int, seed: int = 0, longest: int = 60, shared: int = 0) -> li
 def expected_tokens(
     model: Path | str, adapters: Mapping[str, Path], requests: Sequence[tuple[str | None, list[int]]], length: int
 ) -> list[list[int]]:
-    """What transformers writes for each (adapter or None, text), one at a time and greedily."""
+    """What transformers writes for each (adapter or None, text), one at a time and greedily, past any end token."""
+    greedy = GenerationConfig(max_new_tokens=length, do_sample=False, eos_token_id=-1, pad_token_id=0)
     written: list[list[int]] = [[] for _ in requests]
     for name in dict.fromkeys(name for name, _ in requests):
         base = load_model(model)
@@ -116,12 +117,6 @@ def expected_tokens(
         for place, (own, text) in enumerate(requests):
             if own == name:
                 ids = torch.tensor([text])
-                out = adapted.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=length,
-                    do_sample=False,
-                    pad_token_id=0,
-                )
+                out = adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
                 written[place] = out[0, len(text) :].tolist()
     return written

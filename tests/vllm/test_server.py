@@ -69,7 +69,7 @@ def test_smollm2(tmp_path: Path) -> None:
 
     model = embedded_folder()
     kinds = [*KINDS.values(), {}, {}]
-    adapters = {f"ours{i}": save_adapter(model, tmp_path / f"ours{i}", i, 0.2, **kind) for i, kind in enumerate(kinds)}
+    adapters = {f"ours{i}": save_adapter(model, tmp_path / f"ours{i}", i, 0.3, **kind) for i, kind in enumerate(kinds)}
     adapters |= {f"lora{i}": save_lora(model, tmp_path / f"lora{i}", i) for i in range(2)}
     tokenizer = load_tokenizer(str(model))
     names = [None, *adapters]
