@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 RUN ?= runs/demo
 
-.PHONY: demo check test test-oldest test-newest lint setup clean
+.PHONY: demo check test test-oldest test-newest test-vllm lint setup clean
 
 # Installed first, by itself. Where pip would take a CUDA build of torch and a CPU one is wanted:
 # make demo FIRST="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -43,10 +43,26 @@ test-newest:
 	$(MAKE) check VENV=.venv-newest EXTRAS=demo,test,examples FIRST=torch
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 tests/cli/test_examples.py tests/tuner/test_trl.py
 
+# Serving with vLLM on a CPU, in an environment of its own: what it pins is not what the rest is tested with. About twenty
+# minutes; `-m "not slow"` in VLLM_TESTS leaves out the long ones.
+VLLM_VENV := .venv-vllm
+VLLM_FIRST ?= torch==2.13.0
+VLLM_TESTS ?=
+
+test-vllm: $(VLLM_VENV)/.ready
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(VLLM_TESTS)
+
+$(VLLM_VENV)/.ready: pyproject.toml tests/vllm/requirements.txt
+	python3 -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet $(VLLM_FIRST)
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps -r tests/vllm/requirements.txt
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest runs build dist
+	rm -rf $(VENV) .venv-oldest .venv-newest $(VLLM_VENV) runs build dist

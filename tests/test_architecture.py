@@ -20,6 +20,7 @@ ROOMS = {  # room: the rooms that it may know; "" is the face of the package
     "convert": {"ops", "tuner", "calibration", "progress"},
     "theory": {"ops", "progress"},
     "cli": {"ops", "tuner", "calibration", "convert", "theory", "progress"},
+    "vllm": {"ops", "tuner"},
     "": {"ops", "tuner", "calibration"},
 }
 COME_ALONG = {  # modules that pyproject.toml does not name, with the rooms that may import them
@@ -121,7 +122,7 @@ def test_imports_point_one_way():
         for name, found in edges()
         if is_ours(found) and room_of(found) != room_of(name) and room_of(found) not in ROOMS[room_of(name)]
     ]
-    assert not wrong, f"ops <- tuner <- calibration <- convert <- cli, theory <- cli: {wrong}"
+    assert not wrong, f"ops <- tuner <- calibration <- convert <- cli, theory <- cli, tuner <- vllm: {wrong}"
 
 
 def test_no_circle():
@@ -134,20 +135,31 @@ def test_no_circle():
 
 
 def test_third_parties():
-    """The operation needs torch alone, the library what pyproject.toml lists, the command line its extra.
+    """The operation needs torch alone, the library what pyproject.toml lists, the command line and vLLM their extras.
 
     Nothing of tests, research and examples is in that list either.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     library = {imported(line) for line in project["dependencies"]}
     extras = {imported(line) for name in ("cli", "demo") for line in project["optional-dependencies"][name]}
-    allowed = {"ops": {"torch"}, "cli": library | extras, "theory": library | extras}
+    serving = {imported(line) for line in project["optional-dependencies"]["vllm"]}
+    allowed = {"ops": {"torch"}, "cli": library | extras, "theory": library | extras, "vllm": library | serving}
     for name, found in edges():
         top, room = found.split(".")[0], room_of(name)
         if is_ours(found) or top in sys.stdlib_module_names or room in COME_ALONG.get(top, ((), ""))[0]:
             continue
         where = allowed.get(room, library)
         assert top in where, f"{name} imports {top}, its room may import {sorted(where)}"
+
+
+def test_the_plugin_waits_for_vllm():
+    """Its entry imports nothing of vLLM, nor what does, before vLLM calls it."""
+    for name in (f"{PACKAGE}.vllm", f"{PACKAGE}.vllm.plugin"):
+        path = modules()[name]
+        tree = ast.parse(path.read_text())
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = set(imports(name, path, tree, modules()))
+        assert not {x for x in found if x.split(".")[0] == "vllm" or room_of(x) == "vllm"}, f"{name} imports {found}"
 
 
 def imported(requirement: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/ntk_attention"
 GUIDE = ROOT / "CONTRIBUTING.md"
-ROOMS = ("ops", "tuner", "calibration", "convert", "cli", "theory")  # in the order of the imports
+ROOMS = ("ops", "tuner", "calibration", "convert", "cli", "theory", "vllm")  # in the order of the imports
 START, END = "<!-- the tree: python -m tests.tree -->\n", "<!-- the tree ends -->\n"
 
 
