@@ -6,9 +6,6 @@ import re
 
 import pytest
 
-from ntk_attention.cli import models
-
-from .tiny import save_model
 from .tree import END, GUIDE, PACKAGE, ROOMS, ROOT, START, tree
 
 TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "research").rglob("*.md")]
@@ -42,22 +39,3 @@ def test_the_mathematics_is_quoted_as_it_is():
     for node in quoted:
         del own[node.name].body[0]  # the docstring
         assert ast.unparse(node) == ast.unparse(own[node.name])
-
-
-def test_the_readme_s_script_runs(tmp_path, monkeypatch, capsys):
-    """As printed, but for the model, which is tiny here."""
-    script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
-    folder = save_model(tmp_path / "model")
-    load = models.load_model
-
-    def tiny(name, **options):
-        assert name == "smollm2-135m"
-        model, tokenizer = load(str(folder), **options)
-        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-        return model, tokenizer
-
-    monkeypatch.setattr(models, "load_model", tiny)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(script, "README.md", "exec"), {"__name__": "readme"})
-    assert (tmp_path / "runs/sums/adapter_model.safetensors").is_file()
-    assert capsys.readouterr().out

@@ -13,36 +13,40 @@ from pathlib import Path
 
 import pytest
 
+from .tiny import save_model
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
 FOLDERS = ("src", "tests", "research", "examples")  # those that must stay out are there to be left out
 
-# The names that the README takes for granted; small enough to train within seconds.
+# The embedded model of the README is a tiny one here, whose folder comes as an argument.
 BEFORE = """
 import sys
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from ntk_attention.cli import models
 
-def tiny():
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-    return LlamaForCausalLM(LlamaConfig(**sizes))
+load = models.load_model
 
-base_model, fresh_base_model = tiny(), tiny()
-ids = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(0))
-data = [{"input_ids": row, "labels": row} for row in ids]
-first_batches = [{"input_ids": ids}]
+def load_tiny(name, **options):
+    assert name == "smollm2-135m"
+    model, tokenizer = load(sys.argv[1], **options)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return model, tokenizer
+
+models.load_model = load_tiny
 """
 AFTER = """
+import torch
 import ntk_attention
+from peft import PeftModel
+
 assert ntk_attention.__file__.startswith(sys.prefix), ntk_attention.__file__
-ids = ids.to(model.device)
+model = PeftModel.from_pretrained(load_tiny("smollm2-135m")[0], "runs/sums")
 with torch.no_grad():
-    adapted = model(input_ids=ids).logits
+    adapted = model(**inputs).logits
     with model.disable_adapter():
-        frozen = model(input_ids=ids).logits
-assert not torch.allclose(adapted, frozen), "the adapter that was loaded does nothing"
+        frozen = model(**inputs).logits
+assert not torch.allclose(adapted, frozen), "the adapter that was saved does nothing"
 """
 
 
@@ -103,6 +107,6 @@ def test_the_first_snippet_of_the_readme(built, tmp_path):
     script = tmp_path / "snippet.py"
     script.write_text(BEFORE + snippet[1] + AFTER)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    run(python, "-W", "ignore", script, cwd=tmp_path, env=environment)
-    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+    run(python, "-W", "ignore", script, save_model(tmp_path / "model"), cwd=tmp_path, env=environment)
+    assert (tmp_path / "runs/sums/adapter_model.safetensors").is_file()
     assert "finetune" in run(tmp_path / "venv/bin/ntk-attention", "--help", cwd=tmp_path, env=environment)
