@@ -116,6 +116,16 @@ def test_without_the_asset(tmp_path, monkeypatch):
     assert "research prepare" in " ".join(done.output.replace("│", " ").split())
 
 
+def test_windows_with_room_for_the_document_are_the_full_cache(prepared, model_folder, tmp_path):
+    arguments = [*SMALL[2:], "--budgets", 1, "--documents", "other", "--model", model_folder, "--work", tmp_path]
+    done = invoke("facts", "--methods", "full cache;window;retrieval", *arguments, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    full, *windows = read(tmp_path / "facts.jsonl")
+    for row in windows:
+        assert row["kl"] < 1e-5, row["method"]
+        assert row["likelihood"] == pytest.approx(full["likelihood"], abs=0.02)
+
+
 def test_bytes_that_hold_nothing_are_a_row(prepared, model_folder, tmp_path):
     arguments = ["--methods", "cartridge;shortened cache;state random, fitted;state anchored and tokens, distilled"]
     arguments += [*SMALL[2:], "--budgets", 0.05 * KIB, "--documents", "other", "--model", model_folder]

@@ -128,8 +128,9 @@ class Retrieved(Kept):
             by_start[self.starts[self.index.best(question.prompt)]].append(i)
         for start, own in by_start.items():
             tokens = self.job.document[start : start + self.job.budget]
-            exact = by_layer(self.model, prefix_of_text(self.job.base, tokens))
-            yield own, Kept(self.model, exact)
+            with Kept(self.model).active():  # read by the frozen model alone
+                prefix = prefix_of_text(self.job.base, tokens)
+            yield own, Kept(self.model, by_layer(self.model, prefix))
 
     @property
     def bytes(self) -> int:

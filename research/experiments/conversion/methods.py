@@ -187,8 +187,9 @@ def full_cache(job: Job) -> Kept:
 
 def window(job: Job, share: float = 1.0) -> Kept:
     """The last tokens alone, read as a text of their own."""
+    tokens = prefix_of_text(job.base, job.document[-int(share * job.budget) :])  # before there is an adapter
     model = job.adapt()
-    return Kept(model, by_layer(model, prefix_of_text(job.base, job.document[-int(share * job.budget) :])))
+    return Kept(model, by_layer(model, tokens))
 
 
 def shortened(job: Job, share: float = 1.0, steps: bool = False) -> Kept:
