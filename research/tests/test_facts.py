@@ -233,20 +233,22 @@ CHAPTER = """
 
 def test_questions_of_a_chapter():
     text = chapter("boxes", CHAPTER + " " * fact_texts.CONTINUATION)
-    found = {q.prompt.removeprefix("\n\nQuestion: ").removesuffix("\nAnswer:"): q.answer for q in text.questions}
+    found = {q.prompt.removeprefix("\n\nQuestion: ").split("\nAnswer:")[0]: q.answer for q in text.questions}
+    stems = [q.prompt.split("\nAnswer:")[1] for q in text.questions if "`size`" in q.prompt]
+    assert stems == [" The default of `size` is `"]
     quote = next(prompt for prompt in found if "text above says" in prompt)
     assert found.pop(quote) == "ignore_all"
     assert quote.endswith("to the place that it has named after that, with ``")
     assert found == {
-        "What is the default of `follow` in `copy`?": " True",
-        "Which parameter of `copy` comes right behind `src`?": " dst",
-        "Which parameter of `copy` comes right behind `dst`?": " follow",
+        "What is the default of `follow` in `copy`?": "True",
+        "Which parameter of `copy` comes right behind `src`?": "dst",
+        "Which parameter of `copy` comes right behind `dst`?": "follow",
         "In which version of Python was `copy` added to boxes?": " 3.3",
         "In which version of Python did `copy` get `follow`?": " 3.8",
-        "What is the default of `size` in `Box`?": " 10",
-        "What is the default of `mode` in `Box.open`?": " 'r'",
-        "What is the default of `key` in `Box.open`?": " None",
-        "Which parameter of `Box.open` comes right behind `mode`?": " key",
+        "What is the default of `size` in `Box`?": "10",
+        "What is the default of `mode` in `Box.open`?": "'r'",
+        "What is the default of `key` in `Box.open`?": "None",
+        "Which parameter of `Box.open` comes right behind `mode`?": "key",
         "In which version of Python did `Box.open` get `key`?": " 3.9",
     }
 

@@ -29,7 +29,11 @@ MOST = 96  # questions of a document
 CONTINUATION = 4000  # characters at the end
 QUOTED = 12  # words before the answer
 SEEN = 4
-SYLLABLES = ("ba", "dor", "mel", "ku", "tir", "sa", "ven", "lo", "gri", "nu", "pel", "zam", "ro", "fi", "quo", "hest")
+SYLLABLES = (
+    "ba", "dor", "mel", "ku", "tir", "sa", "ven", "lo", "gri", "nu", "pel", "zam", "ro", "fi", "quo", "hest", "wil",
+    "an", "stro", "bex", "chi", "du", "elm", "fran", "gop", "hul", "is", "jor", "kra", "lud", "mo", "nor", "op", "pri",
+    "ral", "sken", "tob", "ul", "vask", "yen",
+)  # fmt: skip
 JOBS = ("welder", "bookkeeper", "driver", "chemist", "cook", "electrician", "clerk", "designer", "nurse", "archivist")
 THINGS = ("hinge", "valve", "lamp", "ladder", "pump", "cable", "bracket", "filter", "gauge", "crate", "brush", "sensor")
 KINDS = (
@@ -72,8 +76,12 @@ class FactText:
         return cls(record["name"], record["text"], tuple(Question(**q) for q in record["questions"]))
 
 
-def ask(kind: str, question: str, answer: str) -> Question:
-    return Question(kind, f"\n\nQuestion: {question}\nAnswer:", f" {answer}")
+def ask(kind: str, question: str, answer: str, stem: str = "") -> Question:
+    """The stem begins the answer, so that the next word is the fact and not "The": up to a blank or an opening mark."""
+    opened = stem.endswith("`")
+    return Question(
+        kind, f"\n\nQuestion: {question}\nAnswer:{' ' * bool(stem)}{stem}", answer if opened else f" {answer}"
+    )
 
 
 def chosen(questions: Iterable[Question], seed: int) -> tuple[Question, ...]:
@@ -119,9 +127,11 @@ def of_directives(module: str, text: str) -> Iterator[Question]:
             ).strip()
             names = PARAMETER.findall(note)
             if noted[2] == "added" and not note:
-                yield ask("version", f"In which version of Python was `{subject}` added to {module}?", noted[3])
+                asked = f"In which version of Python was `{subject}` added to {module}?"
+                yield ask("version", asked, noted[3], f"`{subject}` was added in version")
             elif len(names) == 1 and (noted[2] == "added" or "dded" in note):
-                yield ask("version", f"In which version of Python did `{subject}` get `{names[0]}`?", noted[3])
+                asked = f"In which version of Python did `{subject}` get `{names[0]}`?"
+                yield ask("version", asked, noted[3], f"`{names[0]}` was added in version")
 
 
 def of_signature(subject: str, signature: str) -> Iterator[Question]:
@@ -143,10 +153,12 @@ def of_signature(subject: str, signature: str) -> Iterator[Question]:
     for argument, default in pairs:
         if default is not None:
             value = ast.get_source_segment(f"def f({inner}): pass", default)
-            yield ask("default", f"What is the default of `{argument.arg}` in `{subject}`?", str(value))
+            asked = f"What is the default of `{argument.arg}` in `{subject}`?"
+            yield ask("default", asked, str(value), f"The default of `{argument.arg}` is `")
     names = [argument.arg for argument in (*positional, *arguments.kwonlyargs)]
     for before, after in itertools.pairwise(names):
-        yield ask("order", f"Which parameter of `{subject}` comes right behind `{before}`?", after)
+        asked = f"Which parameter of `{subject}` comes right behind `{before}`?"
+        yield ask("order", asked, after, f"Right behind `{before}` comes `")
 
 
 def quotes(text: str, marked: re.Pattern[str]) -> Iterator[Question]:
@@ -200,7 +212,7 @@ def paper_text(document: dict) -> str:
 # --- a text of nothing but invented facts ---
 
 
-def company(seed: int = 0, people: int = 100, goods: int = 140) -> FactText:
+def company(seed: int = 0, people: int = 60, goods: int = 70) -> FactText:
     """About a hundred tokens for each of the people and fifty for each of the goods."""
     rng = random.Random(seed)
     names, things = set(), set()
@@ -209,7 +221,7 @@ def company(seed: int = 0, people: int = 100, goods: int = 140) -> FactText:
     while len(things) < goods:
         things.add(f"{rng.choice(KINDS)} {rng.choice(COLOURS)} {rng.choice(THINGS)}")
     records = [person(name, rng.choice(sorted(names - {name})), rng) for name in sorted(names)]
-    records += [article(thing, rng) for thing in sorted(things)]
+    records += [goods_of(thing, rng) for thing in sorted(things)]
     rng.shuffle(records)
     text = "\n\n".join(paragraph for paragraph, _ in records)
     early = text[:-CONTINUATION]
@@ -220,24 +232,25 @@ def company(seed: int = 0, people: int = 100, goods: int = 140) -> FactText:
 
 def person(name: str, friend: str, rng: random.Random) -> tuple[str, list[Question]]:
     job, town, age, code = rng.choice(JOBS), invented(rng), rng.randint(19, 66), rng.randint(10000, 99999)
+    article = "an" if job[0] in "aeiou" else "a"
     paragraph = (
-        f"{name} works as {'an' if job[0] in 'aeiou' else 'a'} {job} and lives in {town}. The badge of {name} has "
+        f"{name} works as {article} {job} and lives in {town}. The badge of {name} has "
         f"the number {code}; its holder is {age} years old and goes to lunch with {friend}."
     )
     return paragraph, [
-        ask("town", f"In which town does {name} live?", town),
-        ask("badge", f"What is the number of the badge of {name}?", str(code)),
-        ask("job", f"What is the job of {name}?", job),
-        ask("friend", f"With whom does {name} go to lunch?", friend),
+        ask("town", f"In which town does {name} live?", town, f"{name} lives in"),
+        ask("badge", f"What is the number of the badge of {name}?", str(code), f"The badge of {name} has the number"),
+        ask("job", f"What is the job of {name}?", job, f"{name} works as {article}"),
+        ask("friend", f"With whom does {name} go to lunch?", friend, f"{name} goes to lunch with"),
     ]
 
 
-def article(thing: str, rng: random.Random) -> tuple[str, list[Question]]:
+def goods_of(thing: str, rng: random.Random) -> tuple[str, list[Question]]:
     shelf, pieces, maker = f"{rng.choice('ABCDEFGH')}{rng.randint(10, 99)}", rng.randint(11, 990), invented(rng)
     return f"The {thing} lies on shelf {shelf}; there are {pieces} pieces of it, made by {maker}.", [
-        ask("shelf", f"On which shelf does the {thing} lie?", shelf),
-        ask("pieces", f"How many pieces of the {thing} are there?", str(pieces)),
-        ask("maker", f"Who makes the {thing}?", maker),
+        ask("shelf", f"On which shelf does the {thing} lie?", shelf, f"The {thing} lies on shelf"),
+        ask("pieces", f"How many pieces of the {thing} are there?", str(pieces), f"Of the {thing} there are"),
+        ask("maker", f"Who makes the {thing}?", maker, f"The {thing} is made by"),
     ]
 
 
