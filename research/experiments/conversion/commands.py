@@ -1,7 +1,8 @@
-"""The commands `conversion accuracy`, `documents`, `prefix-tuning` and `report`."""
+"""The commands `conversion accuracy`, `documents`, `facts`, `prefix-tuning` and `report`."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -71,6 +72,46 @@ def documents(
 
 
 @app.command()
+def facts(
+    out: Out = RESULTS,
+    work: Annotated[Path, typer.Option(help="Folder that keeps the calibration texts.")] = Path("runs/documents"),
+    documents: Annotated[str, typer.Option(help="Names, separated by commas; all by default.")] = "",
+    methods: Annotated[str, typer.Option(help="Names, separated by semicolons; all by default.")] = "",
+    budgets: Annotated[str, typer.Option(help="MiB that are kept, separated by commas.")] = "2,8,32",
+    seeds: Annotated[str, typer.Option(help="Of calibration texts and methods, separated by commas.")] = "0,1,2",
+    minutes: Annotated[float, typer.Option(help="No row is begun after so many; run again to go on.")] = math.inf,
+    model: Annotated[str, typer.Option(help="An asset, a folder or a name on the hub.")] = "qwen2.5-coder-0.5b",
+    held_out: Annotated[int, typer.Option(help="Tokens of the continuation.")] = 512,
+    limit: Annotated[int, typer.Option(help="Tokens of a document at most.")] = 2**14,
+    steps: Annotated[int, typer.Option(help="Of distillation.")] = 120,
+    rows: Annotated[int, typer.Option(help="Of calibration text.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of such a row.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 8,
+    source: Annotated[str, typer.Option(help="Of the calibration text: samples, chunks or both.")] = "samples",
+    state_rate: Annotated[float, typer.Option(help="Learning rate of states.")] = 2e-3,
+    cache_rate: Annotated[float, typer.Option(help="Learning rate of trained caches.")] = 5e-3,
+) -> None:
+    """Which facts of a document are left in so many bytes, beside other ways to spend them."""
+    from .fact_methods import FACT_METHODS
+    from .facts import cells, known_documents, run
+    from .methods import Setting
+
+    if source not in SOURCES:
+        raise typer.BadParameter(f"unknown source {source!r}: expected one of {SOURCES}")
+    sizes, numbers = numbers_from(budgets, float, 0), numbers_from(seeds, int, -1)
+    try:
+        known = known_documents()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    wanted = cells(chosen_from(documents, ",", known), chosen_from(methods, ";", FACT_METHODS), sizes, numbers)
+    rates = {"state": state_rate, "cache": cache_rate}
+    setting = Setting(model, held_out, limit, steps, rows, length, batch_size, source, rates, numbers[0])
+    left = run(out, work, wanted, setting, minutes)
+    if left:
+        print(f"{left} of {len(wanted)} rows are left: run the same command again")
+
+
+@app.command()
 def prefix_tuning(
     out: Out = RESULTS,
     work: Annotated[Path, typer.Option(help="Folder that keeps the trained adapters.")] = Path("runs/prefix-tuning"),
@@ -101,6 +142,17 @@ def report(out: Out = RESULTS) -> None:
     from .report import write_report
 
     print("\n".join(map(str, write_report(out))))
+
+
+def numbers_from(text: str, kind: type, above: float) -> list:
+    """Numbers separated by commas, each larger than `above`."""
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers separated by commas, got {text!r}") from None
+    if any(not above < number < math.inf for number in numbers):
+        raise typer.BadParameter(f"expected finite numbers larger than {above}, got {text!r}")
+    return numbers
 
 
 def chosen_from(names: str, separator: str, known: dict) -> list[str]:

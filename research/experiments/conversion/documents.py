@@ -65,7 +65,7 @@ def result(name: str, job: Job, document: Document, expected: torch.Tensor) -> d
     try:
         figures = measure(kept, document, job.tokenizer, expected)
         figures.pop("logits")
-        figures |= {"numbers": kept.numbers, "bytes": 2 * kept.numbers, "made_in_seconds": round(seconds, 2)}
+        figures |= {"numbers": kept.numbers, "bytes": kept.bytes, "made_in_seconds": round(seconds, 2)}
         figures["prefill_seconds"] = round(job.prefill_seconds, 3)
         if kept.curve:
             figures["kl_curve"] = [round(x, 4) for x in kept.curve[:: max(1, len(kept.curve) // 20)]]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -161,9 +161,19 @@ class Kept:
         held = 0 if self.rests else sum(x.numel() for x in states_of(self.model).values())
         if not self.rests:
             maps = [layer["default"].feature_map for layer in adapted_layers(self.model).values()]
-            own = [phi for phi in maps if phi.name == "anchored" or any(p.requires_grad for p in phi.parameters())]
-            held += sum(p.numel() for phi in own for p in phi.parameters())  # random directions come from a seed
+            directions = [(phi.name, x) for phi in maps for x in (*phi.parameters(), *phi.buffers())]
+            # Random ones come from a seed.
+            held += sum(x.numel() for name, x in directions if name == "anchored" or x.requires_grad)
         return held + sum(x.numel() for tokens in self.exact.values() for x in tokens if x is not None)
+
+    @property
+    def bytes(self) -> int:
+        """In 16 bits a number."""
+        return 2 * self.numbers
+
+    def groups(self, asked: Sequence[Any]) -> Iterator[tuple[list[int], Kept]]:
+        """Which of the questions are answered with what."""
+        yield list(range(len(asked))), self
 
 
 def no_context(job: Job) -> Kept:
@@ -177,8 +187,9 @@ def full_cache(job: Job) -> Kept:
 
 def window(job: Job, share: float = 1.0) -> Kept:
     """The last tokens alone, read as a text of their own."""
+    tokens = prefix_of_text(job.base, job.document[-int(share * job.budget) :])  # before there is an adapter
     model = job.adapt()
-    return Kept(model, by_layer(model, prefix_of_text(job.base, job.document[-int(share * job.budget) :])))
+    return Kept(model, by_layer(model, tokens))
 
 
 def shortened(job: Job, share: float = 1.0, steps: bool = False) -> Kept:

@@ -14,11 +14,13 @@ from matplotlib.ticker import NullFormatter
 
 from research.recording import Row, read, table
 
+from .facts_report import facts
+
 COLOURS = ("#1f4e79", "#c0392b", "#2e8b57", "#b8860b", "#7d3c98", "#5d9bd1", "#333333")
 HEAD = """# Prefixes that exist become states
 
 Made by `python -m research conversion report` from the JSON lines beside this file, which
-`python -m research conversion accuracy|documents|prefix-tuning` writes. What is measured, and how, stands in
+`python -m research conversion accuracy|documents|facts|prefix-tuning` writes. What is measured, and how, stands in
 `research/experiments/conversion`; the derivation of the bound and what the tables mean in
 [docs/conversion.md](../../docs/conversion.md).
 """
@@ -27,7 +29,8 @@ Made by `python -m research conversion report` from the JSON lines beside this f
 def write_report(out: Path) -> list[Path]:
     """README.md and a figure for every kind of rows that is there."""
     text, written = [HEAD], [out / "README.md"]
-    for name, make in {"accuracy": accuracy, "documents": documents, "prefix_tuning": prefix_tuning}.items():
+    kinds = {"accuracy": accuracy, "documents": documents, "facts": facts, "prefix_tuning": prefix_tuning}
+    for name, make in kinds.items():
         rows = read(out / f"{name}.jsonl")
         if rows:
             text.append(f"## {name.replace('_', '-')}\n\n{provenance(rows)}\n")

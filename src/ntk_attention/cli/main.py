@@ -402,14 +402,15 @@ def tokens_of(text: str, base: str) -> list[int]:
 
 @app.command()
 def theory(
-    experiment: Annotated[str, typer.Argument(help="kernel, training, scaling, bridge or all.")] = "all",
+    experiment: Annotated[str, typer.Argument(help="kernel, training, scaling, capacity, bridge or all.")] = "all",
     out: Annotated[Path, typer.Option(help="Folder for the measurements (JSON lines) and figures.")] = Path("theory"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     largest: Annotated[int, typer.Option(help="The largest prefix has m = 2 to this power.")] = 16,
     inputs: Annotated[str, typer.Option(help="'random', or 'image': pieces of a photograph.")] = "random",
     seed: int = 0,
 ) -> None:
-    """Section 3 of the paper, measured: does the kernel stay, does training converge, what does the loss scale with?"""
+    """Section 3 of the paper, measured: does the kernel stay, does training converge, what does the loss scale with?
+    And how many facts a state holds."""
     with one_line_errors():
         import torch
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..progress import Reporter
-from . import figures, run_bridge, run_kernel, run_scaling, run_training
+from . import figures, run_bridge, run_capacity, run_kernel, run_scaling, run_training
 from .setting import Experiment, Loader, Row, Setting
 
 
@@ -26,6 +26,7 @@ EXPERIMENTS = {
     "kernel": Parts(run_kernel.measure, run_kernel.words, figures.kernel),
     "training": Parts(run_training.measure, run_training.words, figures.training),
     "scaling": Parts(run_scaling.measure, run_scaling.words, figures.scaling),
+    "capacity": Parts(run_capacity.measure, run_capacity.words, figures.capacity),
     "bridge": Parts(run_bridge.measure, run_bridge.words, figures.bridge),
 }
 

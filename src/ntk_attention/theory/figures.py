@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from . import run_bridge, run_kernel, run_scaling, run_training
+from . import run_bridge, run_capacity, run_kernel, run_scaling, run_training
 from .fits import power_law
 from .setting import Row
 
@@ -175,4 +175,53 @@ def bridge(rows: list[Row], path: Path) -> None:
         for row, colour in zip(runs, shades(runs), strict=True):
             panel.plot(row["loss"], color=colour, label=f"{key} = {row[key]}, rate {row['rate']:g}")
         label(panel, name, f"step of {run_bridge.STEPS}, Adam", "loss / loss without prefix", log="y")
+    save(figure, path)
+
+
+def capacity(rows: list[Row], path: Path) -> None:
+    """Experiment 5."""
+    figure, (lost, sharpness, count, answers) = grid("What a state of r features returns of m random facts")
+    fact, count_rows = run_capacity.chosen(rows, kind="facts"), run_capacity.chosen(rows, kind="counted")
+    sharp = run_capacity.chosen(fact, beta=run_capacity.SHARP)
+    styles = {"anchored": (BLUE, "o"), "positive_random": (RED, "s"), "elu": ("#4f8f4f", "^")}
+    lines = {8: ":", 32: "-", 128: "--"}
+    for name, r in run_capacity.SIZES:
+        own = [row | {"m / r": row["m"] / r} for row in run_capacity.chosen(sharp, map=name, r=r)]
+        colour, marker = styles[name]
+        drawn: dict[str, Any] = {
+            "color": colour,
+            "linestyle": lines[r],
+            "marker": marker,
+            "markersize": 4,
+            "label": f"{name}, r = {r}",
+        }
+        lost.plot(*run_capacity.averages(own, "m / r", "lost_solved"), **drawn)
+        answers.plot(*run_capacity.averages(own, "m / r", "right_answers"), **drawn)
+        answers.plot(
+            *run_capacity.averages(own, "m / r", "right_squares"), color=colour, linestyle=lines[r], alpha=0.35
+        )
+    own = [row | {"m / r": row["m"] / row["r"]} for row in run_capacity.chosen(sharp, map="anchored", r=32)]
+    lost.plot(*run_capacity.averages(own, "m / r", "tail"), color="black", label="least, k before the values")
+    lost.plot(*run_capacity.averages(own, "m / r", "every_state"), "-.", color=GREY, label="least of any state, r = 32")
+    label(lost, "sharp logits: error of the best state", "m / r", "squared error / values", log="x")
+    answers.axvline(own[0]["decodable"] / 32, color="black", label="no state beyond, r = 32")
+    answers.axvline(1, color=GREY, linestyle=":", label="exact up to here")
+    label(answers, "answers right: trained for them; pale: least squares", "m / r", "share of facts", log="x")
+    answers.legend(frameon=False, fontsize=8, loc="lower left")
+    swept = run_capacity.chosen(fact, m=run_capacity.FACTS, r=32)
+    for name, (colour, marker) in styles.items():
+        x, y = run_capacity.averages(run_capacity.chosen(swept, map=name), "beta", "lost_solved")
+        sharpness.plot(x, y, marker=marker, markersize=4, color=colour, label=f"{name}, r = 32")
+    for name, line, words in (
+        ("tail", "-", "singular values beyond the r-th"),
+        ("sharp", "-.", "by the own keys' share"),
+    ):
+        x, y = run_capacity.averages(swept, "beta", name)
+        sharpness.plot(x, [value or float("nan") for value in y], line, color="black", label=words)
+    label(sharpness, f"m = {run_capacity.FACTS}: from blunt to sharp logits", "largest logit", "squared error / values")
+    for r, colour in zip(sizes := sorted({row["r"] for row in count_rows}), shades(sizes), strict=True):
+        own = run_capacity.chosen(count_rows, r=r)
+        count.plot(*run_capacity.averages(own, "d_v", "bound"), color=colour, label=f"bound, r = {r}")
+        count.plot(*run_capacity.averages(own, "d_v", "reached"), "o", color=colour)
+    label(count, "largest m with an exact state, dots: measured", "d_v", "m")
     save(figure, path)
