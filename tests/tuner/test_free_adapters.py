@@ -215,7 +215,10 @@ def test_calibration(positions, least, most):
 
 def test_fit_and_distill_a_free_adapter_but_not_anchor_it():
     model = adapted(feature_map="elu", rank=None, feed_forward_rank=None)
-    prefix = by_layer(model, prefix_of_text(model.get_base_model(), TEXT[0]))
+    with pytest.raises(ValueError, match="an adapter is active in 2 attention modules"):
+        prefix_of_text(model.get_base_model(), TEXT[0])
+    with model.disable_adapter():
+        prefix = by_layer(model, prefix_of_text(model.get_base_model(), TEXT[0]))
     batches = [{"input_ids": TEXT}, {"input_ids": TEXT.flip(0)}]
     report = fit(model, prefix, batches)
     assert report.mean_error() < 1.0

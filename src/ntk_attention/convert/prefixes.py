@@ -20,6 +20,7 @@ from ..ops.exact import LayerPrefix
 from ..ops.state import PrefixState, check_tokens
 from ..tuner.config import NTKAttentionConfig
 from ..tuner.geometry import geometry_of
+from ..tuner.layer import NTKAttentionLayer
 from ..tuner.routing import CHILD, query_scale, routes
 
 
@@ -134,10 +135,17 @@ def prefix_of_text(
         progress: called with the number of tokens of each pass.
 
     Raises:
-        ValueError: if the text is empty; else as in `prefix_of_cache`.
+        ValueError: if the text is empty, or an NTK-Attention adapter is active, through which it would be read; else as
+            in `prefix_of_cache`.
     """
     if tokens.numel() == 0:
         raise ValueError("the text is empty: expected at least one token")
+    layers = [name for name, x in model.named_modules() if isinstance(x, NTKAttentionLayer) and x.active()]
+    if layers:
+        raise ValueError(
+            f"an adapter is active in {len(layers)} attention modules, such as {layers[0].removesuffix(f'.{CHILD}')}: "
+            "expected a text to be read without, as under model.disable_adapter()"
+        )
     window = window or context_length(model) * 3 // 4
     num_parts = math.ceil(len(tokens) / window)
     device = next(model.parameters()).device
