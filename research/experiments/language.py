@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ntk_attention.cli.data import IGNORED, Item, Row, collate, encode, same_final_number
 from ntk_attention.cli.evaluation import answers
 from ntk_attention.cli.models import convert_gguf, load_model
 from ntk_attention.tuner.distributed import device_of
-from ntk_attention.tuner.observation import evaluating
+from ntk_attention.tuner.observation import base_model_of, evaluating
 
 from . import assets
+from .steps import Loss
 from .tasks import Base, Batch, Score, Task
 
 TEXT_LENGTH = 256  # tokens; longer texts are cut
 PAD_TO = 32  # few different shapes: kernels are tuned and planned for each
 UNRELATED_PASSAGES = 64
 VALIDATION_ITEMS, TEST_ITEMS = 300, 1000
+MULTIPLE = 16  # of tokens that have logits: one shape, which other tokens fill up
 EVALUATION_TOKENS, GENERATION_BATCH = 4096, 256  # of a batch: as many tokens as a training step has, and items
 
 
@@ -34,6 +38,7 @@ class LanguageTask(Task):
     judge: Callable[[str, str], bool] = same_final_number  # of a generated and an expected answer
     judged: str = "final number"  # name of what the judge looks at
     pad_to: int = PAD_TO  # tokens; with max_length here all training batches have one shape
+    train_items: int | None = None  # of the training data, the first ones; None: all
 
     @property
     def metric(self) -> str:  # type: ignore[override]
@@ -72,12 +77,19 @@ class LanguageTask(Task):
         return assets.read_rows(self.data, split)
 
     def examples(self, base: Base, split: str, seed: int) -> list[tuple[Row, Item]]:
-        items = [as_item(row, base.tokenizer) for row in self.items(split)]
-        items = items[: {"validation": VALIDATION_ITEMS, "test": TEST_ITEMS}.get(split)]
+        most = {"train": self.train_items, "validation": VALIDATION_ITEMS, "test": TEST_ITEMS}[split]
+        items = [as_item(row, base.tokenizer) for row in self.items(split)[:most]]
         return encoded(items, base.tokenizer, self.max_length if split != "test" else None)
 
     def batch(self, base: Base, examples: Sequence[tuple[Row, Item]]) -> Batch:
         return collate([row for row, _ in examples], base.tokenizer.pad_token_id, self.pad_to)
+
+    def loss(self, batches: Sequence[Sequence[tuple[Row, Item]]]) -> Loss:
+        """Of completions with logits of their tokens alone, which are few, in one shape for all batches."""
+        if self.max_new_tokens is None:
+            return super().loss(batches)
+        most = max(sum(label != IGNORED for row, _ in batch for label in row["labels"]) for batch in batches)
+        return partial(completion_loss, most=-(-most // MULTIPLE) * MULTIPLE)
 
     def score(self, base: Base, model: nn.Module, examples: Sequence[tuple[Row, Item]], with_answers: bool) -> Score:
         model_: Any = model
@@ -106,6 +118,34 @@ class LanguageTask(Task):
         return [collate(rows[i : i + self.batch_size], base.tokenizer.pad_token_id, PAD_TO) for i in starts]
 
 
+def completion_loss(model: nn.Module, batch: Mapping[str, Tensor], most: int) -> Tensor:
+    """The loss that the model itself computes, with logits of `most` tokens: all that count, and some that do not.
+
+    The vocabulary makes logits of all tokens the largest tensors of a step by far.
+    """
+    labels = next_tokens(batch["labels"])
+    places = (labels != IGNORED).byte().argsort(descending=True, stable=True)[:most]
+    with logits_at(model, places):
+        logits = model(**{name: x for name, x in batch.items() if name != "labels"}).logits[0]
+    return nn.functional.cross_entropy(logits.float(), labels[places], ignore_index=IGNORED)
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """What the model should write after each token of a batch, as one row of B L labels."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+
+@contextmanager
+def logits_at(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """The model's logits are [1, N, vocabulary], of N places in the row of all B L tokens."""
+    head = base_model_of(model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, places)[None],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def loss_and_exact(model: Any, rows: Sequence[Row], pad_token_id: int) -> tuple[float, float]:
     """Cross-entropy in nats over all tokens that count, and the share of the rows whose completion is written greedily.
@@ -113,16 +153,19 @@ def loss_and_exact(model: Any, rows: Sequence[Row], pad_token_id: int) -> tuple[
     A model writes a completion, and its end, by greedy decoding if and only if each of its tokens is the likeliest one
     after those before it: one forward pass says so.
     """
-    total, count, exact, device = 0.0, 0, 0, device_of(model)
+    total, count, wrong, device = 0.0, 0, 0, device_of(model)
     with evaluating(model):
         for batch in batches_of(rows, pad_token_id):
-            logits = model(**{k: x.to(device) for k, x in batch.items() if k != "labels"}).logits[:, :-1]
-            labels = batch["labels"][:, 1:].to(device)
-            counts = labels != IGNORED
-            total += nn.functional.cross_entropy(logits[counts].float(), labels[counts], reduction="sum").item()
-            exact += int(((logits.argmax(dim=-1) == labels) | ~counts).all(dim=1).sum())
-            count += int(counts.sum())
-    return total / count, exact / len(rows)
+            labels = next_tokens(batch.pop("labels"))
+            places = (labels != IGNORED).nonzero().flatten()
+            expected, places = labels[places].to(device), places.to(device)
+            with logits_at(model, places):
+                logits = model(**{name: x.to(device) for name, x in batch.items()}).logits[0]
+            total += nn.functional.cross_entropy(logits.float(), expected, reduction="sum").item()
+            row_of = places // batch["input_ids"].shape[1]
+            wrong += len(row_of[logits.argmax(dim=-1) != expected].unique())
+            count += len(expected)
+    return total / count, (len(rows) - wrong) / len(rows)
 
 
 def batches_of(rows: Sequence[Row], pad_token_id: int) -> Iterator[Batch]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from .steps import Loss, own_loss
 
 Batch = dict[str, torch.Tensor]
 
@@ -21,6 +23,7 @@ class Base:
     model: nn.Module
     tokenizer: Any = None
     source_head: nn.Module | None = None  # what a picture model was pretrained with
+    kept: dict[str, Any] = field(default_factory=dict)  # what depends on nothing else, and cells would make again
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ class Task(ABC):
     @abstractmethod
     def batch(self, base: Base, examples: Sequence[Any]) -> Batch:
         """Keyword arguments of the model, labels included, on the CPU."""
+
+    def loss(self, batches: Sequence[Sequence[Any]]) -> Loss:
+        """How a model's loss on a training batch is computed, given the examples of all that there will be."""
+        return own_loss
 
     @abstractmethod
     def score(self, base: Base, model: nn.Module, examples: Sequence[Any], with_answers: bool) -> Score:
