@@ -91,8 +91,9 @@ def is_result(row: Row) -> bool:
 
 
 def belongs(row: Row, task: Task, method: str) -> bool:
-    """Whether a row is of this task as it is now."""
-    return (row["task"], row["method"], row.get("steps")) == (task.name, method, task.steps)
+    """Whether a row is of this task as it is now; those of failures do not say their batches."""
+    own = (row["task"], row["method"], row.get("steps"), row.get("batch_size", task.batch_size))
+    return own == (task.name, method, task.steps, task.batch_size)
 
 
 def best_rate(task: Task, selected: Iterable[Row]) -> float | None:

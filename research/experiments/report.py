@@ -35,7 +35,7 @@ def write_report(folder: Path) -> list[Path]:
     """Raises FileNotFoundError if there are no rows."""
     rows = read(folder / "rows.jsonl")
     results, of_positions = collect(rows, registry()), read(folder / positions.ROWS)
-    developed = [row for row in read(folder / develop.ROWS) if is_result(row)]
+    developed = [row for row in read(folder / develop.ROWS) if is_result(row) and has_batches_of_today(row)]
     if not (results or of_positions or developed):
         raise FileNotFoundError(f"{folder} has no rows: run an experiment first")
     blocks, pictures = compose(results, rows, folder) if results else ([Heading(TITLE, 1)], [])
@@ -46,6 +46,12 @@ def write_report(folder: Path) -> list[Path]:
     (folder / "README.md").write_text(markdown(blocks))
     (folder / "index.html").write_text(page(blocks))
     return [folder / "README.md", folder / "index.html", *pictures]
+
+
+def has_batches_of_today(row: Row) -> bool:
+    """Numbers of other batch sizes are not comparable."""
+    task = registry().get(row["task"])
+    return task is not None and row.get("batch_size", task.batch_size) == task.batch_size
 
 
 def compose(results: dict[str, dict[str, Result]], rows: list[Row], folder: Path) -> tuple[list[Block], list[Path]]:
