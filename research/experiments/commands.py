@@ -125,6 +125,8 @@ def run(
 
 def expected(task: Task, method: str, seeds: int | None) -> int:
     """Cells of a task and method, if the grid of rates need not grow."""
+    if not METHODS[method].rates:
+        return 1
     return len(METHODS[method].rates) * len(task.selection_seeds) + len(task.final_seeds[:seeds])
 
 

@@ -24,9 +24,8 @@ from .tasks import Base, Batch, Score, Task
 TEXT_LENGTH = 256  # tokens; longer texts are cut
 PAD_TO = 32  # few different shapes: kernels are tuned and planned for each
 UNRELATED_PASSAGES = 64
-VALIDATION_ITEMS, TEST_ITEMS = 300, 1000
 MULTIPLE = 16  # of tokens that have logits: one shape, which other tokens fill up
-EVALUATION_TOKENS, GENERATION_BATCH = 4096, 256  # of a batch: as many tokens as a training step has, and items
+EVALUATION_TOKENS = 4096  # of a batch: as many as a training step has
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,10 @@ class LanguageTask(Task):
     judged: str = "final number"  # name of what the judge looks at
     pad_to: int = PAD_TO  # tokens; with max_length here all training batches have one shape
     train_items: int | None = None  # of the training data, the first ones; None: all
+    validation_items: int | None = 300
+    test_items: int | None = 1000
+    generation_batch: int = 256  # items that are answered at once
+    beside: tuple[LanguageTask, ...] = ()  # what final runs also see the test of
 
     @property
     def metric(self) -> str:  # type: ignore[override]
@@ -57,6 +60,8 @@ class LanguageTask(Task):
         if "/" not in self.model:
             assets.model_folder(self.model)
         assets.split_file(self.data, "train")
+        for task in self.beside:
+            assets.split_file(task.data, "test")
 
     def source(self) -> str:
         """What `load_model` takes; a GGUF file becomes a folder first."""
@@ -77,7 +82,7 @@ class LanguageTask(Task):
         return assets.read_rows(self.data, split)
 
     def examples(self, base: Base, split: str, seed: int) -> list[tuple[Row, Item]]:
-        most = {"train": self.train_items, "validation": VALIDATION_ITEMS, "test": TEST_ITEMS}[split]
+        most = {"train": self.train_items, "validation": self.validation_items, "test": self.test_items}[split]
         items = [as_item(row, base.tokenizer) for row in self.items(split)[:most]]
         return encoded(items, base.tokenizer, self.max_length if split != "test" else None)
 
@@ -101,9 +106,19 @@ class LanguageTask(Task):
         # by length, which wastes little on padding; the order is the same for every method
         items = sorted((item for _, item in examples), key=lambda item: len(item.prompt))
         prompts = [item.prompt for item in items]
-        texts = answers(model_, base.tokenizer, prompts, self.max_new_tokens, batch_size=GENERATION_BATCH)
+        texts = answers(model_, base.tokenizer, prompts, self.max_new_tokens, batch_size=self.generation_batch)
         correct = [self.judge(text, item.completion) for text, item in zip(texts, items, strict=True)]
         return Score(loss, sum(correct) / len(correct), correct, exact)
+
+    def scores_beside(self, base: Base, model: nn.Module) -> dict[str, float]:
+        found = {}
+        for task in self.beside:
+            key = f"test of {task.name}"
+            if key not in base.kept:
+                base.kept[key] = task.examples(base, "test", 0)
+            score = task.score(base, model, base.kept[key], with_answers=True)
+            found[task.name] = score.loss if score.share is None else score.share
+        return found
 
     def unrelated(self, base: Base) -> list[Row]:
         items = [as_item(row, base.tokenizer) for row in assets.read_rows("python-docs", "validation")]
@@ -155,7 +170,8 @@ def loss_and_exact(model: Any, rows: Sequence[Row], pad_token_id: int) -> tuple[
     """
     total, count, wrong, device = 0.0, 0, 0, device_of(model)
     with evaluating(model):
-        for batch in batches_of(rows, pad_token_id):
+        for chosen in by_length(rows, EVALUATION_TOKENS):
+            batch = collate([rows[i] for i in chosen], pad_token_id)
             labels = next_tokens(batch.pop("labels"))
             places = (labels != IGNORED).nonzero().flatten()
             expected, places = labels[places].to(device), places.to(device)
@@ -168,16 +184,16 @@ def loss_and_exact(model: Any, rows: Sequence[Row], pad_token_id: int) -> tuple[
     return total / count, (len(rows) - wrong) / len(rows)
 
 
-def batches_of(rows: Sequence[Row], pad_token_id: int) -> Iterator[Batch]:
-    """The shortest rows first, at most EVALUATION_TOKENS in a batch, padding included, or one row."""
-    chosen: list[Row] = []
-    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-        if chosen and (len(chosen) + 1) * len(row["input_ids"]) > EVALUATION_TOKENS:
-            yield collate(chosen, pad_token_id)
+def by_length(rows: Sequence[Row], tokens: int) -> Iterator[list[int]]:
+    """Places of the rows of each batch, the shortest first: at most so many tokens, padding included, or one row."""
+    chosen: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"])):
+        if chosen and (len(chosen) + 1) * len(rows[i]["input_ids"]) > tokens:
+            yield chosen
             chosen = []
-        chosen.append(row)
+        chosen.append(i)
     if chosen:
-        yield collate(chosen, pad_token_id)
+        yield chosen
 
 
 def as_item(row: dict[str, Any], tokenizer: Any) -> Item:

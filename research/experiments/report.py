@@ -29,6 +29,10 @@ LEGEND = (
     "was measured, with some seeds or all, on other passages than ours. Step: median of the time of one step, alone "
     "on the device. Memory: allocated at the peak of training, weights included. File: the adapter as safetensors."
 )
+BESIDE = (
+    "Accuracy on the parts of a test, whose mean is the test metric, and on other data after the same training, mean "
+    "over the seeds. The base model's line says how it was before."
+)
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -87,6 +91,8 @@ def compose(results: dict[str, dict[str, Result]], rows: list[Row], folder: Path
         if any(result.mean is not None for result in own.values()):
             task = next(iter(own.values())).task
             blocks += [Heading(f"{task.name}: {task.group}", 3), Text(tables.describe(task)), tables.task(own)]
+    if parts := tables.beside(results):
+        blocks += [Heading("Parts, and other benchmarks"), Text(BESIDE), *parts]
     blocks += [
         Heading("Paired differences"),
         Text(

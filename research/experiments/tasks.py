@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +28,16 @@ class Base:
 
 @dataclass(frozen=True)
 class Score:
-    """On one split: the loss, the share of items that are right, where items can be, and of exact completions."""
+    """On one split: the loss, the share of items that are right, where items can be, and of exact completions.
+
+    parts: the share of right items in each part of the split, where it has several.
+    """
 
     loss: float
     share: float | None = None
     correct: Sequence[bool] | None = None
     exact: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, base: Base, model: nn.Module, examples: Sequence[Any], with_answers: bool) -> Score:
         """With answers where the metric needs generation; selection does without, by the loss."""
+
+    def scores_beside(self, base: Base, model: nn.Module) -> dict[str, float]:
+        """Of the tests of other data that final runs see too."""
+        return {}
 
     @abstractmethod
     def unrelated_loss(self, base: Base, model: nn.Module) -> float | None:

@@ -62,7 +62,9 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
     row: Row = {**asdict(cell), **sizes(model, task, base)}
 
     steps = TIMED_STEPS if cell.stage == "time" else task.steps
-    losses, times, row["training_seconds"] = train(model, data, cell, steps, device)
+    losses, times, row["training_seconds"] = [], [], 0.0
+    if METHODS[cell.method].rates:
+        losses, times, row["training_seconds"] = train(model, data, cell, steps, device)
     if device == "cuda":
         torch.cuda.empty_cache()  # recorded steps hold much memory, which other processes on the GPU can use
     if cell.stage == "time":
@@ -169,6 +171,8 @@ def scores(cell: Cell, task: Task, base: Base, model: nn.Module, unrelated_befor
     if cell.stage == "final":
         test = task.score(base, model, cached_examples(task, base, "test", cell.seed), with_answers=True)
         row |= {"test": figures(test), "test_correct": packed(test.correct)}
+        if beside := {**test.parts, **task.scores_beside(base, model)}:
+            row["beside"] = beside
     if unrelated_before is not None:
         unrelated_after = task.unrelated_loss(base, model)
         assert unrelated_after is not None
