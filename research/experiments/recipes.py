@@ -244,7 +244,7 @@ class PictureRecipe(FromHub, ClassificationTask):
 
     def load(self, device: str) -> Base:
         num_classes = self.splits.rows(self.data, self.config, "train").features[self.label].num_classes
-        model = Classifier(self.load_encoder(), num_classes, "first")
+        model = Classifier(self.load_encoder(add_pooling_layer=False), num_classes, "first")
         return Base(model.to(device).requires_grad_(False))
 
     def examples(self, base: Base, split: str, seed: int) -> Pictures:

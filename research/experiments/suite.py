@@ -1,11 +1,12 @@
 """The development suite: tasks of many kinds, on whose validation data defaults are chosen; test data stay unseen.
 
-Problems with short answers, written at temperature 0, and texts in other languages and formats. All training batches of
-a task have one shape, so that a GPU records its step once, and no example comes twice.
+Problems with short answers, written at temperature 0, texts in other languages and formats, and pictures. All training
+batches of a task have one shape, so that a GPU records its step once, and no problem or text comes twice.
 """
 
 from __future__ import annotations
 
+from .classification import BackbonePictureTask
 from .language import TEXT_LENGTH, LanguageTask
 
 GROUP = "development suite"
@@ -55,4 +56,6 @@ SUITE = (
     *(problems(data, length, "smollm2-135m") for data, length in LENGTHS.items()),
     *(texts(data, "smollm2-135m") for data in TEXTS),
     *(task for prefix in OTHERS for task in of_another_model(prefix)),
+    BackbonePictureTask("dino-64", GROUP, "dinov2-small", "fashion-target", STEPS, 32, shots=64),
+    BackbonePictureTask("dino", GROUP, "dinov2-small", "fashion-target", 2 * STEPS, 32),
 )

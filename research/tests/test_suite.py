@@ -43,11 +43,11 @@ def test_problems(tmp_path, monkeypatch, name):
 def test_tasks_of_the_suite():
     small = [task for task in SUITE if task.model == "smollm2-135m"]
     assert {task.name for task in small if task.max_new_tokens} == set(LENGTHS) == set(assets.REASONING)
-    assert {task.data for task in SUITE} | {task.model for task in SUITE} <= set(assets.ASSETS)
+    assert {task.data.removesuffix("-target") for task in SUITE} | {task.model for task in SUITE} <= set(assets.ASSETS)
     assert {task.name for task in SUITE} <= set(registry())
     assert len({task.name for task in SUITE}) == len(SUITE)
     for task in SUITE:
-        assert task.train_items == task.steps * task.batch_size
+        assert task.has_head or task.train_items == task.steps * task.batch_size
 
 
 def test_one_shape(tasks, worker):
