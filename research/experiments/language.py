@@ -121,8 +121,11 @@ class LanguageTask(Task):
         return found
 
     def unrelated(self, base: Base) -> list[Row]:
-        items = [as_item(row, base.tokenizer) for row in assets.read_rows("python-docs", "validation")]
-        return [row for row, _ in encoded(items[:UNRELATED_PASSAGES], base.tokenizer)]
+        if "passages" not in base.kept:
+            rows = assets.read_rows("python-docs", "validation")[:UNRELATED_PASSAGES]
+            found = encoded([as_item(row, base.tokenizer) for row in rows], base.tokenizer)
+            base.kept["passages"] = [row for row, _ in found]
+        return base.kept["passages"]
 
     def unrelated_loss(self, base: Base, model: nn.Module) -> float:
         return loss_and_exact(model, self.unrelated(base), base.tokenizer.pad_token_id)[0]
