@@ -82,12 +82,26 @@ def interrupt(number: int, frame: object) -> None:
 
 
 def run_inline(planner: Planner, device: str, write: Callable[[Row], None], deadline: float) -> None:
-    """One after another in this process, as long as the next one should have its row by the deadline."""
-    worker, longest = Worker(device), 0.0
-    while time.monotonic() + longest < deadline and (ready := planner()):
+    """One after another in this process, each of which should have its row by the deadline."""
+    worker, lengths = Worker(device), Lengths()
+    while ready := [job for job in planner() if time.monotonic() + lengths.of(job) < deadline]:
         row = worker(*ready[0])
-        longest = max(longest, row.get("seconds", 0.0))
+        lengths.add(row)
         write(row)
+
+
+class Lengths:
+    """How long cells last, in seconds: the longest of the same task, or of all where there is none."""
+
+    def __init__(self) -> None:
+        self.by_task: dict[str, float] = {}
+
+    def add(self, row: Row) -> None:
+        if "seconds" in row:
+            self.by_task[row["task"]] = max(self.by_task.get(row["task"], 0.0), row["seconds"])
+
+    def of(self, job: Job) -> float:
+        return self.by_task.get(job[0].task, max(self.by_task.values(), default=0.0))
 
 
 class Process:
@@ -170,7 +184,7 @@ class Process:
 def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadline: float, jobs: int) -> None:
     """Until nothing is left to run, or the deadline has come: then what is still running is lost, and what hangs fails.
 
-    No cell is begun that would not have its row by then if it took as long as the longest so far.
+    No cell is begun that should not have its row by then.
 
     However a process ends, the cell that it had is one that failed, and others go on. No cell is run twice. Where one
     has failed the process is ended: what it holds of a device may be broken.
@@ -178,12 +192,11 @@ def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadli
     threads = max(1, (os.cpu_count() or 1) // jobs)
     processes: list[Process] = []
     finished: set[Cell] = set()
-    longest = 0.0  # seconds of a cell
+    lengths = Lengths()
 
     def finish(job: Job, row: Row) -> None:
-        nonlocal longest
         finished.add(job[0])
-        longest = max(longest, row.get("seconds", 0.0))
+        lengths.add(row)
         write(row)
 
     def fail(job: Job, process: Process | None, error: Exception) -> None:
@@ -198,8 +211,8 @@ def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadli
     try:
         while time.monotonic() < deadline:
             busy = {process.job[0] for process in processes if process.job}
-            in_time = time.monotonic() + longest < deadline
-            ready = [job for job in planner() if job[0] not in busy | finished] if in_time else []
+            ready = [job for job in planner() if job[0] not in busy | finished]
+            ready = [job for job in ready if time.monotonic() + lengths.of(job) < deadline]
             for job in ready[: jobs - len(busy)]:
                 process = None
                 try:

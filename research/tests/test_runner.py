@@ -107,6 +107,12 @@ def test_no_cell_is_begun_that_would_be_lost():
     assert 1 <= len(rows) <= 3  # the second process may have been given another one meanwhile
     assert not any("error" in row for row in rows)
     assert not multiprocessing.active_children()
+    lengths = runner.Lengths()
+    assert lengths.of((cells[0], TASK)) == 0.0
+    for task, seconds in (("short", 5.0), ("long", 90.0), ("short", 4.0)):
+        lengths.add({"task": task, "seconds": seconds})
+    lengths.add({"task": "failed", "error": "OutOfMemoryError"})
+    assert [lengths.of((Cell(task, "ntk"), TASK)) for task in ("short", "long", "failed")] == [5.0, 90.0, 90.0]
 
 
 def test_a_worker_leaves_at_sigterm():
