@@ -24,6 +24,8 @@ TEXT_LENGTH = 128  # tokens
 EVALUATION_BATCH = 256
 UNRELATED_ITEMS = 512
 TURNS, HEAD = 4, "head.safetensors"  # of what the ViT was pretrained for, see pretraining.py
+PIXELS, PROBED = 112, 2000  # a side of a picture for the backbone, and pictures that its probe is fitted to
+MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 TEMPERATURE = 0.05  # of the contrastive loss that MiniLM was trained with (scale 20)
 
 
@@ -71,10 +73,9 @@ class ClassificationTask(Task):
     def final_seeds(self) -> tuple[int, ...]:
         return tuple(range(1, 9))
 
-    def load_encoder(self) -> Any:
-        try:
-            # float32, small as they are; the pooler is not used
-            return AutoModel.from_pretrained(self.source(), add_pooling_layer=False, attn_implementation="sdpa").float()
+    def load_encoder(self, **options: Any) -> Any:
+        try:  # float32, small as they are
+            return AutoModel.from_pretrained(self.source(), attn_implementation="sdpa", **options).float()
         except OSError as error:
             raise ValueError(f"cannot load the model {self.model!r}: {str(error).splitlines()[0]}") from error
 
@@ -129,7 +130,7 @@ class TextTask(ClassificationTask):
 
     def load(self, device: str) -> Base:
         num_classes = 1 + max(row["label"] for row in assets.read_rows(self.data, "train"))
-        model = Classifier(self.load_encoder(), num_classes, "mean")
+        model = Classifier(self.load_encoder(add_pooling_layer=False), num_classes, "mean")
         return Base(model.to(device).requires_grad_(False), AutoTokenizer.from_pretrained(self.source()))
 
     def examples(self, base: Base, split: str, seed: int) -> list[dict[str, Any]]:
@@ -185,8 +186,12 @@ class PictureTask(ClassificationTask):
 
     def load(self, device: str) -> Base:
         num_classes = 1 + int(assets.pictures(self.data, "train")[1].max())
-        model = Classifier(self.load_encoder(), num_classes, "first")
+        model = Classifier(self.load_encoder(add_pooling_layer=False), num_classes, "first")
         return Base(model.to(device).requires_grad_(False), source_head=load_head(self.source()).to(device))
+
+    def pixels(self, pictures: Tensor) -> Tensor:
+        """What the model takes, of uint8 [N, 1, 28, 28]."""
+        return normalised(pictures)
 
     def examples(self, base: Base, split: str, seed: int) -> list[tuple[Tensor, int]]:
         pictures, labels = assets.pictures(self.data, split)
@@ -195,25 +200,47 @@ class PictureTask(ClassificationTask):
 
     def batch(self, base: Base, examples: Sequence[tuple[Tensor, int]]) -> Batch:
         pictures = torch.stack([picture for picture, _ in examples])
-        return {"pixel_values": normalised(pictures), "labels": torch.tensor([label for _, label in examples])}
+        return {"pixel_values": self.pixels(pictures), "labels": torch.tensor([label for _, label in examples])}
 
     def unrelated_batches(self, base: Base) -> list[Batch]:
         pictures, _ = assets.pictures("fashion-source", "train")
         size = self.batch_size
         return [
-            {"pixel_values": normalised(pictures[i * size : (i + 1) * size])} for i in range(self.calibration_batches)
+            {"pixel_values": self.pixels(pictures[i * size : (i + 1) * size])} for i in range(self.calibration_batches)
         ]
 
     @torch.no_grad()
     def unrelated_loss(self, base: Base, model: nn.Module) -> float:
         """The task that the ViT was pretrained for, with the head it had then."""
         assert base.source_head is not None
-        device, pool = next(model.parameters()).device, classifier_of(model).pooled
         pictures, labels = assets.pictures("fashion-source", "test")
-        pictures, targets = rotated(pictures[:UNRELATED_ITEMS], labels[:UNRELATED_ITEMS])
+        hidden, targets = self.hidden(model, pictures[:UNRELATED_ITEMS], labels[:UNRELATED_ITEMS])
+        return F.cross_entropy(base.source_head(hidden).float(), targets).item()
+
+    @torch.no_grad()
+    def hidden(self, model: nn.Module, pictures: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled outputs for pictures that are turned, and the classes that `rotated` gives them, on the device."""
+        device, pool = next(model.parameters()).device, classifier_of(model).pooled
+        pictures, targets = rotated(pictures, labels)
         with evaluating(model):
-            hidden = torch.cat([pool(pixel_values=normalised(p).to(device)) for p in pictures.split(EVALUATION_BATCH)])
-            return F.cross_entropy(base.source_head(hidden).float(), targets.to(device)).item()
+            found = [pool(pixel_values=self.pixels(p).to(device)) for p in pictures.split(EVALUATION_BATCH)]
+        return torch.cat(found), targets.to(device)
+
+
+@dataclass(frozen=True)
+class BackbonePictureTask(PictureTask):
+    """A backbone for photographs on the same classes; what it may forget is told by a linear probe of the others."""
+
+    def load(self, device: str) -> Base:
+        num_classes = 1 + int(assets.pictures(self.data, "train")[1].max())
+        model = Classifier(self.load_encoder(), num_classes, "first").to(device).requires_grad_(False)
+        pictures, labels = assets.pictures("fashion-source", "train")
+        return Base(model, source_head=probe(*self.hidden(model, pictures[:PROBED], labels[:PROBED])))
+
+    def pixels(self, pictures: Tensor) -> Tensor:
+        """As large as PIXELS, in three equal channels, scaled as ImageNet's are."""
+        large = F.interpolate(pictures.float() / 255, PIXELS, mode="bicubic", antialias=True).clamp(0, 1)
+        return (large.expand(-1, 3, -1, -1) - MEAN[:, None, None]) / DEVIATION[:, None, None]
 
 
 def normalised(pictures: Tensor) -> Tensor:
@@ -235,4 +262,27 @@ def load_head(folder: str) -> nn.Linear:
     weights = load_file(Path(folder) / HEAD)
     head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
     head.load_state_dict(weights)
+    return head.requires_grad_(False)
+
+
+def probe(features: Tensor, labels: Tensor, decay: float = 0.01) -> nn.Linear:
+    """Logistic regression on standardised features, with `decay` times the squares of its weights."""
+    deviation, mean = torch.std_mean(features, dim=0)
+    deviation = deviation + 1e-6
+    head = nn.Linear(features.shape[1], 1 + int(labels.max()), device=features.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    scaled = (features - mean) / deviation
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        found = F.cross_entropy(head(scaled), labels) + decay * head.weight.square().sum()
+        found.backward()
+        return found
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        head.weight /= deviation
+        head.bias -= head.weight @ mean
     return head.requires_grad_(False)

@@ -43,7 +43,7 @@ MaxTier = Annotated[int, typer.Option(help="Methods up to this tier; 3 leaves th
 Device = Annotated[str | None, typer.Option(help="cuda or cpu; a GPU where there is one.")]
 Out = Annotated[Path, typer.Option(help=f"Folder of {ROWS}, which is added to.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Of training, in place of the task's own: to try the code.")]
-Minutes = Annotated[float, typer.Option(min=0, help="Stop after that long; what has a row by then is kept.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Stop after that long, and begin no cell that would last longer.")]
 Again = Annotated[bool, typer.Option("--again", help="Run what has a row of another commit only.")]
 
 
@@ -125,6 +125,8 @@ def run(
 
 def expected(task: Task, method: str, seeds: int | None) -> int:
     """Cells of a task and method, if the grid of rates need not grow."""
+    if not METHODS[method].rates:
+        return 1
     return len(METHODS[method].rates) * len(task.selection_seeds) + len(task.final_seeds[:seeds])
 
 

@@ -187,7 +187,7 @@ def curves(results: Results, path: Path) -> bool:
             result.method: curves
             for result in in_order(own.values())
             if METHODS[result.method].tier <= 1
-            and (curves := [row["curve"] for row in result.finals.values() if "curve" in row])
+            and (curves := [row["curve"] for row in result.finals.values() if row.get("curve")])
         }
         for name, own in results.items()
     }

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ntk_attention.cli.data import IGNORED, Item, Row, collate, same_final_number
 from ntk_attention.cli.encoding import encode
 from ntk_attention.cli.evaluation import answers
 from ntk_attention.cli.models import convert_gguf, load_model
 from ntk_attention.tuner.distributed import device_of
-from ntk_attention.tuner.observation import evaluating
+from ntk_attention.tuner.observation import base_model_of, evaluating
 
 from . import assets
+from .steps import Loss
 from .tasks import Base, Batch, Score, Task
 
 TEXT_LENGTH = 256  # tokens; longer texts are cut
 PAD_TO = 32  # few different shapes: kernels are tuned and planned for each
 UNRELATED_PASSAGES = 64
-VALIDATION_ITEMS, TEST_ITEMS = 300, 1000
-EVALUATION_TOKENS, GENERATION_BATCH = 4096, 256  # of a batch: as many tokens as a training step has, and items
+MULTIPLE = 16  # of tokens that have logits: one shape, which other tokens fill up
+EVALUATION_TOKENS = 4096  # of a batch: as many as a training step has
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class LanguageTask(Task):
     judge: Callable[[str, str], bool] = same_final_number  # of a generated and an expected answer
     judged: str = "final number"  # name of what the judge looks at
     pad_to: int = PAD_TO  # tokens; with max_length here all training batches have one shape
+    train_items: int | None = None  # of the training data, the first ones; None: all
+    validation_items: int | None = 300
+    test_items: int | None = 1000
+    generation_batch: int = 256  # items that are answered at once
+    beside: tuple[LanguageTask, ...] = ()  # what final runs also see the test of
 
     @property
     def metric(self) -> str:  # type: ignore[override]
@@ -53,6 +61,8 @@ class LanguageTask(Task):
         if "/" not in self.model:
             assets.model_folder(self.model)
         assets.split_file(self.data, "train")
+        for task in self.beside:
+            assets.split_file(task.data, "test")
 
     def source(self) -> str:
         """What `load_model` takes; a GGUF file becomes a folder first."""
@@ -73,12 +83,19 @@ class LanguageTask(Task):
         return assets.read_rows(self.data, split)
 
     def examples(self, base: Base, split: str, seed: int) -> list[tuple[Row, Item]]:
-        items = [as_item(row, base.tokenizer) for row in self.items(split)]
-        items = items[: {"validation": VALIDATION_ITEMS, "test": TEST_ITEMS}.get(split)]
+        most = {"train": self.train_items, "validation": self.validation_items, "test": self.test_items}[split]
+        items = [as_item(row, base.tokenizer) for row in self.items(split)[:most]]
         return encoded(items, base.tokenizer, self.max_length if split != "test" else None)
 
     def batch(self, base: Base, examples: Sequence[tuple[Row, Item]]) -> Batch:
         return collate([row for row, _ in examples], base.tokenizer.pad_token_id, self.pad_to)
+
+    def loss(self, batches: Sequence[Sequence[tuple[Row, Item]]]) -> Loss:
+        """Of completions with logits of their tokens alone, which are few, in one shape for all batches."""
+        if self.max_new_tokens is None:
+            return super().loss(batches)
+        most = max(sum(label != IGNORED for row, _ in batch for label in row["labels"]) for batch in batches)
+        return partial(completion_loss, most=-(-most // MULTIPLE) * MULTIPLE)
 
     def score(self, base: Base, model: nn.Module, examples: Sequence[tuple[Row, Item]], with_answers: bool) -> Score:
         model_: Any = model
@@ -90,13 +107,26 @@ class LanguageTask(Task):
         # by length, which wastes little on padding; the order is the same for every method
         items = sorted((item for _, item in examples), key=lambda item: len(item.prompt))
         prompts = [item.prompt for item in items]
-        texts = answers(model_, base.tokenizer, prompts, self.max_new_tokens, batch_size=GENERATION_BATCH)
+        texts = answers(model_, base.tokenizer, prompts, self.max_new_tokens, batch_size=self.generation_batch)
         correct = [self.judge(text, item.completion) for text, item in zip(texts, items, strict=True)]
         return Score(loss, sum(correct) / len(correct), correct, exact)
 
+    def scores_beside(self, base: Base, model: nn.Module) -> dict[str, float]:
+        found = {}
+        for task in self.beside:
+            key = f"test of {task.name}"
+            if key not in base.kept:
+                base.kept[key] = task.examples(base, "test", 0)
+            score = task.score(base, model, base.kept[key], with_answers=True)
+            found[task.name] = score.loss if score.share is None else score.share
+        return found
+
     def unrelated(self, base: Base) -> list[Row]:
-        items = [as_item(row, base.tokenizer) for row in assets.read_rows("python-docs", "validation")]
-        return [row for row, _ in encoded(items[:UNRELATED_PASSAGES], base.tokenizer)]
+        if "passages" not in base.kept:
+            rows = assets.read_rows("python-docs", "validation")[:UNRELATED_PASSAGES]
+            found = encoded([as_item(row, base.tokenizer) for row in rows], base.tokenizer)
+            base.kept["passages"] = [row for row, _ in found]
+        return base.kept["passages"]
 
     def unrelated_loss(self, base: Base, model: nn.Module) -> float:
         return loss_and_exact(model, self.unrelated(base), base.tokenizer.pad_token_id)[0]
@@ -107,6 +137,34 @@ class LanguageTask(Task):
         return [collate(rows[i : i + self.batch_size], base.tokenizer.pad_token_id, PAD_TO) for i in starts]
 
 
+def completion_loss(model: nn.Module, batch: Mapping[str, Tensor], most: int) -> Tensor:
+    """The loss that the model itself computes, with logits of `most` tokens: all that count, and some that do not.
+
+    The vocabulary makes logits of all tokens the largest tensors of a step by far.
+    """
+    labels = next_tokens(batch["labels"])
+    places = (labels != IGNORED).byte().argsort(descending=True, stable=True)[:most]
+    with logits_at(model, places):
+        logits = model(**{name: x for name, x in batch.items() if name != "labels"}).logits[0]
+    return nn.functional.cross_entropy(logits.float(), labels[places], ignore_index=IGNORED)
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """What the model should write after each token of a batch, as one row of B L labels."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+
+@contextmanager
+def logits_at(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """The model's logits are [1, N, vocabulary], of N places in the row of all B L tokens."""
+    head = base_model_of(model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, places)[None],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def loss_and_exact(model: Any, rows: Sequence[Row], pad_token_id: int) -> tuple[float, float]:
     """Cross-entropy in nats over all tokens that count, and the share of the rows whose completion is written greedily.
@@ -114,28 +172,32 @@ def loss_and_exact(model: Any, rows: Sequence[Row], pad_token_id: int) -> tuple[
     A model writes a completion, and its end, by greedy decoding if and only if each of its tokens is the likeliest one
     after those before it: one forward pass says so.
     """
-    total, count, exact, device = 0.0, 0, 0, device_of(model)
+    total, count, wrong, device = 0.0, 0, 0, device_of(model)
     with evaluating(model):
-        for batch in batches_of(rows, pad_token_id):
-            logits = model(**{k: x.to(device) for k, x in batch.items() if k != "labels"}).logits[:, :-1]
-            labels = batch["labels"][:, 1:].to(device)
-            counts = labels != IGNORED
-            total += nn.functional.cross_entropy(logits[counts].float(), labels[counts], reduction="sum").item()
-            exact += int(((logits.argmax(dim=-1) == labels) | ~counts).all(dim=1).sum())
-            count += int(counts.sum())
-    return total / count, exact / len(rows)
+        for chosen in by_length(rows, EVALUATION_TOKENS):
+            batch = collate([rows[i] for i in chosen], pad_token_id)
+            labels = next_tokens(batch.pop("labels"))
+            places = (labels != IGNORED).nonzero().flatten()
+            expected, places = labels[places].to(device), places.to(device)
+            with logits_at(model, places):
+                logits = model(**{name: x.to(device) for name, x in batch.items()}).logits[0]
+            total += nn.functional.cross_entropy(logits.float(), expected, reduction="sum").item()
+            row_of = places // batch["input_ids"].shape[1]
+            wrong += len(row_of[logits.argmax(dim=-1) != expected].unique())
+            count += len(expected)
+    return total / count, (len(rows) - wrong) / len(rows)
 
 
-def batches_of(rows: Sequence[Row], pad_token_id: int) -> Iterator[Batch]:
-    """The shortest rows first, at most EVALUATION_TOKENS in a batch, padding included, or one row."""
-    chosen: list[Row] = []
-    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-        if chosen and (len(chosen) + 1) * len(row["input_ids"]) > EVALUATION_TOKENS:
-            yield collate(chosen, pad_token_id)
+def by_length(rows: Sequence[Row], tokens: int) -> Iterator[list[int]]:
+    """Places of the rows of each batch, the shortest first: at most so many tokens, padding included, or one row."""
+    chosen: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"])):
+        if chosen and (len(chosen) + 1) * len(rows[i]["input_ids"]) > tokens:
+            yield chosen
             chosen = []
-        chosen.append(row)
+        chosen.append(i)
     if chosen:
-        yield collate(chosen, pad_token_id)
+        yield chosen
 
 
 def as_item(row: dict[str, Any], tokenizer: Any) -> Item:

@@ -31,7 +31,7 @@ class Method:
         family: "ntk", "lora", "prefix" or "other"; gives the colour.
         tier: cells of a lower tier run first.
         build: adapts a fresh copy of the base model in place and returns it; what requires a gradient is trained.
-        rates: learning rates tried, at least four on a log grid.
+        rates: learning rates tried, at least four on a log grid; none where nothing is trained.
         ablation: the question that it answers, where it is no method of its own.
         only: the tasks it is for; all by default.
     """

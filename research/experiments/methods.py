@@ -1,7 +1,8 @@
 """The methods by name: how each adapts a model, and the learning rates that are tried.
 
 Equal parameters: unless its name says another size, a method has as many trainable parameters as NTK-Attention with a
-full Z in every query head, within 5 %. Full fine-tuning, IA3, the head alone and prefixes of a given m have their own.
+full Z in every query head, within 5 %. Full fine-tuning, IA3, the head alone and prefixes of a given m have their own,
+and zero-shot trains nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ntk_attention.calibration.settings import CalibrationSettings
 
 from . import budgets
 from .method import Method
-from .opponents import full, head_only, ia3, lora, oft, pissa, prefix, prefix_memory, rank_stabilised
+from .opponents import full, head_only, ia3, lora, oft, pissa, prefix, prefix_memory, rank_stabilised, zero_shot
 from .ours import (
     ATTENTION_ALONE,
     combined,
@@ -104,6 +105,7 @@ METHODS: dict[str, Method] = {
     "prefix-memory": Method("softmax + phi(q) M", "prefix", 1, prefix_memory, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
     "full": Method("full fine-tuning", "other", 1, full, (1e-5, 3e-5, 1e-4, 3e-4)),
     "head": Method("head only", "other", 1, head_only, (1e-3, 3e-3, 1e-2, 3e-2), only=encodes),
+    "zero-shot": Method("the base model", "other", 1, zero_shot, (), only=writes_text),
     "dora": Method(
         "DoRA, attention", "lora", 2, partial(lora, budget=at_ours, pattern=attention, dora=True), LORA_RATES
     ),

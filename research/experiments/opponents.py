@@ -121,3 +121,8 @@ def head_only(model: nn.Module, context: Context) -> nn.Module:
     model.requires_grad_(False)
     model.get_submodule("head").requires_grad_(True)
     return model
+
+
+def zero_shot(model: nn.Module, context: Context) -> nn.Module:
+    """The base model as it is."""
+    return model

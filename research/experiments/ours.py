@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from peft import get_peft_model
 from torch import nn
 
 from ntk_attention import NTKAttentionConfig, calibrate
+from ntk_attention.calibration.inputs import own_text
 from ntk_attention.calibration.moments import inverse_root, row_rms
 from ntk_attention.calibration.settings import DEFAULT, CalibrationSettings
 from ntk_attention.tuner.adapter import LOG_OF_NOTHING, PrefixAdapter
@@ -23,7 +24,7 @@ from . import budgets
 from .extensions import Sizes, add_low_rank, as_peft, measured
 from .inputs import with_random_inputs
 from .method import Context, peft_options
-from .tasks import Batch
+from .tasks import Base, Batch
 
 ATTENTION_ALONE: dict[str, None] = {"rank": None, "feed_forward_rank": None}  # a full Z, as in the paper
 
@@ -44,9 +45,21 @@ def ntk(
         options["layers_to_transform"] = [i for i in range(count) if layers(i, count)]
     model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task), **options))
     batches = batches_from(context, source)
-    seen = with_random_inputs(model, batches) if others == "random" else others == "own"
-    calibrate(model, batches, settings=settings, others=seen)
+    beside: bool | list[Mapping[str, Any]] = False
+    if others == "random":
+        beside = with_random_inputs(model, batches)
+    elif others == "own":
+        beside = kept_text(context.base, batches, settings)
+    calibrate(model, batches, settings=settings, others=beside)
     return model
+
+
+def kept_text(base: Base, batches: list[Batch], settings: CalibrationSettings) -> list[Mapping[str, Any]]:
+    """What `calibrate` would have the base model write, once per process: it is the same for every cell."""
+    key = f"own text, {settings.own_rows} rows of {settings.own_length}"
+    if key not in base.kept:
+        base.kept[key] = own_text(base.model, list(batches), settings)
+    return base.kept[key]
 
 
 def batches_from(context: Context, source: str) -> list[Batch]:

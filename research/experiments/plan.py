@@ -32,6 +32,8 @@ def pairs(tasks: Sequence[Task], methods: Sequence[str]) -> list[tuple[Task, str
 def next_cells(rows: Iterable[Row], task: Task, method: str, seeds: int | None = None) -> list[Cell]:
     """Of one task and method, what can be run now that is not in the rows; the first `seeds` final ones, or all."""
     own = [row for row in rows if belongs(row, task, method)]
+    if not METHODS[method].rates:
+        return [] if any(row["stage"] == "final" for row in own) else untrained_cells(task, method, "final")
     selected = [row for row in own if row["stage"] == "select"]
     tried = {(row["learning_rate"], row["seed"]) for row in selected}
     rates = list(METHODS[method].rates)
@@ -58,9 +60,18 @@ def untried(task: Task, method: str, rates: Iterable[float], tried: Collection[t
     return [Cell(task.name, method, rate, seed, "select") for rate, seed in pairs]
 
 
+def untrained_cells(task: Task, method: str, stage: str) -> list[Cell]:
+    """Of a method that trains nothing: no rate and no seed makes a difference."""
+    return [Cell(task.name, method, 0.0, task.final_seeds[0], stage)]
+
+
 def timing_cells(rows: Iterable[Row], task: Task, method: str) -> list[Cell]:
     done = any(belongs(row, task, method) and row["stage"] == "time" for row in rows)
-    return [] if done else [Cell(task.name, method, METHODS[method].rates[0], task.selection_seeds[0], "time")]
+    return (
+        []
+        if done or not METHODS[method].rates
+        else [Cell(task.name, method, METHODS[method].rates[0], task.selection_seeds[0], "time")]
+    )
 
 
 def position_cells(
@@ -81,8 +92,14 @@ def develop_cells(
     for row in rows:
         if belongs(row, task, method):
             tries[row["learning_rate"], row["seed"]] += MOST_TRIES if is_result(row) else 1
-    wanted = [(rate, seed) for seed in range(seeds) for rate in rates or METHODS[method].rates]
-    return [Cell(task.name, method, *cell, develop.STAGE) for cell in wanted if tries[cell] < MOST_TRIES]
+    wanted = [
+        Cell(task.name, method, rate, seed, develop.STAGE)
+        for seed in range(seeds)
+        for rate in rates or METHODS[method].rates
+    ]
+    if not METHODS[method].rates:
+        wanted = untrained_cells(task, method, develop.STAGE)
+    return [cell for cell in wanted if tries[cell.learning_rate, cell.seed] < MOST_TRIES]
 
 
 def is_result(row: Row) -> bool:
@@ -91,8 +108,9 @@ def is_result(row: Row) -> bool:
 
 
 def belongs(row: Row, task: Task, method: str) -> bool:
-    """Whether a row is of this task as it is now."""
-    return (row["task"], row["method"], row.get("steps")) == (task.name, method, task.steps)
+    """Whether a row is of this task as it is now; those of failures do not say their batches."""
+    own = (row["task"], row["method"], row.get("steps"), row.get("batch_size", task.batch_size))
+    return own == (task.name, method, task.steps, task.batch_size)
 
 
 def best_rate(task: Task, selected: Iterable[Row]) -> float | None:

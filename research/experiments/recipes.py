@@ -9,7 +9,6 @@ are secret (SuperGLUE), its validation split is the test, and the last tenth of 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -26,9 +25,11 @@ from ntk_attention.cli.data import Item, same_final_number
 
 from . import assets, budgets
 from .classification import ClassificationTask, Classifier
+from .judges import boxed, same_answer, same_text
 from .language import LanguageTask
 from .methods import METHODS
 from .opponents import lora
+from .public_data import worked
 from .tasks import Base, Batch, Task
 
 Example = dict[str, Any]
@@ -214,39 +215,14 @@ SUPERGLUE: dict[str, tuple[Callable[[Example], Item], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def same_text(generated: str, expected: str) -> bool:
-    """Up to case, spaces around and a full stop."""
-    first, second = (text.strip().rstrip(".").lower() for text in (generated, expected))
-    return first == second
-
-
-def same_answer(generated: str, expected: str) -> bool:
-    """What stands after '####', up to spaces."""
-    first, second = ("".join(text.rsplit("####", 1)[-1].split()) for text in (generated, expected))
-    return first == second
-
-
 def gsm8k(example: Example) -> Item:
     """The worked solution without its calculator marks, which ends in '#### number'."""
-    return Item(example["question"], re.sub(r"<<.*?>>", "", example["answer"]))
+    return Item(example["question"], worked(example["answer"]))
 
 
 def math(example: Example) -> Item:
     """The worked solution, and what stands in its last box after '####'."""
     return Item(example["problem"], f"{example['solution']}\n#### {boxed(example['solution'])}")
-
-
-def boxed(solution: str) -> str:
-    """What stands in the last \\boxed{...}, braces balanced; the whole text where there is none."""
-    start = solution.rfind("\\boxed{")
-    if start < 0:
-        return solution.strip()
-    depth = 0
-    for i in range(start + len("\\boxed"), len(solution)):
-        depth += {"{": 1, "}": -1}.get(solution[i], 0)
-        if depth == 0:
-            return solution[start + len("\\boxed{") : i].strip()
-    return solution[start:].strip()
 
 
 # --- pictures ---
@@ -268,7 +244,7 @@ class PictureRecipe(FromHub, ClassificationTask):
 
     def load(self, device: str) -> Base:
         num_classes = self.splits.rows(self.data, self.config, "train").features[self.label].num_classes
-        model = Classifier(self.load_encoder(), num_classes, "first")
+        model = Classifier(self.load_encoder(add_pooling_layer=False), num_classes, "first")
         return Base(model.to(device).requires_grad_(False))
 
     def examples(self, base: Base, split: str, seed: int) -> Pictures:

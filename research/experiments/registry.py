@@ -1,9 +1,10 @@
-"""The tasks by name. The paper's own, which need the hub or a local copy, stand in recipes.py, others in suite.py."""
+"""The tasks by name. The paper's own, which need the hub, stand in recipes.py, others in suite.py and public.py."""
 
 from __future__ import annotations
 
 from .classification import PictureTask, TextTask
 from .language import LanguageTask
+from .public import BENCHMARKS
 from .recipes import RECIPES
 from .suite import SUITE
 from .tasks import Task
@@ -27,4 +28,4 @@ def registry() -> dict[str, Task]:
         LanguageTask("gemma-chain-sum", second, gemma, "chain-sum", 300, 32, max_new_tokens=8),
         LanguageTask("gemma-gsm-worked", second, gemma, "gsm-worked", 300, 16, max_new_tokens=192),
     ]
-    return {task.name: task for task in (*tasks, *SUITE, *RECIPES)}
+    return {task.name: task for task in (*tasks, *SUITE, *BENCHMARKS, *RECIPES)}

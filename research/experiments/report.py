@@ -29,13 +29,17 @@ LEGEND = (
     "was measured, with some seeds or all, on other passages than ours. Step: median of the time of one step, alone "
     "on the device. Memory: allocated at the peak of training, weights included. File: the adapter as safetensors."
 )
+BESIDE = (
+    "Accuracy on the parts of a test, whose mean is the test metric, and on other data after the same training, mean "
+    "over the seeds. The base model's line says how it was before."
+)
 
 
 def write_report(folder: Path) -> list[Path]:
     """Raises FileNotFoundError if there are no rows."""
     rows = read(folder / "rows.jsonl")
     results, of_positions = collect(rows, registry()), read(folder / positions.ROWS)
-    developed = [row for row in read(folder / develop.ROWS) if is_result(row)]
+    developed = [row for row in read(folder / develop.ROWS) if is_result(row) and has_batches_of_today(row)]
     if not (results or of_positions or developed):
         raise FileNotFoundError(f"{folder} has no rows: run an experiment first")
     blocks, pictures = compose(results, rows, folder) if results else ([Heading(TITLE, 1)], [])
@@ -46,6 +50,12 @@ def write_report(folder: Path) -> list[Path]:
     (folder / "README.md").write_text(markdown(blocks))
     (folder / "index.html").write_text(page(blocks))
     return [folder / "README.md", folder / "index.html", *pictures]
+
+
+def has_batches_of_today(row: Row) -> bool:
+    """Numbers of other batch sizes are not comparable."""
+    task = registry().get(row["task"])
+    return task is not None and row.get("batch_size", task.batch_size) == task.batch_size
 
 
 def compose(results: dict[str, dict[str, Result]], rows: list[Row], folder: Path) -> tuple[list[Block], list[Path]]:
@@ -81,6 +91,8 @@ def compose(results: dict[str, dict[str, Result]], rows: list[Row], folder: Path
         if any(result.mean is not None for result in own.values()):
             task = next(iter(own.values())).task
             blocks += [Heading(f"{task.name}: {task.group}", 3), Text(tables.describe(task)), tables.task(own)]
+    if parts := tables.beside(results):
+        blocks += [Heading("Parts, and other benchmarks"), Text(BESIDE), *parts]
     blocks += [
         Heading("Paired differences"),
         Text(

@@ -12,6 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -29,7 +30,7 @@ from .train import Cell, run_cell
 
 Job = tuple[Cell, Task]
 Planner = Callable[[], list[Job]]  # what can be run now, the most wanted first, given the rows written so far
-GRACE = 5.0  # seconds that a process has for its own end
+GRACE = 15.0  # seconds that a process has for its own end, and for what it has given the GPU to do
 SHORT, LONG = struct.Struct("!i"), struct.Struct("!Q")  # sizes of messages, the latter after a short one of -1
 READ_AT_ONCE = 2**16
 LOOK_AGAIN = 30.0  # seconds: a process that is dead is noticed then, even if a child of it keeps its pipe open
@@ -64,20 +65,43 @@ class Worker:
 
 def serve(connection: Connection, device: str, threads: int, number: int) -> None:
     """The life of a worker process. Workers are dealt to the GPUs in turn."""
+    signal.signal(signal.SIGTERM, interrupt)
     torch.set_num_threads(threads)
     if device == "cuda":
         torch.cuda.set_device(number % torch.cuda.device_count())
     worker, tasks = Worker(device), registry()
-    while True:
-        cell, steps = connection.recv()
-        connection.send(worker(cell, replace(tasks[cell.task], steps=steps)))
+    with suppress(KeyboardInterrupt):
+        while True:
+            cell, steps = connection.recv()
+            connection.send(worker(cell, replace(tasks[cell.task], steps=steps)))
+
+
+def interrupt(number: int, frame: object) -> None:
+    """A worker leaves the GPU as any program does: one that is killed may break those beside it, under MPS."""
+    raise KeyboardInterrupt
 
 
 def run_inline(planner: Planner, device: str, write: Callable[[Row], None], deadline: float) -> None:
-    """One after another in this process: the deadline is looked at between cells."""
-    worker = Worker(device)
-    while time.monotonic() < deadline and (ready := planner()):
-        write(worker(*ready[0]))
+    """One after another in this process, each of which should have its row by the deadline."""
+    worker, lengths = Worker(device), Lengths()
+    while ready := [job for job in planner() if time.monotonic() + lengths.of(job) < deadline]:
+        row = worker(*ready[0])
+        lengths.add(row)
+        write(row)
+
+
+class Lengths:
+    """How long cells last, in seconds: the longest of the same task, or of all where there is none."""
+
+    def __init__(self) -> None:
+        self.by_task: dict[str, float] = {}
+
+    def add(self, row: Row) -> None:
+        if "seconds" in row:
+            self.by_task[row["task"]] = max(self.by_task.get(row["task"], 0.0), row["seconds"])
+
+    def of(self, job: Job) -> float:
+        return self.by_task.get(job[0].task, max(self.by_task.values(), default=0.0))
 
 
 class Process:
@@ -160,15 +184,19 @@ class Process:
 def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadline: float, jobs: int) -> None:
     """Until nothing is left to run, or the deadline has come: then what is still running is lost, and what hangs fails.
 
+    No cell is begun that should not have its row by then.
+
     However a process ends, the cell that it had is one that failed, and others go on. No cell is run twice. Where one
     has failed the process is ended: what it holds of a device may be broken.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     processes: list[Process] = []
     finished: set[Cell] = set()
+    lengths = Lengths()
 
     def finish(job: Job, row: Row) -> None:
         finished.add(job[0])
+        lengths.add(row)
         write(row)
 
     def fail(job: Job, process: Process | None, error: Exception) -> None:
@@ -184,6 +212,7 @@ def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadli
         while time.monotonic() < deadline:
             busy = {process.job[0] for process in processes if process.job}
             ready = [job for job in planner() if job[0] not in busy | finished]
+            ready = [job for job in ready if time.monotonic() + lengths.of(job) < deadline]
             for job in ready[: jobs - len(busy)]:
                 process = None
                 try:
@@ -220,10 +249,14 @@ def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadli
 
 
 def end_all(processes: list[Process]) -> None:
-    """Not by SIGTERM, which one that is stopped would not hear: this process would wait for it."""
+    """By SIGTERM at first, and those that do not hear it by SIGKILL."""
+    for process in processes:
+        process.process.terminate()
+    last = time.monotonic() + GRACE
+    for process in processes:
+        process.process.join(max(0.0, last - time.monotonic()))
     for process in processes:
         process.process.kill()
-    for process in processes:
         process.process.join(GRACE)
         process.connection.close()
 

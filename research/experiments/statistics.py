@@ -35,7 +35,8 @@ class Result:
 
     @property
     def rate(self) -> float | None:
-        return best_rate(self.task, self.selected)
+        """The chosen one; 0 of a method that trains nothing."""
+        return best_rate(self.task, self.selected) if METHODS[self.method].rates else 0.0
 
     @property
     def validation(self) -> dict[float, dict[str, float] | None]:
@@ -53,7 +54,7 @@ class Result:
     def at_end(self) -> str:
         """An arrow if the chosen rate is the largest or the smallest of those tried."""
         tried = self.validation.keys()
-        return "" if self.rate is None else "↑" if self.rate == max(tried) else "↓" if self.rate == min(tried) else ""
+        return "" if not self.rate else "↑" if self.rate == max(tried) else "↓" if self.rate == min(tried) else ""
 
     @property
     def any_row(self) -> Row:

@@ -12,6 +12,12 @@ from torch.overrides import TorchFunctionMode
 
 CLIP, WARMUP_STEPS = 1.0, 20
 Batch = Mapping[str, Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """What the model itself computes."""
+    return model(**batch).loss
 
 
 def linear(step: int, steps: int) -> float:
@@ -24,11 +30,12 @@ class Training:
     """A model, AdamW, gradients clipped to norm 1, and a linear schedule.
 
     Args:
-        model: returns something with a `loss`.
+        model: is trained.
         groups: parameters and the learning rate of each group.
         steps: how many there will be.
         precision: makes the context of the forward pass.
         weight_decay: of AdamW.
+        loss: of the model on a batch.
     """
 
     def __init__(
@@ -38,8 +45,9 @@ class Training:
         steps: int,
         precision: Callable[[], AbstractContextManager[Any]],
         weight_decay: float = 0.0,
+        loss: Loss = own_loss,
     ):
-        self.model, self.steps, self.precision, self.done = model, steps, precision, 0
+        self.model, self.steps, self.precision, self.loss, self.done = model, steps, precision, loss, 0
         self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
         self.device = self.parameters[0].device
         self.rates = [group["lr"] for group in groups]
@@ -66,7 +74,7 @@ class Training:
 
     def forward_and_backward(self, batch: Batch) -> Tensor:
         with self.precision():
-            loss = self.model(**batch).loss
+            loss = self.loss(self.model, batch)
         loss.backward()
         return loss.detach()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from statistics import fmean
 
 from research.recording import Row
 
@@ -186,6 +187,27 @@ def task(own: dict[str, Result]) -> Table:
             ]
         )
     return Table(head, body, label(OURS))
+
+
+def beside(results: Results) -> list[Block]:
+    """Parts of a test, and tests of other data, of the final runs that saw them."""
+    blocks: list[Block] = []
+    for name, own in results.items():
+        found = {result.method: mean_beside(result) for result in in_order(own.values())}
+        columns = sorted({column for means in found.values() for column in means})
+        body = [
+            [label(method), *(f"{100 * means[column]:.1f}" if column in means else "" for column in columns)]
+            for method, means in found.items()
+            if means
+        ]
+        if body:
+            blocks += [Heading(f"Beside {name}, in %", 3), Table(["method", *columns], body, label(OURS))]
+    return blocks
+
+
+def mean_beside(result: Result) -> dict[str, float]:
+    rows = [row["beside"] for row in result.finals.values() if "beside" in row]
+    return {column: fmean(row[column] for row in rows) for column in (rows[0] if rows else ())}
 
 
 def paired(results: Results) -> list[Block]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from .steps import Loss, own_loss
 
 Batch = dict[str, torch.Tensor]
 
@@ -21,16 +23,21 @@ class Base:
     model: nn.Module
     tokenizer: Any = None
     source_head: nn.Module | None = None  # what a picture model was pretrained with
+    kept: dict[str, Any] = field(default_factory=dict)  # what depends on nothing else, and cells would make again
 
 
 @dataclass(frozen=True)
 class Score:
-    """On one split: the loss, the share of items that are right, where items can be, and of exact completions."""
+    """On one split: the loss, the share of items that are right, where items can be, and of exact completions.
+
+    parts: the share of right items in each part of the split, where it has several.
+    """
 
     loss: float
     share: float | None = None
     correct: Sequence[bool] | None = None
     exact: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,17 @@ class Task(ABC):
     def batch(self, base: Base, examples: Sequence[Any]) -> Batch:
         """Keyword arguments of the model, labels included, on the CPU."""
 
+    def loss(self, batches: Sequence[Sequence[Any]]) -> Loss:
+        """How a model's loss on a training batch is computed, given the examples of all that there will be."""
+        return own_loss
+
     @abstractmethod
     def score(self, base: Base, model: nn.Module, examples: Sequence[Any], with_answers: bool) -> Score:
         """With answers where the metric needs generation; selection does without, by the loss."""
+
+    def scores_beside(self, base: Base, model: nn.Module) -> dict[str, float]:
+        """Of the tests of other data that final runs see too."""
+        return {}
 
     @abstractmethod
     def unrelated_loss(self, base: Base, model: nn.Module) -> float | None:

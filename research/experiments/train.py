@@ -20,7 +20,7 @@ from . import assets, develop, positions
 from .extensions import LowRank
 from .method import Context
 from .methods import METHODS
-from .steps import training_on
+from .steps import Loss, training_on
 from .tasks import Base, Batch, Score, Task
 
 HEAD_RATE = 5e-3  # of a new classifier, whatever the method's rate is; the method "head" tunes it
@@ -57,12 +57,14 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
     first = [data.batch(i) for i in range(min(task.calibration_batches, len(data)))]
     model = task.fresh(base, cell.seed)
     with precision(task, device):
-        unrelated_before = task.unrelated_loss(base, model) if cell.stage in REMEMBERS else None
+        unrelated_before = unrelated_loss_of_base(task, base) if cell.stage in REMEMBERS else None
     model = METHODS[cell.method].build(model, Context(task, base, first)).to(device)
     row: Row = {**asdict(cell), **sizes(model, task, base)}
 
     steps = TIMED_STEPS if cell.stage == "time" else task.steps
-    losses, times, row["training_seconds"] = train(model, data, cell, steps, device)
+    losses, times, row["training_seconds"] = [], [], 0.0
+    if METHODS[cell.method].rates:
+        losses, times, row["training_seconds"] = train(model, data, cell, steps, device)
     if device == "cuda":
         torch.cuda.empty_cache()  # recorded steps hold much memory, which other processes on the GPU can use
     if cell.stage == "time":
@@ -76,6 +78,13 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
             row |= scores(cell, task, base, model, unrelated_before)
     row["seconds"] = round(time.perf_counter() - started, 2)
     return row
+
+
+def unrelated_loss_of_base(task: Task, base: Base) -> float | None:
+    """Computed once per process."""
+    if "unrelated loss" not in base.kept:
+        base.kept["unrelated loss"] = task.unrelated_loss(base, base.model)
+    return base.kept["unrelated loss"]
 
 
 def clean_memory(device: str) -> int:
@@ -103,7 +112,13 @@ class TrainingData:
 
     def batch(self, step: int) -> Batch:
         """Of a step; from the front again after the last one."""
-        return self.task.batch(self.base, [self.examples[i] for i in self.chosen[step % len(self)]])
+        return self.task.batch(self.base, self.examples_of(step % len(self)))
+
+    def examples_of(self, step: int) -> list[Any]:
+        return [self.examples[i] for i in self.chosen[step]]
+
+    def loss(self) -> Loss:
+        return self.task.loss([self.examples_of(step) for step in range(len(self))])
 
 
 def sizes(model: nn.Module, task: Task, base: Base) -> Row:
@@ -130,7 +145,7 @@ def train(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of training alone, without calibration and scoring
     wanted = [group for group in groups if group["params"]]
-    training = training_on(device)(model, wanted, steps, lambda: precision(data.task, device))
+    training = training_on(device)(model, wanted, steps, lambda: precision(data.task, device), loss=data.loss())
     losses: list[Tensor] = []
     times: list[float] = []
     model.train()
@@ -156,6 +171,8 @@ def scores(cell: Cell, task: Task, base: Base, model: nn.Module, unrelated_befor
     if cell.stage == "final":
         test = task.score(base, model, cached_examples(task, base, "test", cell.seed), with_answers=True)
         row |= {"test": figures(test), "test_correct": packed(test.correct)}
+        if beside := {**test.parts, **task.scores_beside(base, model)}:
+            row["beside"] = beside
     if unrelated_before is not None:
         unrelated_after = task.unrelated_loss(base, model)
         assert unrelated_after is not None

@@ -40,11 +40,14 @@ def serve(connection, device, threads, number):
         if cell.method in STAYS:
             STAYS[cell.method](connection, Path(cell.task))
             time.sleep(LONG)
-        more = {"filling": os.urandom(LARGE)} if cell.method == "sends a large row" else {}
+        more = MORE.get(cell.method, dict)()
         connection.send({**asdict(cell), "steps": steps, "process": os.getpid(), **more})
         if cell.method == "answers and exits":
             os._exit(0)
         ends_at_the_next = cell.method == "answers and leaves the next unread"
+
+
+MORE = {"sends a large row": lambda: {"filling": os.urandom(LARGE)}, "takes long": lambda: {"seconds": 100.0}}
 
 
 def close(connection):

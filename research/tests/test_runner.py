@@ -14,6 +14,7 @@ from research.experiments import runner
 
 from .dying import ENDS, LARGE, Cell, serve
 
+REAL_SERVE = runner.serve
 TASK = SimpleNamespace(name="task", steps=7)
 ERRORS = {
     "exits": "the process died with exit code 3 (EOFError)",
@@ -97,6 +98,55 @@ def test_a_process_that_would_stay(method, error, tmp_path, monkeypatch):
     assert time.monotonic() - since[0] < 60
     assert not multiprocessing.active_children()
     assert [row["error"] for row in rows] == ([f"the process was stopped ({error})"] if error else [])
+
+
+def test_no_cell_is_begun_that_would_be_lost():
+    """Cells say that they take 100 seconds, and 60 are left; those that run meanwhile have their rows."""
+    cells, rows = [Cell("task", "takes long", seed=i) for i in range(5)], []
+    runner.run_jobs(lambda: [(cell, TASK) for cell in cells], "cpu", rows.append, time.monotonic() + 60, 2)
+    assert 1 <= len(rows) <= 3  # the second process may have been given another one meanwhile
+    assert not any("error" in row for row in rows)
+    assert not multiprocessing.active_children()
+    lengths = runner.Lengths()
+    assert lengths.of((cells[0], TASK)) == 0.0
+    for task, seconds in (("short", 5.0), ("long", 90.0), ("short", 4.0)):
+        lengths.add({"task": task, "seconds": seconds})
+    lengths.add({"task": "failed", "error": "OutOfMemoryError"})
+    assert [lengths.of((Cell(task, "ntk"), TASK)) for task in ("short", "long", "failed")] == [5.0, 90.0, 90.0]
+
+
+def test_a_worker_leaves_at_sigterm():
+    """In the middle of a cell, by its own end, quietly."""
+    reader, writer = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=interrupted, args=(writer,))
+    process.start()
+    assert reader.recv() == "busy"
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 0
+    assert reader.recv() == "cleaned up"
+
+
+def interrupted(connection):
+    """A worker whose cell never ends; what cleans up behind it stands for what frees the GPU."""
+
+    class Endless:
+        def __init__(self, device):
+            pass
+
+        def __call__(self, cell, task):
+            try:
+                connection.send("busy")
+                time.sleep(600)
+            except Exception:
+                connection.send("taken for a failure")
+            finally:
+                connection.send("cleaned up")
+
+    runner.Worker, runner.registry, runner.replace = Endless, lambda: {"task": None}, lambda task, steps: task
+    theirs, ours = multiprocessing.Pipe()
+    ours.send((Cell("task", "works"), 1))
+    REAL_SERVE(theirs, "cpu", 1, 0)
 
 
 def test_large_rows():

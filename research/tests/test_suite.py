@@ -14,7 +14,7 @@ from research.experiments.language import as_item, encoded, loss_and_exact
 from research.experiments.plan import develop_cells
 from research.experiments.registry import registry
 from research.experiments.suite import LENGTHS, SUITE
-from research.recording import read
+from research.recording import append, read
 
 ARGUMENTS = ("--method", "lora-attention", "--method", "ntk", "--steps", 2, "--device", "cpu")
 
@@ -41,9 +41,13 @@ def test_problems(tmp_path, monkeypatch, name):
 
 
 def test_tasks_of_the_suite():
-    assert {task.name for task in SUITE if task.max_new_tokens} == set(LENGTHS) == set(assets.REASONING)
-    assert {task.data for task in SUITE} <= set(assets.ASSETS)
+    small = [task for task in SUITE if task.model == "smollm2-135m"]
+    assert {task.name for task in small if task.max_new_tokens} == set(LENGTHS) == set(assets.REASONING)
+    assert {task.data.removesuffix("-target") for task in SUITE} | {task.model for task in SUITE} <= set(assets.ASSETS)
     assert {task.name for task in SUITE} <= set(registry())
+    assert len({task.name for task in SUITE}) == len(SUITE)
+    for task in SUITE:
+        assert task.has_head or task.train_items == task.steps * task.batch_size
 
 
 def test_one_shape(tasks, worker):
@@ -120,6 +124,10 @@ def test_the_report(folder):
     assert "### Development: the size of a full Z" in text
     best = min(row["validation"]["loss"] for row in read(folder / develop.ROWS) if row["method"] == "ntk")
     assert f"| ntk | {best:.4f}" in text
+    row = read(folder / develop.ROWS)[-1]
+    append(folder / develop.ROWS, {**row, "batch_size": 7, "validation": {"loss": 1e-9}})  # of other batches
+    assert command("report", "--out", folder).exit_code == 0
+    assert (folder / "README.md").read_text() == text
 
 
 def test_what_fails_is_tried_once_more_alone(asset_folder, tmp_path, monkeypatch):
@@ -154,6 +162,7 @@ def test_seeds_and_rates():
         "task": "letters",
         "method": "ntk",
         "steps": task.steps,
+        "batch_size": task.batch_size,
         "learning_rate": 3e-3,
         "seed": 0,
         "stage": "develop",
@@ -162,6 +171,8 @@ def test_seeds_and_rates():
     cells = develop_cells([row, failed], task, "ntk", [3e-3, 1e-2], 2)
     assert [(cell.learning_rate, cell.seed) for cell in cells] == [(1e-2, 0), (3e-3, 1), (1e-2, 1)]
     assert develop_cells([row, failed, failed], task, "ntk", [3e-3], 2) == []
+    other = {**row, "batch_size": 2 * task.batch_size}
+    assert develop_cells([other], task, "ntk", [3e-3], 1) == develop_cells([], task, "ntk", [3e-3], 1)
     assert [cell.learning_rate for cell in develop_cells([], task, "lora-mlp", None, 1)] == [3e-4, 1e-3, 3e-3, 1e-2]
 
 

@@ -1,0 +1,75 @@
+"""What a cell of a language model saves: logits that no loss needs, and what the cells before have computed."""
+
+from functools import partial
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from ntk_attention import NTKAttentionConfig, calibrate
+from ntk_attention.cli.data import IGNORED
+from research.experiments.language import completion_loss, loss_and_exact
+from research.experiments.method import Context
+from research.experiments.methods import METHODS
+from research.experiments.ours import batches_from
+from research.experiments.steps import own_loss
+from research.experiments.tasks import Base
+from research.experiments.train import Cell
+
+
+@pytest.fixture(scope="module")
+def task(tasks):
+    return tasks["chain-sum"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora-all", "prefix", "ntk", "prefix-memory"])
+def test_the_loss_is_the_models_own(task, worker, method):
+    """With all its gradients, for completions of different lengths and places that nobody asks for."""
+    base = worker.base(task)
+    examples = task.examples(base, "train", 0)[-8:]
+    batch = task.batch(base, examples)
+    counts = [int((row != IGNORED).sum()) for row in batch["labels"]]
+    model = METHODS[method].build(task.fresh(base, 0), Context(task, base, [batch])).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.05 * torch.randn_like(p))
+    loss = task.loss([examples])
+    assert isinstance(loss, partial)
+    assert sum(counts) < loss.keywords["most"] < batch["labels"].numel()
+    expected, found = (f(model, batch) for f in (own_loss, loss))
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    first = {name: x[:1] for name, x in batch.items()}
+    torch.testing.assert_close(completion_loss(model, first, counts[0]), own_loss(model, first))
+    assert loss_and_exact(model, [examples[0][0]], 0)[0] == pytest.approx(
+        own_loss(model.eval(), first).item(), rel=1e-5
+    )
+    assert model(**batch).logits.shape[:2] == batch["labels"].shape  # nothing stays on the model
+
+
+def test_own_text_is_kept(task, worker, monkeypatch):
+    """The start is that of `calibrate` itself, and the base model writes once for all cells."""
+    base = Base(worker.base(task).model, worker.base(task).tokenizer)
+    context = Context(task, base, [task.batch(base, task.examples(base, "train", 0)[:4])])
+    plain = get_peft_model(task.fresh(base, 0), NTKAttentionConfig(task_type="CAUSAL_LM"))
+    calibrate(plain, batches_from(context, "train"))
+    models = [METHODS["ntk"].build(task.fresh(base, 0), context)]
+    assert base.kept
+    monkeypatch.setattr("research.experiments.ours.own_text", None)  # not called again
+    models.append(METHODS["ntk"].build(task.fresh(base, 0), context))
+    for model in models:
+        torch.testing.assert_close(model.state_dict(), plain.state_dict(), atol=0, rtol=0)
+
+
+def test_the_base_model_is_scored_once(task, worker):
+    base = worker.base(task)
+    base.kept["unrelated loss"] = 17.0
+    row = worker(Cell(task.name, "lora-qv", 1e-3, 1, "final"), task)
+    assert row["unrelated_loss_before"] == 17.0
+    del base.kept["unrelated loss"]
+    row = worker(Cell(task.name, "lora-qv", 1e-3, 1, "final"), task)
+    assert row["unrelated_loss_before"] == base.kept["unrelated loss"] == task.unrelated_loss(base, base.model)
