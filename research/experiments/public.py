@@ -31,7 +31,7 @@ CHOICE_TOKENS = 16384  # of a batch, in which each question has the logits of on
 WRITTEN_AT_ONCE = 700  # answers: two batches of GSM8K's test
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Question(Item):
     """Its completion is a letter, the first of which are the choices."""
 
@@ -56,7 +56,7 @@ class ChoiceTask(LanguageTask):
         questions = []
         for row in self.items(split)[: self.train_items if split == "train" else None]:
             item = as_item(row, base.tokenizer)
-            questions.append(Question(item.prompt, item.completion, row["choices"], row["part"]))
+            questions.append(Question(item.prompt, item.completion, choices=row["choices"], part=row["part"]))
         return encoded(questions, base.tokenizer, self.max_length if split == "train" else None)
 
     @torch.no_grad()
