@@ -181,71 +181,92 @@ class Process:
         return f"the process died {f'of {names.get(-code, -code)}' if code < 0 else f'with exit code {code}'}"
 
 
-def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadline: float, jobs: int) -> None:
-    """Until nothing is left to run, or the deadline has come: then what is still running is lost, and what hangs fails.
-
-    No cell is begun that should not have its row by then.
+class Running:
+    """The processes of a run and what became of their cells.
 
     However a process ends, the cell that it had is one that failed, and others go on. No cell is run twice. Where one
     has failed the process is ended: what it holds of a device may be broken.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    processes: list[Process] = []
-    finished: set[Cell] = set()
-    lengths = Lengths()
 
-    def finish(job: Job, row: Row) -> None:
-        finished.add(job[0])
-        lengths.add(row)
-        write(row)
+    def __init__(self, device: str, write: Callable[[Row], None], jobs: int):
+        self.device, self.write = device, write
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.processes: list[Process] = []
+        self.finished: set[Cell] = set()
+        self.lengths = Lengths()
 
-    def fail(job: Job, process: Process | None, error: Exception) -> None:
+    @property
+    def working(self) -> list[Process]:
+        return [process for process in self.processes if process.job]
+
+    def ready(self, planned: list[Job], deadline: float) -> list[Job]:
+        """Those that have not begun, and that should have their rows in time."""
+        begun = {process.job[0] for process in self.working if process.job} | self.finished
+        now = time.monotonic()
+        return [job for job in planned if job[0] not in begun and now + self.lengths.of(job) < deadline]
+
+    def begin(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            process = None
+            try:
+                process = idle(self.processes) or started(self.processes, self.device, self.threads)
+                process.send(job)
+            except Exception as error:
+                self.fail(job, process, error)
+                if process is None:
+                    break  # others would fare no better now
+
+    def collect(self, timeout: float) -> None:
+        """The rows that have come."""
+        working = self.working
+        wait([process.connection for process in working], timeout=timeout)
+        for process in working:
+            assert process.job
+            try:
+                row = process.receive()
+            except Exception as error:
+                self.fail(process.job, process, error)
+                continue
+            if row is not None:
+                job, process.job = process.job, None
+                self.finish(job, row)
+                if not is_result(row):
+                    end_all([self.processes.pop(self.processes.index(process))])
+
+    def finish(self, job: Job, row: Row) -> None:
+        self.finished.add(job[0])
+        self.lengths.add(row)
+        self.write(row)
+
+    def fail(self, job: Job, process: Process | None, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
         if process is None:
             text = f"no process can be started: {text}"
         else:
-            processes.remove(process)
+            self.processes.remove(process)
             text = f"{process.end()} ({text})"
-        finish(job, {**asdict(job[0]), "steps": job[1].steps, "error": text})
+        self.finish(job, {**asdict(job[0]), "steps": job[1].steps, "error": text})
 
+
+def run_jobs(planner: Planner, device: str, write: Callable[[Row], None], deadline: float, jobs: int) -> None:
+    """Until nothing is left to run, or the deadline has come: then what is still running is lost, and what hangs fails.
+
+    No cell is begun that should not have its row by then.
+    """
+    running = Running(device, write, jobs)
     try:
         while time.monotonic() < deadline:
-            busy = {process.job[0] for process in processes if process.job}
-            ready = [job for job in planner() if job[0] not in busy | finished]
-            ready = [job for job in ready if time.monotonic() + lengths.of(job) < deadline]
-            for job in ready[: jobs - len(busy)]:
-                process = None
-                try:
-                    process = idle(processes) or started(processes, device, threads)
-                    process.send(job)
-                except Exception as error:
-                    fail(job, process, error)
-                    if process is None:
-                        break  # others would fare no better now
-            working = [process for process in processes if process.job]
-            if not working:
-                if not ready:
-                    return
-                continue
-            pause = min(max(0.0, deadline - time.monotonic()), LOOK_AGAIN)
-            wait([process.connection for process in working], timeout=pause)
-            for process in working:
-                assert process.job
-                try:
-                    row = process.receive()
-                except Exception as error:
-                    fail(process.job, process, error)
-                    continue
-                if row is not None:
-                    job, process.job = process.job, None
-                    finish(job, row)
-                    if not is_result(row):
-                        end_all([processes.pop(processes.index(process))])
-        for process in [process for process in processes if process.job]:
+            ready = running.ready(planner(), deadline)
+            running.begin(ready[: jobs - len(running.working)])
+            if running.working:
+                running.collect(min(max(0.0, deadline - time.monotonic()), LOOK_AGAIN))
+            elif not ready:
+                return
+        for process in running.working:
             if process.job and (reason := process.hangs()):
-                fail(process.job, process, TimeoutError(f"{reason} at the deadline"))
+                running.fail(process.job, process, TimeoutError(f"{reason} at the deadline"))
     finally:
-        end_all(processes)
+        end_all(running.processes)
 
 
 def end_all(processes: list[Process]) -> None:
