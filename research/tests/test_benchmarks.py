@@ -68,7 +68,8 @@ def test_methods(folder):
         "ours, 6 by name",
         "LoRA, 6 by name",
     }
-    assert methods["host"] == {"plain", "ours", "plain layer", "ours layer", "ours layer, default", "LoRA q,v layer"}
+    layers = {"plain layer", "ours layer", "ours layer, default", "LoRA q,v layer"}
+    assert methods["host"] == {"plain", "ours", "ours, one thread", *layers}
     assert methods["processes"] == {*WAYS, "DDP, twice the batch"}
     figures = {row["method"]: row["figures"] for row in read(folder / "figure3.jsonl")}
     assert figures["ours"]["parameters"] == 32 * 32 + 32
