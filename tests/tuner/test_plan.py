@@ -29,6 +29,17 @@ def test_a_plan_changes_nothing():
     }
 
 
+def test_models_without_weights():
+    with torch.device("meta"):
+        model = tiny()
+        with pytest.raises(
+            ValueError, match=r'the adapter is made inside of torch.device\("meta"\): expected the model'
+        ):
+            get_peft_model(model, NTKAttentionConfig())
+    adapted = get_peft_model(model, NTKAttentionConfig(), low_cpu_mem_usage=True)
+    assert {p.device.type for p in adapted.parameters()} == {"meta"}
+
+
 def test_shapes_of_the_file_are_those_that_are_saved(tmp_path):
     model, config = tiny(), NTKAttentionConfig(modules_to_save=["lm_head"])
     planned = file_shapes(plan_adapter(model, config), model, config)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -64,8 +65,13 @@ def plan_adapter(model: nn.Module, config: NTKAttentionConfig) -> AdapterPlan:
 
     Raises:
         ValueError: if no attention module is left for it, one that was named cannot have a prefix, or one has rotary
-            positions that cannot be undone, and phi is to see none.
+            positions that cannot be undone, and phi is to see none; or inside of torch.device("meta").
     """
+    if torch.get_default_device().type == "meta":  # what is tried out here, and what adapters start with, has values
+        raise ValueError(
+            'the adapter is made inside of torch.device("meta"): expected the model alone to be, and for an adapter '
+            "without weights low_cpu_mem_usage=True"
+        )
     targets = find_targets(model, config)
     modules = [model.get_submodule(name) for name in targets.names]
     is_encoder = encodes(model, modules)
