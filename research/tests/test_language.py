@@ -1,14 +1,16 @@
 """What a cell of a language model saves: logits that no loss needs, and what the cells before have computed."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.cli.data import IGNORED
-from research.experiments.language import completion_loss, loss_and_exact
+from research.experiments.language import completion_loss, fuse_norms, loss_and_exact
 from research.experiments.method import Context
 from research.experiments.methods import METHODS
 from research.experiments.ours import batches_from
@@ -73,3 +75,22 @@ def test_the_base_model_is_scored_once(task, worker):
     del base.kept["unrelated loss"]
     row = worker(Cell(task.name, "lora-qv", 1e-3, 1, "final"), task)
     assert row["unrelated_loss_before"] == base.kept["unrelated loss"] == task.unrelated_loss(base, base.model)
+
+
+def test_fused_norms_are_those_of_the_model() -> None:
+    """In a copy, too, whose norms have weights of their own."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    plain = LlamaForCausalLM(config)
+    for p in plain.parameters():
+        torch.nn.init.normal_(p)
+    fused = copy.deepcopy(plain)
+    fuse_norms(fused)
+    fused = copy.deepcopy(fused)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(fused(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    assert "forward" in vars(fused.model.norm)
+    with torch.no_grad():
+        fused.model.norm.weight.zero_()
+    assert not fused(ids).logits.any()
