@@ -36,15 +36,21 @@ def ours(model: nn.Module, *, heads: str = "query", size: float = 1.0) -> int:
 
 
 def divided(geometry: Geometry, size: float, part: float) -> tuple[int | None, int | None]:
-    """Ranks of Z and of a feed-forward block that share `size` times the parameters of a full Z; None: full, and none.
+    """Ranks of Z and of the parts of a feed-forward block that share `size` times the parameters of a full Z; None:
+    full, and none.
+
+    The ranks of blocks come in large steps, which the rank of Z makes up for.
 
     Args:
         part: of the parameters, in attention; what does not fit into a full Z goes to the block.
     """
-    in_attention = min(1.0, part * size)
-    rank = None if in_attention == 1 else max(1, round(in_attention * geometry.head_dim / 2))
-    in_block = (size - in_attention) * geometry.num_heads * geometry.head_dim**2
-    return rank, round(in_block / (2 * geometry.feed_forward)) or None if in_block else None
+    per_rank = geometry.num_heads * 2 * geometry.head_dim
+    full = geometry.num_heads * geometry.head_dim**2
+    if part == 1 and size <= 1:
+        return (None if size == 1 else max(1, round(size * full / per_rank))), None
+    in_block = max(1, round((size * full - min(full, part * size * full)) / geometry.part_numbers))
+    rest = size * full - in_block * geometry.part_numbers
+    return (None if rest >= full * 0.9 else max(1, round(rest / per_rank))), in_block
 
 
 def prefix_length(model: nn.Module, budget: int) -> int:

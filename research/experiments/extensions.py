@@ -2,14 +2,12 @@
 
 - PrefixMemory (arXiv 2506.13674): softmax attention plus phi(q) M, with no term in the denominator.
 - ExactPrefix: m real prefix tokens, keys and values trained. peft's own needs a cache, which BERT and ViT have not.
-- LowRank: LoRA of a linear module, with a unit, beside adapters of ours.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -145,70 +143,3 @@ def start_mask(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     config: Any = model.config
     length = 1 + (config.image_size // config.patch_size) ** 2
     return torch.ones(len(inputs["pixel_values"]), length, dtype=torch.bool, device=inputs["pixel_values"].device)
-
-
-class LowRank(nn.Module):
-    """What LoRA adds to the output of a linear module: B A x, with B = 0 and A at random at the start.
-
-    Args:
-        linear: the module.
-        rank: of B A.
-        units: of A and B. They are held as multiples of these, so steps of Adam on them are multiplied by them.
-        spread: of the numbers of A as they are held, uniform between plus and minus this.
-        coordinates: C [in, in], where A is held as A C^-1; none by default.
-    """
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        rank: int,
-        units: tuple[float, float],
-        spread: float,
-        coordinates: Tensor | None = None,
-    ):
-        super().__init__()
-        self.units = units
-        self.register_buffer("coordinates", coordinates, persistent=False)
-        self.A = nn.Parameter(torch.empty(rank, linear.in_features).uniform_(-spread, spread))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        of_A, of_B = self.units
-        A = self.A if self.coordinates is None else self.A @ self.coordinates
-        return F.linear(F.linear(x.to(A.dtype), of_A * A), of_B * self.B)
-
-
-def add_low_rank(linear: nn.Linear, low_rank: LowRank) -> None:
-    """Let a linear module add what a LowRank makes of its input."""
-
-    def added(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + module.low_rank(inputs[0]).to(output.dtype)
-
-    linear.add_module("low_rank", low_rank.to(linear.weight.device))
-    linear.register_forward_hook(added)
-
-
-def as_peft(linear: nn.Linear, rank: int, unit: float = 1.0) -> LowRank:
-    """LoRA with alpha = 2 r as PEFT starts it, its steps multiplied by a unit."""
-    return LowRank(linear, rank, (unit, 2 * unit), linear.in_features**-0.5 / unit)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a linear module, by calibration: the rms of its input and output, and C in which inputs are white."""
-
-    of_input: float
-    of_output: float
-    coordinates: Tensor | None = None  # [in, in]
-
-
-def measured(linear: nn.Linear, rank: int, sizes: Sizes, input_unit: float, output_unit: float) -> LowRank:
-    """LoRA in the units of calibration: A x has the rms 1 at the start, and a step of B is a part of the output.
-
-    Args:
-        input_unit: of A, relative to that of such numbers.
-        output_unit: of B, relative to the output.
-    """
-    of_input = sizes.of_input if sizes.coordinates is None else 1.0
-    units = input_unit / (of_input * linear.in_features**0.5), output_unit * sizes.of_output
-    return LowRank(linear, rank, units, 3**0.5 / input_unit, sizes.coordinates)

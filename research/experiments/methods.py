@@ -7,7 +7,6 @@ and zero-shot trains nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +20,6 @@ from .method import Method
 from .opponents import full, head_only, ia3, lora, oft, pissa, prefix, prefix_memory, rank_stabilised, zero_shot
 from .ours import (
     ATTENTION_ALONE,
-    combined,
     ntk,
     ntk_divided,
     ntk_neutral,
@@ -67,33 +65,9 @@ def ablation(label: str, question: str, build: Callable[..., nn.Module] = ntk, *
     return Method(label, "ntk", 4, partial(build, **options) if options else build, NTK_RATES, question, only)
 
 
-def combination(part: str, more: str = "", **options: Any) -> Method:
-    label = f"state of rank {part} and LoRA in the MLP{more}"
-    share = {"d / 4": 1 / 2, "d / 8": 1 / 4}[part]
-    return ablation(label, "state and LoRA", combined, part=share, **options)
+def steps(label: str, **settings: float) -> Method:
+    return ablation(label, "steps", settings=CalibrationSettings(**settings))
 
-
-# Their names say the rank at head_dim = 64, the size that is not one, and LoRA's unit that is not one.
-COMBINED: dict[str, Method] = {
-    "combined-16": combination("d / 4"),
-    "combined-16-third": combination("d / 4", ", its steps a third", unit=1 / 3),
-    "combined-16-third-share-15": combination(
-        "d / 4", ", its steps a third, 15 % at the start", unit=1 / 3, settings=CalibrationSettings(share=0.15)
-    ),
-    "combined-16-sixth": combination("d / 4", ", its steps a sixth", unit=1 / 6),
-    "combined-8": combination("d / 8"),
-    "combined-8-third": combination("d / 8", ", its steps a third", unit=1 / 3),
-    "combined-16-down": combination("d / 4", "'s last layer, its steps a third", unit=1 / 3, pattern=budgets.LAST),
-    "combined-8-down": combination("d / 8", "'s last layer, its steps a third", unit=1 / 3, pattern=budgets.LAST),
-    "combined-16-units": combination("d / 4", ", its steps 0.1 of the output", output_unit=0.1),
-    "combined-16-large-units": combination("d / 4", ", its steps 0.4 of the output", output_unit=0.4),
-    "combined-16-white": combination(
-        "d / 4", ", its inputs white, its steps 0.1 of the output", output_unit=0.1, whitens=True
-    ),
-    "combined-16-quarter": combination("d / 4", ", its steps a third, a quarter of the size", unit=1 / 3, size=1 / 4),
-    "combined-8-quarter": combination("d / 8", ", its steps a third, a quarter of the size", unit=1 / 3, size=1 / 4),
-    "combined-16-4x": combination("d / 4", ", its steps a third, four times the size", unit=1 / 3, size=4.0),
-}
 
 METHODS: dict[str, Method] = {
     "ntk": Method("NTK-Attention", "ntk", 0, ntk, NTK_RATES),
@@ -146,7 +120,12 @@ METHODS: dict[str, Method] = {
     "lora-mlp-4x": Method(
         "LoRA, MLP, four times the size", "lora", 3, partial(lora, budget=at_4x, pattern=mlp), LORA_RATES
     ),
-    **COMBINED,
+    "calm-heads": steps("steps of Z a third", head_step=1 / 3),
+    "calmer-heads": steps("steps of Z a tenth", head_step=1 / 10),
+    "calm-outputs": steps("steps of blocks' outputs a third", output_step=1 / 3),
+    "bold-outputs": steps("steps of blocks' outputs three times as large", output_step=3.0),
+    "calm-inputs": steps("steps of blocks' inputs a tenth", input_step=24.0),
+    "beside-blocks": ablation("x^T Z beside the blocks", "feed-forward blocks", feed_forward="beside"),
     "attention-alone": ablation(
         "attention alone, half of it at the start", "feed-forward blocks", settings=HALF, **ATTENTION_ALONE
     ),
@@ -178,10 +157,6 @@ METHODS: dict[str, Method] = {
     **{
         f"rank-{s}": ablation(f"attention alone, rank {s}", "rank of Z", rank=s, feed_forward_rank=None) for s in RANKS
     },
-    "output-unit": ablation(
-        "blocks in units of their output", "feed-forward blocks",
-        settings=CalibrationSettings(stream_unit=math.inf, output_unit=1.0, input_unit=1.0), only=writes_text,
-    ),
     "start-neutral": ablation("neutral start, not calibrated", "start", ntk_neutral),
     "start-scale": ablation("scale only", "start", ntk_scale_only),
     "start-whitening": ablation("whitening only", "start", ntk_whitening_only),

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,13 +12,12 @@ from torch import nn
 
 from ntk_attention import NTKAttentionConfig, calibrate
 from ntk_attention.calibration.inputs import own_text
-from ntk_attention.calibration.moments import inverse_root, row_rms
 from ntk_attention.calibration.settings import DEFAULT, CalibrationSettings
 from ntk_attention.tuner.adapter import LOG_OF_NOTHING, PrefixAdapter
-from ntk_attention.tuner.observation import adapted_layers, evaluating
+from ntk_attention.tuner.observation import adapted_layers
+from ntk_attention.tuner.plan import plan_adapter
 
 from . import budgets
-from .extensions import Sizes, add_low_rank, as_peft, measured
 from .inputs import with_random_inputs
 from .method import Context, peft_options
 from .tasks import Base, Batch
@@ -97,7 +93,7 @@ def ntk_scale_only(model: nn.Module, context: Context) -> nn.Module:
     """Calibrated b, share and value of the prefix, but plain coordinates."""
     model = ntk(model, context)
     for adapter in adapters(model):
-        for part in [part for part in (adapter, adapter.feed_forward) if part is not None]:
+        for part in (adapter, *adapter.parts.values()):
             leading, scaled = part.plain_leading(), part.plain_scaled()
             part.set_coordinates(None, 1.0)
             part.set_plain(leading, scaled)
@@ -132,78 +128,10 @@ def ntk_divided(
     By default divided as the library does.
     """
     if part is None:
-        part = 1.0 if context.task.has_head and size <= 1 else 1 / 4
-    geometry = replace(budgets.geometries(model)[0], feed_forward=model.config.hidden_size)
-    rank, in_blocks = budgets.divided(geometry, size, part)
+        part = 1.0 if context.task.has_head and size <= 1 else 1 / 2
+    plan = plan_adapter(model, NTKAttentionConfig(feed_forward_rank=1))
+    rank, in_blocks = budgets.divided(next(iter(plan.sites.values())).geometry, size, part)
     return ntk(model, context, rank=rank, feed_forward_rank=in_blocks, **options)
-
-
-def combined(
-    model: nn.Module,
-    context: Context,
-    *,
-    part: float,
-    size: float = 1.0,
-    pattern: re.Pattern[str] = budgets.FEED_FORWARD,
-    unit: float = 1.0,
-    output_unit: float | None = None,
-    whitens: bool = False,
-    settings: CalibrationSettings = DEFAULT,
-) -> nn.Module:
-    """A state in attention, and LoRA in the feed-forward blocks.
-
-    Args:
-        part: of the numbers, in attention, at most a full Z there.
-        size: of both, as in `ntk_divided`.
-        pattern: of the names of the modules with LoRA.
-        unit: of LoRA's numbers: what their steps are, measured by those of the state.
-        output_unit: of B relative to the output, for LoRA in units of calibration, where `unit` does not count.
-        whitens: whether these have coordinates in which inputs are white, too.
-        settings: of the state.
-    """
-    total = budgets.ours(model, size=size)
-    geometry = replace(budgets.geometries(model)[0], feed_forward=model.config.hidden_size)
-    rank, _ = budgets.divided(geometry, size, part)
-    adapted: Any = ntk(model, context, rank=rank, feed_forward_rank=None, settings=settings)
-    base = adapted.get_base_model()
-    rest = total - sum(p.numel() for adapter in adapters(adapted) for p in adapter.parameters() if p.requires_grad)
-    ranks = budgets.lora_ranks(base, rest, pattern).by_module
-    sizes = {} if output_unit is None else sizes_of(adapted, ranks, batches_from(context, "train"), whitens)
-    for name, rank in ranks.items():
-        linear: Any = base.get_submodule(name)
-        if output_unit is None:
-            add_low_rank(linear, as_peft(linear, rank, unit))
-        else:
-            add_low_rank(linear, measured(linear, rank, sizes[name], DEFAULT.input_unit, output_unit))
-    return adapted
-
-
-@torch.no_grad()
-def sizes_of(model: Any, names: Iterable[str], batches: list[Batch], whitens: bool) -> dict[str, Sizes]:
-    """Those of linear modules: of the median real token, without the adapter."""
-    seen: dict[str, list[Any]] = {name: [] for name in names}
-    moments: dict[str, Any] = dict.fromkeys(seen, 0.0)
-    base, masks = model.get_base_model(), []
-
-    def see(name: str, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        x, out = (x.flatten(0, -2)[masks[-1]].float() for x in (inputs[0], output))
-        seen[name].append(torch.stack([row_rms(x), row_rms(out)]))
-        if whitens:
-            moments[name] = moments[name] + x.mT @ x / len(x)
-
-    hooks = [base.get_submodule(name).register_forward_hook(partial(see, name)) for name in seen]
-    with model.disable_adapter(), evaluating(model):
-        for batch in batches:
-            masks.append(batch["attention_mask"].flatten().bool().to(model.device))
-            model(**{name: x.to(model.device) for name, x in batch.items()})
-    for hook in hooks:
-        hook.remove()
-    found = {}
-    for name, sizes in seen.items():
-        medians = torch.cat(sizes, dim=1).median(dim=1).values.tolist()
-        root = inverse_root(moments[name].double() / len(masks), DEFAULT.eigenvalue_floor).float() if whitens else None
-        found[name] = Sizes(*medians, root)
-    return found
 
 
 def without_value(adapter: PrefixAdapter, log_k: float) -> None:

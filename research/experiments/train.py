@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from research.recording import Row
 
 from . import assets, develop, positions
-from .extensions import LowRank
 from .method import Context
 from .methods import METHODS
 from .steps import Loss, training_on
@@ -224,9 +223,6 @@ def adapter_bytes(model: nn.Module, base: Base) -> int:
     """Size of the safetensors file that holds what was trained; the whole model in the dtype it came in."""
     if isinstance(model, PeftModel):
         held: dict[str, Tensor] = get_peft_model_state_dict(model)
-        for place, module in model.named_modules():
-            if isinstance(module, LowRank):
-                held |= {f"{place}.{name}": p for name, p in module.named_parameters()}
         tensors = {k: v.detach().cpu().contiguous() for k, v in held.items()}
     else:
         dtypes = {name: p.dtype for name, p in base.model.named_parameters()}

@@ -9,7 +9,7 @@ import pytest
 from ntk_attention.calibration import CalibrationSettings
 
 FRACTIONS = ("share", "language_share", "encoder_share", "eigenvalue_floor", "last_picture_step")
-SCALES = ("log_k_step", "stream_unit", "output_unit", "input_unit")
+SCALES = ("log_k_step", "head_step", "input_step", "output_step")
 COUNTS = ("large_head_dim", "own_rows", "own_length", "max_bytes")
 WRONG = [
     *((name, value) for name in FRACTIONS for value in (0.0, 1.5, -0.1, math.nan, "0.5", True)),
@@ -17,7 +17,7 @@ WRONG = [
     *((name, value) for name in SCALES for value in (0.0, -1.0, math.nan, "1", None, True)),
     *((name, value) for name in COUNTS for value in (0, -1, 1.5, "1", True)),
     *((name, None) for name in (*FRACTIONS[1:], *COUNTS[1:])),
-    *((name, math.inf) for name in ("log_k_step", "input_unit", "large_head_dim")),
+    *((name, math.inf) for name in (*SCALES, "large_head_dim")),
     ("own_length", 1),
 ]
 
@@ -26,13 +26,6 @@ WRONG = [
 def test_what_settings_refuse(name, value):
     with pytest.raises(ValueError, match=rf"CalibrationSettings: {name} must be .*, got {re.escape(repr(value))}"):
         CalibrationSettings(**{name: value})
-
-
-def test_one_unit_of_a_block_must_be_finite():
-    CalibrationSettings(stream_unit=math.inf)
-    CalibrationSettings(output_unit=math.inf)
-    with pytest.raises(ValueError, match="stream_unit and output_unit are both inf"):
-        CalibrationSettings(stream_unit=math.inf, output_unit=math.inf)
 
 
 def test_every_field_is_checked_and_stays():
@@ -58,4 +51,4 @@ def test_every_field_is_checked_and_stays():
 def test_share_and_step_of_heads(options, head_dim, encodes, share, step):
     settings = CalibrationSettings(**options)
     assert settings.share_of(head_dim, encodes) == share
-    assert settings.head_step(head_dim) == step
+    assert settings.size_step(head_dim) == step

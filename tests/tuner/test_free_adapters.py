@@ -150,16 +150,19 @@ def test_save_and_load(positions, tmp_path):
 
 
 @torch.no_grad()
-def test_a_file_of_format_2_has_rotary_positions(tmp_path):
-    model = adapted(positions="rotary")
+@pytest.mark.parametrize(("version", "positions"), [(2, "rotary"), (3, "free")])
+def test_files_of_earlier_formats(tmp_path, version, positions):
+    """They do not say that prefixes of blocks were beside these, nor, in 2, that positions were rotary."""
+    model = adapted(positions=positions, feed_forward="beside")
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
-    del config["positions"]
-    (tmp_path / CONFIG).write_text(json.dumps({**config, "format_version": 2}))
+    new = ("feed_forward", "positions") if version == 2 else ("feed_forward",)
+    config = {name: value for name, value in config.items() if name not in new}
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "format_version": version}))
     loaded = PeftModel.from_pretrained(tiny(), str(tmp_path)).eval()
     assert torch.equal(logits(loaded), logits(model))
-    (tmp_path / CONFIG).write_text(json.dumps({**config, "format_version": 2, "positions": "free"}))
-    with pytest.raises(AdapterError, match="format_version is 2, expected 3"):
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "format_version": version, "feed_forward": "beside"}))
+    with pytest.raises(AdapterError, match=f"format_version is {version}, expected 4"):
         PeftModel.from_pretrained(tiny(), str(tmp_path))
 
 

@@ -50,7 +50,7 @@ def test_generate_makes_each_state_once(model, monkeypatch):
 def test_changes_between_calls_are_seen(model, adapter, change):
     with torch.no_grad():
         before = model(input_ids=PROMPT).logits
-        for part in (adapter, adapter.feed_forward):
+        for part in (adapter, *adapter.parts.values()):
             for parameter in part.parameters(recurse=False):
                 (parameter.data if change == "data" else parameter).mul_(1.1)
         after = model(input_ids=PROMPT).logits

@@ -161,9 +161,9 @@ def test_status_and_parameter_counts():
     assert status.enabled is True
     assert status.active_adapters == ["default"]
     assert status.num_adapter_layers == 2
-    heads, d, r, rank, D, in_block = 4, 8, 8 + 1, 8 // 8, 32, 3
+    heads, d, r, rank, D, F, in_block = 4, 8, 8 + 1, 1, 32, 48, 1
     in_attention = heads * (r * rank + rank * d + r)
-    assert model.get_nb_trainable_parameters()[0] == 2 * (in_attention + 2 * D * in_block)
+    assert model.get_nb_trainable_parameters()[0] == 2 * (in_attention + 3 * (D + F) * in_block)
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])

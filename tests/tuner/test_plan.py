@@ -24,7 +24,7 @@ def test_a_plan_changes_nothing():
     assert plan.settled == {
         "target_modules": {"self_attn"},
         "rank": 1,
-        "feed_forward_rank": 3,
+        "feed_forward_rank": 1,
         "geometry": {"num_modules": 2, "sizes": [[4, 2, 8, 8, 32]]},
     }
 

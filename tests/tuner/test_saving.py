@@ -1,6 +1,7 @@
 """The folder of an adapter: what is in it, that it comes back, and what is refused."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from transformers import (
 )
 
 from ntk_attention import NTKAttentionConfig
-from ntk_attention.tuner.adapter import ranks_of, settled_ranks
-from ntk_attention.tuner.geometry import Geometry
+from ntk_attention.tuner.adapter import parameter_shapes, ranks_of, settled_ranks
+from ntk_attention.tuner.geometry import Geometry, PartSize
 from ntk_attention.tuner.untrusted import AdapterError
 from tests.families import BERT, ENCODERS, FAMILIES, LLAMA
 from tests.tiny import (
@@ -28,7 +29,18 @@ from tests.tiny import (
     trainable,
 )
 
+
+def block_of(width, hidden):
+    """The parts of a gated block."""
+    return (PartSize("gate", width, hidden), PartSize("up", width, hidden), PartSize("down", hidden, width))
+
+
 FILE = "adapter_model.safetensors"
+
+
+def block_of(width, hidden):
+    """The parts of a gated block."""
+    return (PartSize("gate", width, hidden), PartSize("up", width, hidden), PartSize("down", hidden, width))
 
 
 def test_a_config_can_be_used_again(tmp_path):
@@ -51,10 +63,10 @@ def test_saved_folder(tmp_path):
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".md") == ["adapter_config.json", FILE]
     tensors = load_file(tmp_path / FILE)
-    assert len(tensors) == 2 * 6
+    assert len(tensors) == 2 * (4 + 2 * 3)
     inside, second = "base_model.model.model.layers.1.self_attn.ntk_states", adapters(model)[1]
     assert torch.equal(tensors[f"{inside}.Z_A"], second.Z_A)
-    assert torch.equal(tensors[f"{inside}.feed_forward.Z_B"], second.feed_forward.Z_B)
+    assert torch.equal(tensors[f"{inside}.feed_forward.up_proj_part.Z_B"], second.parts["up_proj_part"].Z_B)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "NTK_ATTENTION"
     assert config["geometry"] == {"num_modules": 2, "sizes": [[4, 2, 8, 8, 32]]}
@@ -92,29 +104,55 @@ def test_files_hold_ranks_as_numbers(tmp_path):
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     adapter = adapters(model)[0]
-    assert (stored["rank"], stored["feed_forward_rank"]) == (adapter.Z_A.shape[2], adapter.feed_forward.rank)
+    assert (stored["rank"], stored["feed_forward_rank"]) == (adapter.Z_A.shape[2], adapter.parts["up_proj_part"].rank)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ranks_by_default(tmp_path, name):
-    """Low beside feed-forward blocks with a prefix; encoders have none there unless it is asked for."""
+    """As many numbers as a full Z, where the sizes allow it; encoders have prefixes of their blocks if asked for."""
     family = FAMILIES[name]
     model = get_peft_model(family.build(), NTKAttentionConfig(init_weights=False))
     config = model.peft_config["default"]
-    assert (config.rank, config.feed_forward_rank) == ((None, None) if name in ENCODERS else (1, 3))
+    if name in ENCODERS:
+        assert (config.rank, config.feed_forward_rank) == (None, None)
+    else:
+        assert config.feed_forward_rank == (2 if name == "gpt_oss" else 1)
+        assert 1 <= config.rank <= 3
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(family.build(), tmp_path)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     asked = get_peft_model(family.build(), NTKAttentionConfig(feed_forward_rank=3)).peft_config["default"]
-    assert (asked.rank, asked.feed_forward_rank) == (1, 3)
+    assert (asked.rank, asked.feed_forward_rank) == (2, 3)
 
 
-@pytest.mark.parametrize("sizes", [(8, 8), (8, 64)])
-def test_ranks_that_no_number_fits_stay(sizes):
-    geometries = [Geometry(4, 2, d, d, width) for d, width in zip(sizes, (32, 0), strict=True)]
-    settled = settled_ranks(NTKAttentionConfig(), geometries)
-    assert settled["rank"] == ("auto" if sizes == (8, 64) else 1)
-    assert settled["feed_forward_rank"] == ranks_of(NTKAttentionConfig(), geometries[0])[1] == 3  # one has no block
+def test_ranks_are_those_of_the_commonest_sizes():
+    """Of modules that have a block, where some have none; a file holds numbers."""
+    block = (PartSize("up_part", 32, 48), PartSize("down_part", 48, 32))
+    small, large, alone = Geometry(4, 2, 8, 8, block), Geometry(4, 2, 64, 64, block), Geometry(4, 2, 16, 16)
+    config = NTKAttentionConfig()
+    for geometries in ([small, large, large], [large, alone, alone]):
+        rank, in_block = ranks_of(config, large)
+        assert settled_ranks(config, geometries) == {"rank": rank, "feed_forward_rank": in_block}
+    assert settled_ranks(config, [alone]) == {"rank": None, "feed_forward_rank": None}
+    assert settled_ranks(NTKAttentionConfig(rank=5), [alone, small])["rank"] == 5
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(9, 3, 64, 64, block_of(576, 1536)),
+        Geometry(14, 2, 64, 64, block_of(896, 4864)),
+        Geometry(32, 8, 64, 64, block_of(2048, 8192)),
+        Geometry(32, 8, 128, 128, block_of(4096, 14336)),
+        Geometry(4, 1, 256, 256, block_of(640, 2048)),
+    ],
+    ids=["smollm2-135m", "qwen2.5-0.5b", "llama-1b", "llama-8b", "gemma3-270m"],
+)
+def test_the_default_is_as_large_as_a_full_z(geometry):
+    def size(**options):
+        return sum(math.prod(shape) for shape in parameter_shapes(NTKAttentionConfig(**options), geometry).values())
+
+    assert abs(size() / size(rank=None, feed_forward_rank=None) - 1) < 0.03
 
 
 @pytest.mark.parametrize(

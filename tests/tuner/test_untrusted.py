@@ -47,10 +47,10 @@ def refuse(folder, message):
         ("feature_map_options", {"degree": [2]}, "'degree' is a list of 1, expected an integer"),
         ("geometry", {"num_modules": 2}, "geometry must hold num_modules"),
         ("geometry", {"num_modules": 2, "sizes": [[4, 2, 8, 8]]}, "expected lists of five numbers"),
-        ("format_version", 1, "format_version is 1, expected 3: the adapter was saved by another version"),
-        ("format_version", 4, "format_version is 4, expected 3"),
-        ("format_version", True, "format_version is True, expected 3"),
-        ("format_version", None, "format_version is None, expected 3"),
+        ("format_version", 1, "format_version is 1, expected 4: the adapter was saved by another version"),
+        ("format_version", 5, "format_version is 5, expected 4"),
+        ("format_version", True, "format_version is True, expected 4"),
+        ("format_version", None, "format_version is None, expected 4"),
         ("geometry", {"num_modules": 2, "sizes": [[8, 2, 8, 8, 32]]}, "the adapter was made for a model with"),
         ("auto_mapping", {"parent_library": "antigravity"}, "parent_library is 'antigravity'"),
         ("task_type", "NOTHING", "Invalid task type"),
@@ -74,7 +74,7 @@ def test_a_file_without_a_format_version(tmp_path):
 
 
 def test_a_config_is_of_the_present_format():
-    with pytest.raises(ValueError, match="format_version must be 3, got 1"):
+    with pytest.raises(ValueError, match="format_version must be 4, got 1"):
         NTKAttentionConfig(format_version=1)
 
 
@@ -93,7 +93,7 @@ def test_a_map_of_endless_features_is_refused_before_it_is_made(tmp_path):
         (b"\xff\xfe", "is not JSON"),
         (b"[" * 100_000, "is nested too deeply"),
         (
-            b'{"peft_type": "NTK_ATTENTION", "format_version": 3, "rank": ' + b"[" * 900 + b"]" * 900 + b"}",
+            b'{"peft_type": "NTK_ATTENTION", "format_version": 4, "rank": ' + b"[" * 900 + b"]" * 900 + b"}",
             "rank must be",
         ),
         (b'{"peft_type": "NTK_ATTENTION", "rank": NaN}', "NaN is not a JSON number"),

@@ -126,18 +126,19 @@ class HeadStatistics:
         """
         adapter, value, moments = self.adapter, self.value, self.moments.mean()
         adapter.part("log_scale").copy_(self.log_scale)
-        adapter.set_coordinates(whitening(moments, floor) * self.output_rms * units.step, units.log_k)
+        size = self.output_rms.clamp_min(torch.finfo(torch.float32).tiny)  # of a head that is always silent
+        adapter.set_coordinates(whitening(moments, floor) * size * units.step, units.log_k)
         Z = torch.zeros_like(moments[..., :1]).expand(-1, -1, value.shape[-1]).clone()
         Z[:, -1] = value
         if adapter.is_factored:  # the first direction holds the start, the others are free to train
             H, r, rank = adapter.Z_A.shape
             noise = adapter.part_of(torch.randn(H, r, rank, dtype=Z.dtype, generator=generator, device="cpu").to(Z))
             assert adapter.coordinates is not None
-            Z = adapter.coordinates.double() @ noise * r**-0.5
-            Z[..., 0] = 0.0
-            Z[:, -1, 0] = 1.0
+            C = adapter.coordinates.double()
+            Z = C @ noise * r**-0.5
+            Z[..., 0] = C[..., -1]  # as large as the others, so that steps of its value are as far as theirs
             Z_B = adapter.part("Z_B").zero_()
-            Z_B[:, 0] = value.to(Z_B)
+            Z_B[:, 0] = (value / C[:, -1, -1, None]).to(Z_B)
         adapter.set_plain(Z, self.log_k[:, None].expand_as(adapter.part("log_k")))
 
 

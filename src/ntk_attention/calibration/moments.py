@@ -24,10 +24,10 @@ def select_rows(x: Tensor, counts: Tensor, num_heads: int) -> Tensor:
 
 
 class SecondMoments:
-    """Means of x x^T over rows, kind of input by kind of input.
+    """Means of x x^T over rows, or of its diagonal alone, kind of input by kind of input.
 
     Args:
-        shape: [..., r, r].
+        shape: [..., r, r], or [..., r] for the diagonal.
         dtype: of the sums. Products are made in the dtype of the rows.
         device: of the sums.
     """
@@ -35,11 +35,12 @@ class SecondMoments:
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device):
         self.sum = torch.zeros(*shape, dtype=dtype, device=device)
         self.num_rows = 0
-        self.kinds: list[Tensor] = []  # [..., r, r], the mean of every kind that has ended
+        self.kinds: list[Tensor] = []  # like the sum, the mean of every kind that has ended
 
     def add(self, rows: Tensor) -> None:
         """Count rows [..., N, r]."""
-        self.sum += (rows.mT @ rows).to(self.sum)
+        is_diagonal = self.sum.dim() < rows.dim()
+        self.sum += (rows.square().sum(dim=-2) if is_diagonal else rows.mT @ rows).to(self.sum)
         self.num_rows += rows.shape[-2]
 
     def end_kind(self) -> None:
@@ -49,7 +50,7 @@ class SecondMoments:
             self.sum, self.num_rows = torch.zeros_like(self.sum), 0
 
     def mean(self) -> Tensor:
-        """The mean over the kinds that have ended, [..., r, r]. All kinds weigh alike, however many rows they have."""
+        """The mean over the kinds that have ended, like the sum. All kinds weigh alike, however many rows they have."""
         return torch.stack(self.kinds).mean(dim=0)
 
 

@@ -11,8 +11,8 @@ others. Passes of a few batches through the frozen model measure, per head,
      moments see text that the model writes itself too, since what a task's queries rarely do other text does often;
    - the prefix's value at the start: the head's mean output, of all fixed values the one that changes outputs least.
 
-The feed-forward block beside gets coordinates in which its inputs are white and steps are parts of the layer's hidden
-states. In encoders of pictures the units shrink with depth, and in large heads with their size.
+The parts of the feed-forward block beside get coordinates in which their inputs are white and steps are parts of the
+outputs that they change. In encoders of pictures the units shrink with depth, and in large heads with their size.
 
 All of it is a change of coordinates and a start: saved files hold plain Z, k and b.
 """
@@ -131,8 +131,10 @@ def check_size(
     """Raise ValueError if the moments and coordinates, r x r for every head, would not fit into so many bytes."""
     adapters = [layer[adapter_name] for layer in layers.values()]
     size = sum(12 * len(adapter.log_k) * adapter.num_features**2 for adapter in adapters)
-    blocks = (adapter.feed_forward for adapter in adapters)
-    size += sum(12 * len(block.Z_A) ** 2 for block in blocks if block is not None)
+    for layer in layers.values():  # moments, their root, and what each part keeps of it
+        parts = [layer.parts[name] for name in layer[adapter_name].parts]
+        seen = [part.size.in_features for part in parts if not part.sees_hidden]
+        size += (4 * len(seen) + 8) * max(seen, default=0) ** 2
     if size > max_bytes:
         raise ValueError(
             f"calibration would hold {size / 2**30:.3g} GiB of r x r matrices, at most {max_bytes / 2**30:.3g} are "
@@ -179,9 +181,9 @@ def measure_moments(
         The statistics of the feed-forward blocks, by the layer whose adapter looks after them.
     """
     blocks = {
-        name: FeedForwardStatistics(prefix)
+        name: FeedForwardStatistics(parts, [place for place in parts if layer.parts[place].sees_hidden])
         for name, layer in layers.items()
-        if (prefix := layer[adapter_name].feed_forward) is not None
+        if (parts := layer[adapter_name].parts)
     }
     for source, batches in kinds.items():
         if batches:
@@ -214,7 +216,7 @@ def head_units(
     found = {}
     for name, layer in layers.items():
         head_dim = layer.geometry.head_dim
-        share, step = settings.share_of(head_dim, encodes), settings.head_step(head_dim)
+        share, step = settings.share_of(head_dim, encodes), settings.head_step * settings.size_step(head_dim)
         log_k = step * settings.log_k_step / share
         if encodes and not hasattr(layer.get_base_layer().config, "vocab_size"):  # a tower of text has a vocabulary
             step *= 1 - (1 - settings.last_picture_step) * depth(model, name)

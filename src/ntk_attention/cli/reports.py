@@ -69,7 +69,8 @@ def describe_adapter(model: nn.Module, folder: Path) -> list[tuple[str, str]]:
     token = sum(g.num_kv_heads * (g.head_dim + g.value_dim) for g in (layer.geometry for layer in layers))
     heads = sorted({len(adapter.log_k) for adapter in adapters})
     r = sorted({a.feature_map.num_features(layer.geometry.head_dim) for a, layer in zip(adapters, layers, strict=True)})
-    blocks = [adapter.feed_forward for adapter in adapters if adapter.feed_forward is not None]
+    blocks = [adapter.parts for adapter in adapters if adapter.parts]
+    parts = [part for own in blocks for part in own.values()]
     size = (folder / "adapter_model.safetensors").stat().st_size
     return [
         ("covers", str(model.ntk_summary("default"))),  # type: ignore[operator]
@@ -79,7 +80,7 @@ def describe_adapter(model: nn.Module, folder: Path) -> list[tuple[str, str]]:
         ("positions", adapters[0].positions),
         ("rank of Z", str(adapters[0].rank or "full")),
         ("feed-forward blocks", str(len(blocks))),
-        ("rank of their Z", numbers(sorted({block.rank for block in blocks})) or "-"),
+        ("rank of their Z", numbers(sorted({part.rank for part in parts})) or "-"),
         ("trainable parameters", f"{parameters:,}"),
         ("adapter file", f"{size / 2**20:.2f} MiB"),
         ("stands for a prefix of", "any length; a KV prefix of as many numbers has "

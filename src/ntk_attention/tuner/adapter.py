@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from ..ops.state import PrefixState
 from .config import NTKAttentionConfig
 from .coordinates import Coordinated
 from .distributed import spread
-from .feed_forward import FeedForwardPrefix
+from .feed_forward import FeedForwardPrefix, parts_by_name, parts_of_sizes
 from .geometry import Geometry
 
 # The published start, k = 0, cannot be a logarithm. This k weighs nothing beside logits that are not far below -30, and
@@ -88,8 +89,10 @@ def parameter_shapes(config: NTKAttentionConfig, geometry: Geometry) -> dict[str
         shapes["k_signed"] = (H, r - num_positive)
     feed_forward_rank = ranks_of(config, geometry)[1]
     if feed_forward_rank is not None:
-        D = geometry.feed_forward
-        shapes |= {"feed_forward.Z_A": (D, feed_forward_rank), "feed_forward.Z_B": (feed_forward_rank, D)}
+        for part in geometry.feed_forward:
+            place = ".".join(["feed_forward", *([part.name] if part.name else [])])
+            shapes[f"{place}.Z_A"] = (part.in_features, feed_forward_rank)
+            shapes[f"{place}.Z_B"] = (feed_forward_rank, part.out_features)
     return shapes | {f"feature_map.{name}": shape for name, shape in feature_map.stored_shapes(d).items()}
 
 
@@ -100,26 +103,19 @@ def num_states(config: NTKAttentionConfig, geometry: Geometry) -> int:
 
 def ranks_of(config: NTKAttentionConfig, geometry: Geometry) -> tuple[int | None, int | None]:
     """Of Z and of the prefix of the feed-forward block; None for a full Z, and for no such prefix."""
-    num_parameters = num_states(config, geometry) * geometry.head_dim * geometry.value_dim
-    return config.rank_for(geometry.head_dim), config.feed_forward_rank_for(num_parameters, geometry.feed_forward)
+    return config.ranks_for(geometry, num_states(config, geometry))
 
 
-def settled_ranks(config: NTKAttentionConfig, geometries: Iterable[Geometry]) -> dict[str, int | str | None]:
-    """The config's `rank` and `feed_forward_rank`, "auto" as the number it means where one fits all modules.
-
-    A file must not depend on what "auto" means later.
+def settled_ranks(config: NTKAttentionConfig, geometries: Iterable[Geometry]) -> dict[str, int | None]:
+    """The config's `rank` and `feed_forward_rank` with numbers in place of "auto": those of the commonest sizes of a
+    module and its block, for all modules. A file must not depend on what "auto" means later.
     """
     geometries = list(geometries)
-    if config.rank == "auto" and not any(geometry.feed_forward for geometry in geometries):
+    with_block = [geometry for geometry in geometries if geometry.feed_forward]
+    if config.rank == "auto" and not with_block:
         config = replace(config, rank=None)
-    ranks, feed_forward_ranks = (set(x) for x in zip(*(ranks_of(config, g) for g in geometries), strict=True))
-    feed_forward_ranks.discard(None)  # of modules beside which no block has a prefix
-    settled: dict[str, int | str | None] = {"rank": config.rank, "feed_forward_rank": config.feed_forward_rank}
-    if len(ranks) == 1:
-        settled["rank"] = ranks.pop()
-    if len(feed_forward_ranks) < 2:
-        settled["feed_forward_rank"] = feed_forward_ranks.pop() if feed_forward_ranks else None
-    return settled
+    rank, in_block = ranks_of(config, Counter(with_block or geometries).most_common(1)[0][0])
+    return {"rank": rank, "feed_forward_rank": in_block}
 
 
 class PrefixAdapter(Coordinated):
@@ -139,7 +135,7 @@ class PrefixAdapter(Coordinated):
 
     Args:
         config: whose feature map, ranks and kind of state heads it has.
-        geometry: of the attention module, with the width of its feed-forward block.
+        geometry: of the attention module, with the parts of its feed-forward block.
 
     Raises:
         ValueError: if the feature map makes more features than any state can hold.
@@ -173,11 +169,15 @@ class PrefixAdapter(Coordinated):
         self.kind = config.kind()
         self.positions = config.positions  # "free" or "rotary"
         self.trains = not config.inference_mode
-        self.feed_forward: FeedForwardPrefix | None = None
-        if "feed_forward.Z_A" in shapes:
-            self.feed_forward = FeedForwardPrefix(*shapes["feed_forward.Z_A"])
+        rank = ranks_of(config, geometry)[1]
+        self.feed_forward: nn.Module | None = None if rank is None else parts_of_sizes(geometry.feed_forward, rank)
         self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.reset_parameters(config.init_weights)
+
+    @property
+    def parts(self) -> dict[str, FeedForwardPrefix]:
+        """Of the prefix of the feed-forward block, by name; "" is that of a block as a whole."""
+        return {} if self.feed_forward is None else parts_by_name(self.feed_forward)
 
     @property
     def num_features(self) -> int:
@@ -209,8 +209,8 @@ class PrefixAdapter(Coordinated):
     def shard(self, mesh: DeviceMesh) -> None:
         """Keep a part of the heads."""
         super().shard(mesh)
-        if self.feed_forward is not None:
-            self.feed_forward.shard(mesh)
+        for part in self.parts.values():
+            part.shard(mesh)
 
     @torch.no_grad()
     def follow(self, other: Coordinated) -> None:
@@ -219,8 +219,8 @@ class PrefixAdapter(Coordinated):
         shift = self.part("log_scale") - other.part("log_scale").to(self.part("log_scale"))
         self.part("log_scale").copy_(other.part("log_scale"))
         super().follow(other)
-        if self.feed_forward is not None and other.feed_forward is not None:
-            self.feed_forward.follow(other.feed_forward)
+        for name, part in self.parts.items():
+            part.follow(other.parts[name])
         if not self.log_k.is_meta and shift.any():
             leading, log_k = self.plain_leading(), self.plain_scaled()
             self.set_plain(leading * shift.exp()[:, None, None].to(leading), log_k + shift[:, None].to(log_k))
@@ -260,8 +260,8 @@ class PrefixAdapter(Coordinated):
         """The start that `init_weights` of the config asks for."""
         if self.log_k.is_meta:
             return
-        if self.feed_forward is not None:
-            self.feed_forward.reset_parameters(init_weights is False)
+        for part in self.parts.values():
+            part.reset_parameters(init_weights is False)
         r = self.num_features
         with torch.no_grad():
             if init_weights is False:
@@ -312,8 +312,8 @@ class PrefixAdapter(Coordinated):
         if tuple(Z.shape) != expected:
             raise ValueError(f"the adapter needs Z [H, r, d_v] = {list(expected)}, the state has {list(Z.shape)}")
         self.set_coordinates(None, 1.0)
-        if self.feed_forward is not None:
-            self.feed_forward.part("Z_B").zero_()
+        for part in self.parts.values():
+            part.part("Z_B").zero_()
         for name, factor in self.form.split(Z).items():
             self.part(name).copy_(factor)
         positive = k if self.normaliser_features is None else k[:, self.normaliser_features.to(k.device)]

@@ -33,13 +33,13 @@ class MixedRows:
 
     Args:
         rows: of attention; a layer that is missing has none of the adapters.
-        feed_forward_rows: of feed-forward blocks, likewise.
+        feed_forward_rows: of feed-forward blocks, likewise, by the name of the part.
         copies: how many neighbouring rows `generate` may make of each, for beams or several answers.
         free: layers in which phi sees the queries of all rows without their positions; it sees them with in the others.
     """
 
     rows: dict[NTKAttentionLayer, RowStates] = field(default_factory=dict)
-    feed_forward_rows: dict[NTKAttentionLayer, FeedForwardRows] = field(default_factory=dict)
+    feed_forward_rows: dict[NTKAttentionLayer, dict[str, FeedForwardRows]] = field(default_factory=dict)
     copies: frozenset[int] = frozenset({1})
     free: set[NTKAttentionLayer] = field(default_factory=set)
 

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from peft.config import PeftConfig
 
 from ..ops.features import FeatureMap, feature_map
+from .geometry import Geometry
 from .registration import PEFT_TYPE
 from .untrusted import CONFIG, FORMAT_VERSION, WEIGHTS, AdapterError, read_config, shown, weights_file
 
@@ -39,13 +40,16 @@ class NTKAttentionConfig(PeftConfig):
         feature_map: name of the feature map, see `ntk_attention.feature_map`.
         feature_map_options: its options, e.g. ``{"degree": 4}`` or ``{"num_features": 256, "seed": 0}``.
         constant_feature: append the feature 1 to the map; needed by `calibrate`.
-        rank: of Z = Z_A Z_B, or None for a full Z. "auto", the default, is an eighth of head_dim, and None where no
-            feed-forward block has a prefix.
-        feed_forward_rank: of the prefix of the feed-forward block in the same layer. "auto", the default, gives it as
-            many parameters as the low rank of Z saves: with both defaults an adapter is about as large as with a full Z
-            in attention alone. None leaves the blocks alone, and those that are not found stay so; "auto" leaves
-            those of encoders alone too (BERT, ViT and their like): from few examples texts were learned better then,
-            pictures no worse.
+        rank: of Z = Z_A Z_B, or None for a full Z. "auto", the default, is about a quarter of head_dim, and None where
+            no feed-forward block has a prefix.
+        feed_forward_rank: of each part of the prefix of the feed-forward block in the same layer. "auto", the default,
+            gives it as many parameters as the low rank of Z saves: with both defaults an adapter is about as large as
+            with a full Z in attention alone. None leaves the blocks alone, and those that are not found stay so; "auto"
+            leaves those of encoders alone too (BERT, ViT and their like): from few examples texts were learned better
+            then, pictures no worse.
+        feed_forward: where the prefix of a feed-forward block goes. "inside", the default: to each of its linear
+            layers, whose keys and values it moves, or beside it where it has others (experts). "beside": to the block
+            as a whole.
         state_heads: one state per "query" head, or per "kv" head (shared by the query heads of its group).
         init_weights: True starts as one neutral token with value zero; False starts at random, with visible output
             (for tests); "published" as the published demo does: Z and k at zero, so that k does not train.
@@ -67,6 +71,7 @@ class NTKAttentionConfig(PeftConfig):
     constant_feature: bool = field(default=True)
     rank: int | Literal["auto"] | None = field(default="auto")
     feed_forward_rank: int | Literal["auto"] | None = field(default="auto")
+    feed_forward: Literal["inside", "beside"] = field(default="inside")
     state_heads: Literal["query", "kv"] = field(default="query")
     init_weights: bool | Literal["published"] = field(default=True)
     positions: Literal["free", "rotary"] = field(default="free")
@@ -94,6 +99,8 @@ class NTKAttentionConfig(PeftConfig):
                 raise ValueError(
                     f"{name} must be a positive integer up to {MAX_RANK}, 'auto' or None, got {shown(rank)}"
                 )
+        if self.feed_forward not in ("inside", "beside"):
+            raise ValueError(f"feed_forward must be 'inside' or 'beside', got {shown(self.feed_forward)}")
         if self.state_heads not in ("query", "kv"):
             raise ValueError(f"state_heads must be 'query' or 'kv', got {shown(self.state_heads)}")
         if self.init_weights not in (True, False, "published"):
@@ -151,7 +158,7 @@ class NTKAttentionConfig(PeftConfig):
         """The same for adapters that have parameters of the same kinds: on one module these are of the same shapes, and
         mean the same."""
         names = ["feature_map", "feature_map_options", "constant_feature", "rank", "feed_forward_rank", "state_heads"]
-        names.append("positions")
+        names += ["positions", "feed_forward"]
         return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
 
     def for_given_prefix(self) -> NTKAttentionConfig:
@@ -160,17 +167,25 @@ class NTKAttentionConfig(PeftConfig):
         ranks: dict[str, Any] = {name: None for name in ("rank", "feed_forward_rank") if getattr(self, name) == "auto"}
         return replace(self, positions="rotary", **ranks)
 
-    def rank_for(self, head_dim: int) -> int | None:
-        """The rank of Z in heads of this size, beside feed-forward blocks with a prefix; None for a full Z."""
-        return max(1, head_dim // 8) if self.rank == "auto" else self.rank
+    def ranks_for(self, geometry: Geometry, num_states: int) -> tuple[int | None, int | None]:
+        """Of Z and of each part of the prefix of the feed-forward block; None for a full Z, and for no such prefix.
 
-    def feed_forward_rank_for(self, num_parameters: int, width: int) -> int | None:
-        """The rank beside a full Z of so many parameters, of all heads, in a block of this width; None for none."""
-        if not width or self.feed_forward_rank is None:
-            return None
-        if self.feed_forward_rank == "auto":  # three quarters of a full Z, over Z_A and Z_B
-            return max(1, round(3 * num_parameters / (8 * width)))
-        return self.feed_forward_rank
+        By default both together have as many numbers as a full Z, about half of them each.
+
+        Args:
+            geometry: of the attention module, with the parts of the block.
+            num_states: H, how many heads have a state of their own.
+        """
+        d, d_v, numbers = geometry.head_dim, geometry.value_dim, geometry.part_numbers
+        full = num_states * d * d_v
+        rank, in_block = self.rank, self.feed_forward_rank if numbers else None
+        if in_block == "auto":
+            in_block = max(1, round(full / (2 * numbers)))
+        if rank == "auto":
+            rank = max(1, d // 4)
+            if self.feed_forward_rank == "auto" and in_block is not None:  # the ranks of blocks come in large steps
+                rank = max(1, min(rank + d // 8, round((full - in_block * numbers) / (num_states * (d + d_v)))))
+        return rank, in_block
 
     def make_feature_map(self) -> FeatureMap:
         return feature_map(self.feature_map, **{"constant": self.constant_feature, **self.feature_map_options})

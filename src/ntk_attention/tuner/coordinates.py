@@ -21,8 +21,8 @@ class Coordinated(nn.Module):
     """A module whose leading parameter X, [..., r, n], trains as X' in X = C X', and the scaled one as x' in
     x = unit x'.
 
-    Calibration sets `coordinates`, C [..., r, r], and `unit`. State dicts always hold the plain X and x, and loading
-    one takes them.
+    Calibration sets `coordinates`, C [..., r, r] or the diagonal [..., r] of such, and `unit`. State dicts always hold
+    the plain X and x, and loading one takes them.
     """
 
     leading_name: str  # of X
@@ -75,7 +75,7 @@ class Coordinated(nn.Module):
     def plain_leading(self) -> Tensor:
         """X in plain coordinates, of this process's part."""
         X = self.part(self.leading_name)
-        return X if self.coordinates is None else self.coordinates.to(X.dtype) @ X
+        return X if self.coordinates is None else times(self.coordinates.to(X.dtype), X)
 
     def plain_scaled(self) -> Tensor:
         """x in plain units, of this process's part."""
@@ -118,7 +118,7 @@ class Coordinated(nn.Module):
         if self.coordinates is not None:
             C = self.coordinates
             leading, scaled = prefix + self.leading_name, prefix + self.scaled_name
-            tensors[leading] = self._on_whole(tensors[leading], lambda X: C.to(X) @ X)
+            tensors[leading] = self._on_whole(tensors[leading], lambda X: times(C.to(X), X))
             tensors[scaled] = self.unit * tensors[scaled]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -156,7 +156,7 @@ class Coordinated(nn.Module):
         if self.coordinates is None:
             return plain
         C = self.coordinates.double()
-        return self._on_whole(plain, lambda X: solve_by_qr(C, X.to(C)).to(X.dtype))
+        return self._on_whole(plain, lambda X: solved(C, X.to(C)).to(X.dtype))
 
     def _on_whole(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """The function, which has the coordinates in it, of a tensor that may be spread over processes."""
@@ -165,6 +165,16 @@ class Coordinated(nn.Module):
         if self.mesh is None:  # FSDP2, which cuts heads apart: this process has the coordinates of all
             return distribute_tensor(function(x.full_tensor()), x.device_mesh, x.placements)
         return DTensor.from_local(function(x.to_local()), x.device_mesh, x.placements, run_check=False)
+
+
+def times(C: Tensor, X: Tensor) -> Tensor:
+    """C X for coordinates [..., r, r], or their diagonal [..., r], and X [..., r, n]."""
+    return C[..., None] * X if C.dim() < X.dim() else C @ X
+
+
+def solved(C: Tensor, X: Tensor) -> Tensor:
+    """C^-1 X, likewise."""
+    return X / C[..., None] if C.dim() < X.dim() else solve_by_qr(C, X)
 
 
 def solve_by_qr(A: Tensor, B: Tensor) -> Tensor:

@@ -1,26 +1,28 @@
 """The prefix of a feed-forward block.
 
-A feed-forward block is attention over its hidden neurons, without a normaliser: the rows c_j of its first matrix are
+A feed-forward block is attention over its hidden neurons, without a normaliser: the rows c_j of its first matrices are
 keys and those u_j of its last one are values (Geva et al. 2021, arXiv 2012.14913),
 
     out = sum_j f(x.c_j) u_j.
 
-A prefix of m more neurons adds as many terms. As in attention, any number of them is a kernel machine, phi(x)^T Z with
-Z of fixed size; there is no normaliser here, and so no k. phi(x) = x, and Z [D, D] = Z_A Z_B has a low rank.
+A prefix of any length is a kernel machine, as in attention, here without a normaliser and so without k. Inside of a
+block it moves keys and values of the neurons that are there: each linear layer y = W x becomes y + (x^T Z)^T with
+Z [in, out] = Z_A Z_B of a low rank. In the last layer that is a prefix whose features are the block's own hidden
+activations. Beside a block, where it has no linear layers of its own (experts), Z goes from its input to its output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .coordinates import Coordinated
 from .distributed import ON_ALL
-from .geometry import linear_size, width_of
+from .geometry import PartSize, linear_size, width_of
 
 # Where a block begins and ends, seen from the transformer layer that has it, in the families of transformers.
 PLACES = (
@@ -37,33 +39,57 @@ LEVELS = 3  # from an attention module up to its layer, at most
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where one part of a prefix adds: the module that gets its input [..., in], and the one to whose output [..., out]
+    it adds; of a linear layer both are that."""
+
+    first: nn.Module
+    last: nn.Module
+    size: PartSize
+    sees_hidden: bool = False  # whether its input is hidden activations of the block, not that of the block
+
+
+@dataclass(frozen=True)
 class FeedForward:
-    """One block: the module that gets its input [..., D], the one whose output [..., D] is the block's, and the
-    transformer layer that has both."""
+    """One block: its first and last module, the transformer layer that has both, and the parts of its prefix."""
 
     first: nn.Module
     last: nn.Module
     layer: nn.Module
-    names: tuple[str, str]  # of both
+    names: tuple[str, str]  # of the first and the last module
     width: int  # D
+    parts: tuple[Part, ...]
+
+    @property
+    def sizes(self) -> tuple[PartSize, ...]:
+        """Of the parts."""
+        return tuple(part.size for part in self.parts)
 
 
-def feed_forwards(model: nn.Module, attention: Iterable[str]) -> dict[str, FeedForward]:
+Placing = Literal["inside", "beside"]
+
+
+def feed_forwards(model: nn.Module, attention: Iterable[str], placing: Placing = "inside") -> dict[str, FeedForward]:
     """The feed-forward blocks beside attention modules, by the name of the first such module of each layer.
 
     Layers whose block is not found in PLACES have none here.
+
+    Args:
+        model: of transformers.
+        attention: names of attention modules.
+        placing: as `feed_forward` of the config says.
     """
     found: dict[str, FeedForward] = {}
     taken: set[nn.Module] = set()
     for name in attention:
-        block = feed_forward_of(model, name)
+        block = feed_forward_of(model, name, placing)
         if block is not None and block.first not in taken:
             found[name] = block
             taken.add(block.first)
     return found
 
 
-def feed_forward_of(model: nn.Module, attention: str) -> FeedForward | None:
+def feed_forward_of(model: nn.Module, attention: str, placing: Placing = "inside") -> FeedForward | None:
     """The block in the transformer layer of an attention module, by its name; None where it is not found in PLACES."""
     width = width_of(model.get_submodule(attention))
     parts = attention.split(".")
@@ -76,8 +102,58 @@ def feed_forward_of(model: nn.Module, attention: str) -> FeedForward | None:
             except AttributeError:
                 continue
             if width and width in sizes_of(first) and width in sizes_of(last):
-                return FeedForward(first, last, model.get_submodule(".".join(layer)), (names[0], names[1]), width)
+                around = model.get_submodule(".".join(layer))
+                inside = parts_inside(first, last, place, width) if placing == "inside" else ()
+                whole = (Part(first, last, PartSize("", width, width)),)
+                return FeedForward(first, last, around, (names[0], names[1]), width, inside or whole)
     return None
+
+
+def parts_inside(first: nn.Module, last: nn.Module, names: tuple[str, str], width: int) -> tuple[Part, ...]:
+    """The linear layers of a block that is made of them alone; none of another one, such as experts with a router.
+
+    All but one, the last, see the block's input [..., D]; that one sees the hidden activations [..., F], which the
+    others make, one by one or two at once.
+    """
+    roots = [("", first)] if first is last else list(zip(names, (first, last), strict=True))
+    layers: dict[str, nn.Module] = {}
+    for root, module in roots:
+        for name, child in module.named_modules():
+            place = ".".join(filter(None, (root, name)))
+            if linear_size(child, "in_features") and not f"{place}.".startswith(tuple(f"{x}." for x in layers)):
+                layers[place] = child
+    inside = {weight for layer in layers.values() for weight in layer.parameters()}
+    others = [x for module in (first, last) for x in module.parameters() if x not in inside and x.dim() > 1]
+    sizes = {name: (linear_size(x, "in_features"), linear_size(x, "out_features")) for name, x in layers.items()}
+    ends = [name for name, (_, size) in sizes.items() if size == width]
+    if others or len(layers) < 2 or not ends:
+        return ()
+    end = ends[-1]
+    hidden = sizes[end][0] or 0
+    if any(size not in ((width, hidden), (width, 2 * hidden)) for name, size in sizes.items() if name != end):
+        return ()
+    return tuple(
+        Part(layer, layer, PartSize(part_name(name), cast(int, sizes[name][0]), cast(int, sizes[name][1])), name == end)
+        for name, layer in layers.items()
+    )
+
+
+def part_name(layer: str) -> str:
+    """The name of a linear layer's part, which is no name of a layer: methods beside ours look for layers by theirs."""
+    return f"{layer.replace('.', '_')}_part"
+
+
+def parts_of_sizes(sizes: Sequence[PartSize], rank: int) -> nn.Module | None:
+    """New parts of one rank: a `FeedForwardPrefix` for a block as a whole, or a ModuleDict of such by name."""
+    parts = {size.name: FeedForwardPrefix(size.in_features, size.out_features, rank) for size in sizes}
+    return parts.get("") or (nn.ModuleDict(parts) if parts else None)
+
+
+def parts_by_name(module: nn.Module) -> dict[str, FeedForwardPrefix]:
+    """The parts in what `parts_of_sizes` made; "" is that of a block as a whole."""
+    if isinstance(module, FeedForwardPrefix):
+        return {"": module}
+    return cast("dict[str, FeedForwardPrefix]", dict(module.named_children()))
 
 
 def sizes_of(block: nn.Module) -> set[int]:
@@ -89,14 +165,14 @@ def sizes_of(block: nn.Module) -> set[int]:
 
 
 class FeedForwardPrefix(Coordinated):
-    """Z_A [D, rank] and Z_B [rank, D] of one block; see `Coordinated` for how they train."""
+    """Z_A [in, rank] and Z_B [rank, out] of one part of a block; see `Coordinated` for how they train."""
 
     leading_name, scaled_name, placements = "Z_A", "Z_B", ON_ALL
 
-    def __init__(self, width: int, rank: int):
+    def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
-        self.Z_A = nn.Parameter(torch.empty(width, rank))
-        self.Z_B = nn.Parameter(torch.empty(rank, width))
+        self.Z_A = nn.Parameter(torch.empty(in_features, rank))
+        self.Z_B = nn.Parameter(torch.empty(rank, out_features))
 
     @property
     def rank(self) -> int:
@@ -111,10 +187,13 @@ class FeedForwardPrefix(Coordinated):
         Z_B.normal_(0.0, 1.0) if visible else Z_B.zero_()
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        """out + x^T Z for every x: [..., D], in the dtype of out."""
-        Z_A, Z_B = self.kept(x.dtype, lambda: (self.plain_leading().to(x.dtype).mT, self.plain_scaled().to(x.dtype).mT))
-        added = linear(linear(x, Z_A), Z_B)
-        return out + (added if added.shape == out.shape else added.view(out.shape)).to(out.dtype)
+        """out + x^T Z for every x: [..., in] and [..., out], in the dtype of out."""
+        Z_A, Z_B = self.kept(x.dtype, lambda: (self.plain_leading().to(x.dtype), self.scaled_in(x.dtype)))
+        return added(x, Z_A, Z_B, self.unit, out)
+
+    def scaled_in(self, dtype: torch.dtype) -> Tensor:
+        """Z_B as it trains, in units of its own."""
+        return self.part("Z_B").to(dtype)
 
     @torch.no_grad()
     def become_sum(self, parts: Sequence[tuple[FeedForwardPrefix, float]]) -> None:
@@ -127,9 +206,18 @@ class FeedForwardPrefix(Coordinated):
             start += part.rank
 
 
+def added(x: Tensor, Z_A: Tensor, Z_B: Tensor, unit: float, out: Tensor) -> Tensor:
+    """out + unit x Z_A Z_B, in one launch after x Z_A where the dtypes allow it."""
+    hidden = x.reshape(-1, len(Z_A)) @ Z_A
+    flat = out.reshape(-1, Z_B.shape[1])
+    if hidden.dtype == out.dtype == Z_B.dtype:
+        return torch.addmm(flat, hidden, Z_B, alpha=unit).view(out.shape)
+    return (flat + (unit * (hidden @ Z_B)).to(out.dtype)).view(out.shape)
+
+
 @dataclass(frozen=True)
 class FeedForwardRows:
-    """One prefix per row of a batch: Z_A [A, D, rank], Z_B [A, rank, D], and the place of each row's, or -1."""
+    """One part per row of a batch: Z_A [A, in, rank], Z_B [A, rank, out], and the place of each row's, or -1."""
 
     Z_A: Tensor
     Z_B: Tensor
@@ -139,8 +227,10 @@ class FeedForwardRows:
     def stack(cls, parts: Sequence[FeedForwardPrefix | None], index: Tensor) -> FeedForwardRows:
         """Copies in one stack; lower ranks are filled up with zeros, and None has no effect."""
         own = [part for part in parts if part is not None]
-        like, rank = own[0].part("Z_A"), max(part.rank for part in own)
-        rows = cls(like.new_zeros(len(parts), len(like), rank), like.new_zeros(len(parts), rank, len(like)), index)
+        rank = max(part.rank for part in own)
+        Z_A, Z_B = (own[0].part(name) for name in ("Z_A", "Z_B"))
+        A, B = Z_A.new_zeros(len(parts), len(Z_A), rank), Z_B.new_zeros(len(parts), rank, Z_B.shape[1])
+        rows = cls(A, B, index)
         for place, part in enumerate(parts):
             if part is not None:
                 rows.put(place, part)
@@ -153,7 +243,8 @@ class FeedForwardRows:
         self.Z_B[place, : part.rank].copy_(part.plain_scaled())
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        """out + x^T Z of each row, for x [B, L, D]; either may be [B L, D], as some families have them."""
+        """out + x^T Z of each row, for x [B, L, in]; either may have one dimension for rows and
+        tokens, as in some families."""
         Z_A, Z_B = (Z.index_select(0, self.index.clamp_min(0)).to(x.dtype) for Z in (self.Z_A, self.Z_B))
         Z_B = Z_B * (self.index >= 0)[:, None, None]
         return out + (x.reshape(len(self.index), -1, x.shape[-1]) @ Z_A @ Z_B).reshape(out.shape).to(out.dtype)

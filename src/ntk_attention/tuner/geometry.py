@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -20,6 +20,14 @@ OWN_HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "num_head"
 OWN_HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 
 
+class PartSize(NamedTuple):
+    """Sizes of one part of the prefix of a feed-forward block."""
+
+    name: str  # of the part in the block; "" where it is for the block as a whole
+    in_features: int
+    out_features: int
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of one attention module."""
@@ -28,7 +36,17 @@ class Geometry:
     num_kv_heads: int  # H_kv
     head_dim: int  # d, of queries and keys
     value_dim: int  # d_v
-    feed_forward: int = 0  # D, the width of the feed-forward block that goes with it; 0 without one
+    feed_forward: tuple[PartSize, ...] = ()  # of the parts of the feed-forward block beside; none without one
+
+    @property
+    def width(self) -> int:
+        """D, of the hidden states that the feed-forward block gets; 0 without one."""
+        return self.feed_forward[0].in_features if self.feed_forward else 0
+
+    @property
+    def part_numbers(self) -> int:
+        """How many numbers rank 1 takes in all parts of the block."""
+        return sum(part.in_features + part.out_features for part in self.feed_forward)
 
 
 def geometry_of(module: nn.Module, name: str) -> Geometry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from .config import NTKAttentionConfig
 from .coordinates import Coordinated
 from .decoding import step_of
 from .distributed import is_partitioned
-from .feed_forward import FeedForward
+from .feed_forward import FeedForward, Part
 from .geometry import Geometry
 from .rotation import ROTATION, Rotary
 
@@ -36,7 +37,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     Args:
         attention: the module.
-        geometry: its sizes, and the width of its feed-forward block.
+        geometry: its sizes.
         own: the attention function that the layer takes the place of.
         mesh: of the processes that hold a part of the heads each; None where each holds all.
         encodes: whether the model is an encoder that writes nothing.
@@ -59,8 +60,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self.own = own
         self.mesh = mesh
         self.encodes = encodes
-        self._block: FeedForward | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._blocks: dict[str, tuple[FeedForward, list[RemovableHandle]]] = {}  # by the names of their parts
         self._rotary: Rotary | None = None
         self._position_hook: RemovableHandle | None = None
         self.register_load_state_dict_post_hook(share_loaded)
@@ -94,8 +94,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         It takes over what does not train from another one of its kind: one that trains, or else the active one. Where
         none trains only if that leaves it in plain coordinates, in which a file is loaded to the last bit.
         """
-        width = 0 if block is None else block.width
-        adapter = PrefixAdapter(config, replace(self.geometry, feed_forward=width))
+        adapter = PrefixAdapter(config, replace(self.geometry, feed_forward=() if block is None else block.sizes))
         device = self.device()
         if device is not None and not adapter.log_k.is_meta:
             adapter.to(device)
@@ -110,7 +109,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
                 adapter.become_twin(twin)
             if not adapter.log_k.is_meta:  # else after it was loaded
                 self.lead(name)
-        if block is not None and not self._hooks:
+        if block is not None:
             self.look_after(block)
         if rotary is not None and self._position_hook is None:
             self._rotary = rotary
@@ -119,25 +118,31 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
 
     @property
+    def parts(self) -> dict[str, Part]:
+        """Of the feed-forward block that adapters of this layer look after as well, by name."""
+        return {part.size.name: part for block, _ in self._blocks.values() for part in block.parts}
+
+    @property
     def block(self) -> FeedForward | None:
         """The feed-forward block that adapters of this layer look after as well; None until one does."""
-        return self._block
+        return next((block for block, _ in self._blocks.values()), None)
 
     def look_after(self, block: FeedForward) -> None:
-        """Add to this block's output from here on, and to that of no other.
+        """Add to the outputs of the parts of this block from here on."""
+        key = ",".join(size.name for size in block.sizes)
+        if key not in self._blocks:
+            self._blocks[key] = block, [hook for part in block.parts for hook in self.hooks_of(part, block.layer)]
 
-        Where one module is the block, no state is kept between the hooks, which torch.compile could not put into one
-        graph with activation checkpointing.
-        """
-        self.leave_block()
-        self._block = block
-        if block.first is block.last:
-            self._hooks = [block.last.register_forward_hook(self.after_block, with_kwargs=True)]
-            return
-        self._hooks = [
-            block.first.register_forward_pre_hook(self.before_first, with_kwargs=True),
-            block.last.register_forward_hook(self.after_last),
-            block.layer.register_forward_hook(self.after_layer, always_call=True),
+    def hooks_of(self, part: Part, layer: nn.Module) -> list[RemovableHandle]:
+        """Where one module is the part, no state is kept between the hooks, which torch.compile could not put into one
+        graph with activation checkpointing."""
+        name = part.size.name
+        if part.first is part.last:
+            return [part.last.register_forward_hook(partial(self.after_part, name), with_kwargs=True)]
+        return [
+            part.first.register_forward_pre_hook(self.before_first, with_kwargs=True),
+            part.last.register_forward_hook(partial(self.after_last, name)),
+            layer.register_forward_hook(self.after_layer, always_call=True),
         ]
 
     def before_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,28 +153,31 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         """Forget the input, also where the layer failed before the end of the block."""
         CALLS.inputs.pop(self, None)
 
-    def after_last(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after_last(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The output of such a block, with what its prefixes add."""
-        return self.add_to_block(CALLS.inputs.pop(self), output)
+        return self.add_to_part(name, CALLS.inputs.pop(self), output)
 
-    def after_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The output of a block that is one module, with what its prefixes add."""
-        return self.add_to_block(input_of(args, kwargs), output)
+    def after_part(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """The output of a part that is one module, with what prefixes add."""
+        return self.add_to_part(name, input_of(args, kwargs), output)
 
-    def add_to_block(self, x: Tensor, output: Any) -> Any:
-        """The output of the block, with what its prefixes add; experts may return more than a tensor."""
+    def add_to_part(self, name: str, x: Tensor, output: Any) -> Any:
+        """The output of a part, with what prefixes add; experts may return more than a tensor."""
         out = output[0] if isinstance(output, tuple) else output
-        for prefix in self.feed_forward_prefixes():
+        for prefix in self.prefixes_of(name):
             out = prefix(x if x.device == out.device else x.to(out.device), out)
         return (out, *output[1:]) if isinstance(output, tuple) else out
 
-    def feed_forward_prefixes(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
-        """What adds to the block's output in this call, given its input and output [..., D]."""
+    def prefixes_of(self, name: str) -> list[Callable[[Tensor, Tensor], Tensor]]:
+        """What adds to the output of a part of the block in this call, given its input [..., in] and output
+        [..., out]."""
         if CALLS.mixed is not None:
-            rows = None if self.rests() else CALLS.mixed.feed_forward_rows.get(self)
+            rows = None if self.rests() else CALLS.mixed.feed_forward_rows.get(self, {}).get(name)
             return [] if rows is None else [rows]
         adapters = cast(list[PrefixAdapter], self.active())
-        return [adapter.feed_forward for adapter in adapters if adapter.feed_forward is not None]
+        return [part for adapter in adapters if (part := adapter.parts.get(name)) is not None]
 
     def before_attention(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -211,9 +219,10 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
 
     def leave_block(self) -> None:
         """Leave the feed-forward block alone from here on."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        for _, hooks in self._blocks.values():
+            for hook in hooks:
+                hook.remove()
+        self._blocks.clear()
 
     def rests(self) -> bool:
         """Whether the adapters do nothing: PEFT disabled them, or this call does without."""

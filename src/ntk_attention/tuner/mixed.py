@@ -53,9 +53,11 @@ class MixedBatch(MixedRows):
                 check_same_positions(positions)
                 if "free" in positions.values():
                     self.free.add(layer)
-                blocks = [layer[name].feed_forward if name in layer else None for name in self.adapters]
-                if any(block is not None for block in blocks):
-                    self.feed_forward_rows[layer] = FeedForwardRows.stack(blocks, on_device)
+                parts = [layer[name].parts if name in layer else {} for name in self.adapters]
+                self.feed_forward_rows[layer] = {
+                    place: FeedForwardRows.stack([own.get(place) for own in parts], on_device)
+                    for place in dict.fromkeys(place for own in parts for place in own)
+                }
 
     def assign(self, adapter_names: Sequence[str]) -> None:
         """Give the rows other adapters, out of those whose states are here.
@@ -83,9 +85,8 @@ class MixedBatch(MixedRows):
                 state = layer[adapter_name].state()
                 for name in ("Z", "k", "log_scale"):
                     getattr(rows, name)[place].copy_(getattr(state, name))
-                block = layer[adapter_name].feed_forward
-                if block is not None:
-                    self.feed_forward_rows[layer].put(place, block)
+                for part_name, part in layer[adapter_name].parts.items():
+                    self.feed_forward_rows[layer][part_name].put(place, part)
 
     def index_on(self, device: torch.device) -> Tensor:
         return self.indices.setdefault(device, self.index.to(device, copy=True))

@@ -262,7 +262,7 @@ class NTKAttentionModel(BaseTuner):
         A state stands for a set of prefix tokens, so this is the prefix of all adapters with every token of adapter i
         counted w_i times: T = (A V + sum_i w_i phi Z_i) / (A 1 + sum_i w_i phi k_i). Weights of 1 are all adapters
         active at once. It is no average of outputs: equal weights that sum to 1 halve (for two) the share of each.
-        What feed-forward blocks get adds in the same way: sum_i w_i x^T Z_i.
+        What feed-forward blocks get adds in the same way: sum_i w_i x^T Z_i in each of their linear layers.
 
         Args:
             adapters: names of adapters on the same modules, with one feature map and as many state heads.
@@ -284,14 +284,18 @@ class NTKAttentionModel(BaseTuner):
                 if adapters[0] in layer
             }
             blocks = {
-                layer: [(block, math.exp(w)) for name, w in parts if (block := layer[name].feed_forward) is not None]
+                layer: {
+                    place: [(layer[name].parts[place], math.exp(w)) for name, w in parts if place in layer[name].parts]
+                    for place in dict.fromkeys(place for name, _ in parts for place in layer[name].parts)
+                }
                 for layer in sums
             }
-            ranks = (sum(block.rank for block, _ in found) for found in blocks.values())
+            ranks = [sum(part.rank for part, _ in found) for own in blocks.values() for found in own.values()]
             self.peft_config[adapter_name] = replace(
                 self.peft_config[adapters[0]],
                 rank=None,
-                feed_forward_rank=max(ranks) or None,
+                feed_forward_rank=max(ranks, default=None),
+                feed_forward=next(iter(self._placings(adapters)), "inside"),
                 geometry=None,
                 init_weights=True,
                 inference_mode=True,
@@ -299,9 +303,8 @@ class NTKAttentionModel(BaseTuner):
             self.inject_adapter(self.model, adapter_name)
             for layer, state in sums.items():
                 layer.load_state(adapter_name, state)
-                block = layer[adapter_name].feed_forward
-                if block is not None:
-                    block.become_sum(blocks[layer])
+                for place, part in layer[adapter_name].parts.items():
+                    part.become_sum(blocks[layer][place])
 
     def _check_sum(self, adapters: Sequence[str], weights: Sequence[float]) -> None:
         """Raise ValueError unless `add_weighted_adapter` can add these."""
@@ -317,6 +320,11 @@ class NTKAttentionModel(BaseTuner):
                 f"got {list(weights)}"
             )
         check_same_positions({name: self.peft_config[name].positions for name in adapters})
+        if len(self._placings(adapters)) > 1:
+            raise ValueError(
+                f"the adapters {list(adapters)} have prefixes inside of feed-forward blocks and beside them: expected "
+                "the same feed_forward, or feed_forward_rank=None"
+            )
         layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
         if any(any(name in layer for name in adapters) != all(name in layer for name in adapters) for layer in layers):
             raise ValueError(f"the adapters {list(adapters)} sit on different modules: expected the same")
@@ -330,6 +338,11 @@ class NTKAttentionModel(BaseTuner):
                 f"the adapters {list(adapters)} have modules of their own in {heads} (modules_to_save), which a sum of "
                 "prefixes does not hold: expected adapters without"
             )
+
+    def _placings(self, adapters: Sequence[str]) -> set[str]:
+        """Where these adapters have prefixes of feed-forward blocks."""
+        configs = [self.peft_config[name] for name in adapters]
+        return {config.feed_forward for config in configs if config.feed_forward_rank is not None}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As every tuner does it, which would look past modules whose name holds the prefix, and so past ours."""

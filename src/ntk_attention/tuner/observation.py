@@ -18,7 +18,7 @@ from ..ops.sdpa import HIDDEN
 from .batches import calling, checked_batches, named
 from .calls import during_calls
 from .distributed import device_of
-from .feed_forward import FeedForward
+from .feed_forward import Part
 from .layer import NTKAttentionLayer, input_of
 
 # query [B, H, L, d], block of the real tokens, block of the prefix or None, phi's input [B, H, L, d], and which rows
@@ -27,16 +27,13 @@ Observer = Callable[[Tensor, Block, Block | None, Tensor, Tensor], None]
 
 
 class FeedForwardObserver(Protocol):
-    """Sees a feed-forward block run: the tokens that count, [N, D]."""
+    """Sees the parts of a feed-forward block run, by their names: the tokens that count."""
 
-    def observe_input(self, x: Tensor) -> None:
-        """The hidden states that the block gets."""
+    def observe_input(self, name: str, x: Tensor) -> None:
+        """What a part gets, [N, in]."""
 
-    def observe_output(self, out: Tensor) -> None:
-        """What the block makes of them, without prefixes."""
-
-    def observe_stream(self, hidden: Tensor) -> None:
-        """The hidden states after the transformer layer that has the block."""
+    def observe_output(self, name: str, out: Tensor) -> None:
+        """What is made of it without prefixes, [N, out]."""
 
 
 def adapted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, NTKAttentionLayer]:
@@ -98,8 +95,10 @@ def observe(
                 }
                 stack.enter_context(during_calls(watchers=watchers))
                 for name, layer in layers.items():
-                    if name in blocks and layer.block is not None:
-                        stack.enter_context(showing(layer.block, blocks[name], masks[name]))
+                    if name in blocks:
+                        for part in layer.parts.values():
+                            if part.size.name in layer[adapter_name].parts:
+                                stack.enter_context(showing(part, blocks[name], masks[name]))
                 model(**{**options, **batch})
 
 
@@ -143,19 +142,19 @@ def show(
 
 
 @contextmanager
-def showing(block: FeedForward, observer: FeedForwardObserver, mask: Tensor | None) -> Iterator[None]:
-    """Call the observer with every input and output of the block, and every output of its layer."""
+def showing(part: Part, observer: FeedForwardObserver, mask: Tensor | None) -> Iterator[None]:
+    """Call the observer with every input and output of a part."""
+    name = part.size.name
 
     def see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observer.observe_input(real_tokens(input_of(args, kwargs), mask))
+        observer.observe_input(name, real_tokens(input_of(args, kwargs), mask))
 
-    def see_output(see: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        see(real_tokens(output if isinstance(output, Tensor) else output[0], mask))
+    def see_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        observer.observe_output(name, real_tokens(output if isinstance(output, Tensor) else output[0], mask))
 
     with (
-        block.first.register_forward_pre_hook(see_input, with_kwargs=True),
-        block.last.register_forward_hook(partial(see_output, observer.observe_output)),
-        block.layer.register_forward_hook(partial(see_output, observer.observe_stream)),
+        part.first.register_forward_pre_hook(see_input, with_kwargs=True),
+        part.last.register_forward_hook(see_output),
     ):
         yield
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,11 +76,11 @@ def plan_adapter(model: nn.Module, config: NTKAttentionConfig) -> AdapterPlan:
     modules = [model.get_submodule(name) for name in targets.names]
     is_encoder = encodes(model, modules)
     has_blocks = not is_encoder if config.feed_forward_rank == "auto" else config.feed_forward_rank is not None
-    blocks = feed_forwards(model, targets.names) if has_blocks else {}
+    blocks = feed_forwards(model, targets.names, config.feed_forward) if has_blocks else {}
     sites = {}
     for name, module in zip(targets.names, modules, strict=True):
         block = blocks.get(name)
-        geometry = replace(geometry_of(module, name), feed_forward=0 if block is None else block.width)
+        geometry = replace(geometry_of(module, name), feed_forward=() if block is None else block.sizes)
         rotary = rotary_of(module, name) if config.positions == "free" else None
         sites[name] = Site(geometry, block, head_mesh(model, name), rotary)
     geometries = [site.geometry for site in sites.values()]
@@ -140,7 +140,8 @@ def file_shapes(plan: AdapterPlan, model: nn.Module, config: NTKAttentionConfig)
 
 def recorded_geometry(geometries: Sequence[Geometry]) -> dict[str, Any]:
     """What `geometry` of a config holds: the number of attention modules, and each of their sizes once, in order."""
-    return {"num_modules": len(geometries), "sizes": [list(size) for size in sorted({astuple(g) for g in geometries})]}
+    sizes = {(g.num_heads, g.num_kv_heads, g.head_dim, g.value_dim, g.width) for g in geometries}
+    return {"num_modules": len(geometries), "sizes": [list(size) for size in sorted(sizes)]}
 
 
 def geometry_in_words(geometry: dict[str, Any]) -> str:

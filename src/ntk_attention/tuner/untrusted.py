@@ -19,9 +19,10 @@ from torch import Tensor
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-# Of the two files. In files of 2 phi saw queries with their rotary positions; 1 is version 0.1.0 of the library, which
-# wrote no number.
-FORMAT_VERSION = 3
+# Of the two files. In files of 3 and 2 prefixes of feed-forward blocks were beside them, in files of 2 phi saw queries
+# with their rotary positions; 1 is version 0.1.0 of the library, which wrote no number.
+FORMAT_VERSION = 4
+EARLIER = {3: {"feed_forward": "beside"}, 2: {"feed_forward": "beside", "positions": "rotary"}}  # what they do not say
 MAX_CONFIG_BYTES = 2**20
 MAX_LOG_K = 80.0  # exp of more is too close to the end of float32
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -71,7 +72,7 @@ def read_config(path: Path, fields: set[str]) -> dict[str, Any]:
 
 
 def check_format(path: Path, found: dict[str, Any]) -> None:
-    """Files of another format are made anew, not guessed at; those of 2 say one thing less, which is filled in.
+    """Files of another format are made anew, not guessed at; those that say less are filled in.
 
     Raises:
         AdapterError: if the number is missing or another.
@@ -79,8 +80,8 @@ def check_format(path: Path, found: dict[str, Any]) -> None:
     version = found.get("format_version")
     if type(version) is int and version == FORMAT_VERSION:
         return
-    if type(version) is int and version == 2 and "positions" not in found:
-        found |= {"format_version": FORMAT_VERSION, "positions": "rotary"}
+    if type(version) is int and version in EARLIER and not EARLIER[version].keys() & found.keys():
+        found |= {"format_version": FORMAT_VERSION, **EARLIER[version]}
         return
     number = f"format_version is {shown(version)}" if "format_version" in found else "there is no format_version"
     raise AdapterError(

@@ -94,9 +94,9 @@ class Engine:
             adapter = folder.adapter(name)
             own = f"{name}.{STATES}"
             layers[own] = slots.weights(own, adapter.state(), adapter.positions == "free", self.share(name))
-            if adapter.feed_forward is not None:
+            if whole := adapter.parts.get(""):
                 own = f"{name}.{BLOCK}"
-                layers[own] = blocks.weights(own, adapter.feed_forward)
+                layers[own] = blocks.weights(own, whole)
         return LoRAModel(request.lora_int_id, self.max_rank, layers)
 
     def share(self, name: str) -> Share:
