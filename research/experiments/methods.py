@@ -77,9 +77,6 @@ def combination(part: str, more: str = "", **options: Any) -> Method:
 COMBINED: dict[str, Method] = {
     "combined-16": combination("d / 4"),
     "combined-16-third": combination("d / 4", ", its steps a third", unit=1 / 3),
-    "combined-16-third-share-15": combination(
-        "d / 4", ", its steps a third, 15 % at the start", unit=1 / 3, settings=CalibrationSettings(share=0.15)
-    ),
     "combined-16-sixth": combination("d / 4", ", its steps a sixth", unit=1 / 6),
     "combined-8": combination("d / 8"),
     "combined-8-third": combination("d / 8", ", its steps a third", unit=1 / 3),

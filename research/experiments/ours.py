@@ -148,7 +148,6 @@ def combined(
     unit: float = 1.0,
     output_unit: float | None = None,
     whitens: bool = False,
-    settings: CalibrationSettings = DEFAULT,
 ) -> nn.Module:
     """A state in attention, and LoRA in the feed-forward blocks.
 
@@ -159,12 +158,11 @@ def combined(
         unit: of LoRA's numbers: what their steps are, measured by those of the state.
         output_unit: of B relative to the output, for LoRA in units of calibration, where `unit` does not count.
         whitens: whether these have coordinates in which inputs are white, too.
-        settings: of the state.
     """
     total = budgets.ours(model, size=size)
     geometry = replace(budgets.geometries(model)[0], feed_forward=model.config.hidden_size)
     rank, _ = budgets.divided(geometry, size, part)
-    adapted: Any = ntk(model, context, rank=rank, feed_forward_rank=None, settings=settings)
+    adapted: Any = ntk(model, context, rank=rank, feed_forward_rank=None)
     base = adapted.get_base_model()
     rest = total - sum(p.numel() for adapter in adapters(adapted) for p in adapter.parameters() if p.requires_grad)
     ranks = budgets.lora_ranks(base, rest, pattern).by_module
