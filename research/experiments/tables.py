@@ -168,7 +168,7 @@ def task(own: dict[str, Result]) -> Table:
         row = result.any_row
         trained = row.get("trainable_parameters")
         equal = " =" if size and trained and abs(trained / size - 1) <= TOLERANCE and result.method != OURS else ""
-        memory = result.timed["peak_memory_bytes"] if result.timed else result.average("peak_memory_bytes")
+        memory = result.timed.get("peak_memory_bytes") if result.timed else result.average("peak_memory_bytes")
         forgetting = result.average("forgetting")
         elsewhere = "" if OURS not in own or same_passages(own[OURS], result) else " ≠"
         seconds = result.average("training_seconds")
