@@ -14,7 +14,7 @@ from .statistics import Result, best_of, difference, same_passages
 from .tasks import Task
 
 OURS = "ntk"
-LORA = ("lora-attention", "lora-mlp", "lora-all", "lora-qv", "rslora-all", "pissa-mlp", "pissa-all")
+LORA = ("lora-attention", "lora-mlp", "lora-all", "lora-qv", "dora", "dora-mlp", "rslora-all", "pissa-mlp", "pissa-all")
 PREFIXES = ("prefix", "prefix-text", "prefix-memory", "prefix-1", "prefix-10", "prefix-100")
 MIB = 2**20
 
@@ -135,7 +135,7 @@ def verdict(results: Results) -> str:
 
 def finished_best(own: dict[str, Result], names: Iterable[str]) -> Result | None:
     """The best of those that have begun, if all of them have run to the end."""
-    begun = [name for name in names if name in own]
+    begun = [name for name in names if name in own and (own[name].selected or own[name].finals)]
     return best_of(own, begun) if all(own[name].complete for name in begun) else None
 
 
