@@ -11,8 +11,8 @@ from .recording import Row, read
 
 HEAD = """# The theory's experiments
 
-Made by `python -m research theory` from the rows beside this file, which `ntk-attention theory all --out results/theory`
-writes and `python -m research tidy` thins. What was asked, and what the sentences mean, stands in
+Made by `python -m research theory` from the rows beside this file, which `ntk-attention theory all` writes
+with `--out results/theory` and `python -m research tidy` thins. What was asked, and what the sentences mean, stands in
 [docs/theory.md](../../docs/theory.md).
 """
 CURVES = ("t", "loss", "predicted")

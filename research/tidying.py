@@ -32,7 +32,7 @@ def tidy(results: Path) -> dict[Path, tuple[int, int]]:
         results / "experiments" / positions.ROWS: (cells, CELLS),
         **{results / "benchmarks" / f"{name}.jsonl": (latest, MEASURED) for name in BENCHMARKS},
         **{results / "conversion" / f"{name}.jsonl": (shortened, CONVERTED) for name in CONVERSIONS},
-        **{results / "theory" / f"{name}.jsonl": (shortened, OF_THEORY) for name in EXPERIMENTS},
+        **{results / "theory" / f"{name}.jsonl": (of_theory, OF_THEORY) for name in EXPERIMENTS},
     }
     sizes = {}
     for path, (choice, together) in choices.items():
@@ -70,4 +70,12 @@ def of_comparison(rows: list[Row]) -> list[Row]:
 
 
 def shortened(rows: list[Row]) -> list[Row]:
-    return [rounded(thinned(row)) for row in rows]
+    return [rounded(row) for row in rows]
+
+
+def of_theory(rows: list[Row]) -> list[Row]:
+    """With fewer points of curves; rows that differ in what is measured alone lie beside each other."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in OF_THEORY), []).append(rounded(thinned(row)))
+    return [row for own in groups.values() for row in own]

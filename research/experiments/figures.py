@@ -162,7 +162,9 @@ def rates(results: Results, path: Path) -> bool:
         task = next(iter(own.values())).task
         for method, (colour, marker) in RATED.items():
             scores = own[method].validation if method in own else {}
-            points = [(x, 100 * score["share"] if task.has_head else score["loss"]) for x, score in scores.items() if score]
+            points = [
+                (x, 100 * score["share"] if task.has_head else score["loss"]) for x, score in scores.items() if score
+            ]
             if points:
                 bests.append((max if task.has_head else min)(y for _, y in points))
                 line = axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4,

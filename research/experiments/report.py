@@ -99,8 +99,8 @@ def compose(results: dict[str, dict[str, Result]], rows: list[Row], folder: Path
         Heading("Paired differences"),
         Text(
             "Ours minus the other on equal seeds, in the units of the test metric and turned so that positive is "
-            "better. By seeds: 95 % interval of Student's t over the seeds. By items, but for variants of ours: 95 % "
-            "interval over the test items, each averaged over the seeds."
+            "better. By seeds: 95 % interval of Student's t over the seeds. By items, but for variants and other "
+            "sizes: 95 % interval over the test items, each averaged over the seeds."
         ),
         *tables.paired(results),
     ]

@@ -22,9 +22,12 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+OF_ITEMS = 2  # methods up to this tier are compared item by item; beyond are other sizes and variants
+
+
 def kept(row: Row) -> Row:
-    """What is read of a row. Which test items are right is kept of the methods that are compared, not of variants."""
+    """What is read of a row; which test items are right only of methods whose intervals over items are shown."""
     names = {*ALWAYS, *FIELDS[row["stage"]]}
-    if row["method"] in METHODS and METHODS[row["method"]].ablation:
+    if METHODS[row["method"]].tier > OF_ITEMS:
         names -= {"test_correct"}
     return rounded({name: value for name, value in row.items() if name in names and value is not None})
