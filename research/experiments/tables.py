@@ -287,10 +287,16 @@ def provenance(rows: list[Row]) -> list[Block]:
     """How many rows were made where, with what."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        found = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-        groups.setdefault((row["hardware"], str(row.get("jobs", 1)), found, row["commit"]), []).append(row)
-    body = [
-        [hardware, jobs, found, commit, str(len(own)), f"{sum(row.get('seconds', 0) for row in own) / 60:,.0f}"]
-        for (hardware, jobs, found, commit), own in groups.items()
-    ]
-    return [Table(["hardware", "side by side", "versions", "commit", "cells", "minutes of cells"], body)]
+        groups.setdefault((row["commit"], row["hardware"], in_lines(row["versions"])), []).append(row)
+    body = []
+    for made, own in groups.items():
+        jobs = sorted({row.get("jobs", 1) for row in own})
+        together = str(jobs[0]) if len(jobs) == 1 else f"{jobs[0]} to {jobs[-1]}"
+        body.append([*made, together, str(len(own)), f"{sum(row.get('seconds', 0) for row in own) / 60:,.0f}"])
+    return [Table(["commit", "hardware", "versions", "side by side", "cells", "minutes of cells"], body)]
+
+
+def in_lines(versions: dict[str, str]) -> str:
+    """Three packages a line."""
+    found = [f"{name} {version}" for name, version in versions.items()]
+    return ",\n".join(", ".join(found[i : i + 3]) for i in range(0, len(found), 3))
