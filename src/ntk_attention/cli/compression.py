@@ -32,6 +32,7 @@ from ..ops.exact import LayerPrefix
 from ..progress import Reporter, Silent
 from ..tuner.config import NTKAttentionConfig
 from ..tuner.observation import adapted_layers
+from .card import write_card
 from .data import start_of_text
 from .encoding import encode_all
 from .evaluation import fidelity, logits_of
@@ -134,6 +135,7 @@ def compress(
         "hardware": hardware(),
     }
     write_json(output / RECORD, record | {"after": True})
+    write_card(output)
     shutil.rmtree(work)
     return record
 
