@@ -14,6 +14,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"CHANGELOG.md": "changelog.md", "README.md": "index.md"}  # in the repository, and on the site
 LINK = re.compile(r"(\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()#:\s]+)(#[^()\s]*)?\)")
+BAR = re.compile(r"<mo([^>]*)>(&#x0007C;|\||&#x02016;)</mo>")  # of norms, which have no space around
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -34,6 +35,8 @@ def add(files: Files, name: str, path: Path, config: Any) -> None:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Links are those of the repository; what is no page of the site stays a name, or leads to the repository."""
     source = Path(page.file.abs_src_path)
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # a column with nothing but its own name
 
     def moved(link: re.Match[str]) -> str:
         text, target, anchor = link[1], link[2], link[3] or ""
@@ -53,6 +56,7 @@ def on_page_content(content: str, **_: Any) -> str:
     """Formulas become MathML, which browsers know."""
 
     def formula(found: re.Match[str]) -> str:
-        return convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
+        made = convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
+        return BAR.sub(r'<mo\1 lspace="0" rspace="0">\2</mo>', made)
 
     return FORMULA.sub(formula, content)

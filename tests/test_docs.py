@@ -19,6 +19,7 @@ from markdown_it import MarkdownIt
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from ntk_attention import __version__
 from ntk_attention.cli import models
 from ntk_attention.cli.main import app
 
@@ -212,6 +213,16 @@ def test_links_lead_somewhere(path):
             assert anchor in set(anchors(target)), f"{ids(path)}:{part.line}: {part.text} has no such heading"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=ids)
+def test_pages_are_the_same_on_github_and_on_the_site(path):
+    """Python-Markdown wants an empty line before a list and four columns for a list inside one, and takes an indented
+    block after a list for a part of it."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for rule in (r"^(?!- |  |#)\S.*\n- ", r"^ {1,3}- ", r"^(?:- |  (?! )).*\n\n    \S"):
+        found = re.search(rule, text, re.MULTILINE)
+        assert not found, f"{ids(path)}: {found[0]!r}"
+
+
 def messages():
     """What the library says, with … for what it puts in."""
     for path in PACKAGE.rglob("*.py"):
@@ -234,6 +245,12 @@ def test_errors_are_quoted_as_they_are_written():
             assert found, f"no error says {heading!r}"
 
 
+def test_versions_agree():
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert cited == __version__
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_every_page_is_on_the_site():
     """And the site has no page twice; mkdocs itself says the same, where it is installed."""
     named = re.findall(r"^ +- .*?([a-zA-Z/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
@@ -242,6 +259,7 @@ def test_every_page_is_on_the_site():
     elsewhere = {name for name in named if name not in here}
     assert here <= set(named)
     assert elsewhere == {
+        "index.md",
         "changelog.md",
         *(f"results/{name}/README.md" for name in ("experiments", "benchmarks", "conversion")),
     }

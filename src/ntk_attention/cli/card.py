@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ from .run_folder import RECORD, read_record
 
 CARD = "README.md"
 COMPRESSED = "compress.json"
-STATES = {"with_prefix": "with the prefix", "without": "without it", "fitted": "state, fitted", "distilled": "state"}
+STATES = {
+    "with_prefix": "with the prefix",
+    "without": "without it",
+    "fitted": "state, fitted",
+    "distilled": "state, distilled",
+}
 
 
 def write_card(folder: Path, base: str | None = None, license: str | None = None) -> Path:
@@ -85,8 +91,8 @@ import ntk_attention  # registers the method NTK_ATTENTION with PEFT
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({found or "path/to/the/base/model"!r})
-model = PeftModel.from_pretrained(model, {adapter!r})
+model = AutoModelForCausalLM.from_pretrained({json.dumps(found or "path/to/the/base/model")})
+model = PeftModel.from_pretrained(model, {json.dumps(adapter)})
 ```
 
 Without the import PEFT does not know the method and ends with `KeyError: 'NTK_ATTENTION'`. The method is

@@ -93,8 +93,7 @@ def compress(
     Raises:
         ValueError: for unusable settings, sources or folders, before anything is written.
     """
-    reporter = reporter or Silent()
-    started = time.time()
+    reporter, started = reporter or Silent(), time.time()
     config = NTKAttentionConfig(task_type="CAUSAL_LM", **settings.adapter).for_given_prefix()
     check_folder(output, asdict(settings), resume=resume, overwrite=overwrite, name=RECORD)
     check_source(settings)
