@@ -261,5 +261,5 @@ def test_every_page_is_on_the_site():
     assert elsewhere == {
         "index.md",
         "changelog.md",
-        *(f"results/{name}/README.md" for name in ("experiments", "benchmarks", "conversion")),
+        *(f"results/{name}/README.md" for name in ("experiments", "benchmarks", "conversion", "theory")),
     }
