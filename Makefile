@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 RUN ?= runs/demo
 
-.PHONY: demo check test test-oldest test-newest test-vllm lint setup clean
+.PHONY: demo check test test-oldest test-newest test-vllm docs lint setup clean
 
 # Installed first, by itself. Where pip would take a CUDA build of torch and a CPU one is wanted:
 # make demo FIRST="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -59,10 +59,23 @@ $(VLLM_VENV)/.ready: pyproject.toml tests/vllm/requirements.txt
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
+# The site of docs/, in site/. What builds it reads the sources and imports none of them, so torch is not needed.
+DOCS_VENV := .venv-docs
+
+docs: $(DOCS_VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build
+
+$(DOCS_VENV)/.ready: pyproject.toml
+	python3 -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*extras["optional-dependencies"]["docs"], sep="\n")' > $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/pip install --quiet -r $(DOCS_VENV)/requirements.txt
+	touch $@
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest $(VLLM_VENV) runs build dist
+	rm -rf $(VENV) .venv-oldest .venv-newest $(VLLM_VENV) $(DOCS_VENV) runs build dist site

@@ -8,7 +8,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 ROOT = Path(__file__).parents[1]  # of the repository
 
 Row = dict[str, Any]
+EACH = "each"  # of a line that holds several: what they do not share
+DIGITS = 6  # of a stored number
 
 
 def read(path: Path) -> list[Row]:
@@ -26,16 +29,49 @@ def read(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows += rows_of(line)
+        except (json.JSONDecodeError, AttributeError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: expected a row of JSON, got {line[:40]!r}; remove it") from error
     return rows
+
+
+def rows_of(line: str) -> list[Row]:
+    """One, or several that share what the line says once."""
+    shared = json.loads(line)
+    return [{**shared, **row} for row in shared.pop(EACH, [{}])]
 
 
 def append(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def write(path: Path, rows: Iterable[Row], together: Sequence[str]) -> None:
+    """All rows anew, whole or not at all: neighbours that agree on what is named by `together` share a line.
+
+    Such a line says once what is equal in all of its rows, and under EACH what is not.
+    """
+    lines = []
+    for _, group in groupby(rows, key=lambda row: [row.get(name) for name in together]):
+        own = list(group)
+        first = own[0]
+        shared = {k: x for k, x in first.items() if all(k in row and row[k] == x for row in own)}
+        rest = [{k: x for k, x in row.items() if k not in shared} for row in own]
+        line = first if len(own) == 1 else {**shared, EACH: rest}
+        lines.append(json.dumps(line, separators=(",", ":")) + "\n")
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text("".join(lines))
+    partial.replace(path)
+
+
+def rounded(value: Any) -> Any:
+    """A row, or a part of one, with DIGITS significant digits; shares stay exact, since equal ones are a tie."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: x if name == "share" else rounded(x) for name, x in value.items()}
+    return [rounded(x) for x in value] if isinstance(value, list) else value
 
 
 def hardware(device: str) -> str:

@@ -42,10 +42,11 @@ from peft import PeftModel
 
 assert ntk_attention.__file__.startswith(sys.prefix), ntk_attention.__file__
 model = PeftModel.from_pretrained(load_tiny("smollm2-135m")[0], "runs/sums")
+inputs = torch.tensor([encode(12, 17)["input_ids"]])
 with torch.no_grad():
-    adapted = model(**inputs).logits
+    adapted = model(inputs).logits
     with model.disable_adapter():
-        frozen = model(**inputs).logits
+        frozen = model(inputs).logits
 assert not torch.allclose(adapted, frozen), "the adapter that was saved does nothing"
 """
 

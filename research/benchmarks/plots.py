@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+
+from research.pictures import save
 
 from .grouping import by_sizes, fastest, fastest_prefix, median, number, prefix_lengths
 from .rows import Row
@@ -25,11 +23,6 @@ plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.rig
 
 def slug(hardware: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-
-
-def save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.05) -> None:
@@ -167,13 +160,22 @@ def training(rows: list[Row], path: Path) -> None:
     """Milliseconds per step by method, with memory and trainable parameters; of the largest batch."""
     largest = max(row["sizes"]["B"] * row["sizes"]["L"] for row in rows)
     rows = [row for row in rows if row["sizes"]["B"] * row["sizes"]["L"] == largest]
-    names = [f"{row['method']}{' (again)' if row['sizes'].get('run', 1) > 1 else ''}" for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: median(rows[i]) or float("inf"))
-    figure, axes = plt.subplots(figsize=(9.5, 0.9 + 0.38 * len(rows)), layout="constrained")
-    bars(axes, [names[i] for i in order], [median(rows[i]) for i in order], [training_note(rows[i]) for i in order])
+    groups: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["sizes"]["num_hidden_layers"], row["sizes"]["hidden_size"]), []).append(row)
+    inches = 9.5, sum(0.9 + 0.3 * len(own) for own in groups.values())
+    heights = [1 + len(own) for own in groups.values()]
+    figure, panels = plt.subplots(
+        len(groups), figsize=inches, squeeze=False, layout="constrained", gridspec_kw={"height_ratios": heights}
+    )
+    for axes, ((layers, size), own) in zip(panels.flat, groups.items(), strict=True):
+        order = sorted(own, key=lambda row: median(row) or float("inf"))
+        names = [f"{row['method']}{' (again)' if row['sizes'].get('run', 1) > 1 else ''}" for row in order]
+        bars(axes, names, [median(row) for row in order], [training_note(row) for row in order])
+        axes.set_title(f"{layers} layers of size {size:,}", fontsize=10)
+    panels.flat[-1].set_xlabel("ms per step")
     sizes = rows[0]["sizes"]
-    axes.set_xlabel("ms per step")
-    axes.set_title(f"Training step, B = {sizes['B']}, L = {sizes['L']:,}, {rows[0]['hardware']}", fontsize=11)
+    figure.suptitle(f"Training step, B = {sizes['B']}, L = {sizes['L']:,}, {rows[0]['hardware']}", fontsize=11)
     save(figure, path)
 
 

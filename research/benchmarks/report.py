@@ -22,21 +22,29 @@ Ours sees queries without their rotary positions in rows of an H200 and of an In
 
 
 def write_report(folder: Path) -> list[Path]:
-    """README.md and the plots of every benchmark that has rows."""
+    """README.md and the plots of every benchmark that has rows: of the GPU, and of the host, that ran it last."""
     rows = {name: latest(read(folder / f"{name}.jsonl")) for name in BENCHMARKS}
     if not any(rows.values()):
         raise FileNotFoundError(f"{folder} has no rows: run a benchmark first")
     text, written = [HEAD], []
     for name, own in rows.items():
-        for hardware, group in by_hardware(own).items():
+        groups = by_hardware(own)
+        last = {is_host(hardware): hardware for hardware in groups}
+        for hardware, group in groups.items():
             text += [f"## {name}: {hardware}\n", f"{BENCHMARKS[name].summary}\n", f"{provenance(group)}\n"]
-            path = folder / f"{name}-{plots.slug(hardware)}.png"
-            plots.PLOTS[name](group, path)
-            text.append(f"![{name}]({path.name})\n")
-            written.append(path)
+            if hardware in last.values():
+                path = folder / f"{name}-{plots.slug(hardware)}.png"
+                plots.PLOTS[name](group, path)
+                text.append(f"![{name}]({path.name})\n")
+                written.append(path)
             text += TABLES[name](group)
     (folder / "README.md").write_text("\n".join(text))
     return [folder / "README.md", *written]
+
+
+def is_host(hardware: str) -> bool:
+    """As `recording.hardware` names one."""
+    return " thread" in hardware
 
 
 def by_hardware(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -25,9 +25,10 @@ from .language import LanguageTask
 from .methods import METHODS
 from .plan import belongs, develop_cells, is_result, next_cells, pairs, position_cells, timing_cells
 from .registry import registry
+from .rows import STAGES
 from .runner import Job, Worker, run_inline, run_jobs
 from .tasks import Task
-from .train import STAGES, Cell
+from .train import Cell
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ABOUT = "What is measured: ours against other methods at equal size and tuned learning rates, and how fast it is."

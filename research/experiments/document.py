@@ -25,7 +25,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """The first column names the row; rows whose name is in `strong` are ours."""
+    """The first column names the row; rows whose name is in `strong` are ours. A cell may have several lines."""
 
     head: Sequence[str]
     body: Sequence[Sequence[str]]
@@ -52,7 +52,8 @@ def markdown(blocks: Sequence[Block]) -> str:
             parts.append(f"![{block.text}]({block.path.name})\n")
         else:
             body = [[f"**{row[0]}**", *row[1:]] if row[0] == block.strong else row for row in block.body]
-            parts.append(table(block.head, body))
+            head, *body = ([text.replace("\n", "<br>") for text in row] for row in (block.head, *body))
+            parts.append(table(head, body))
     return "\n".join(parts)
 
 
@@ -73,17 +74,18 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: .93rem }
 .wide { overflow-x: auto; margin: 12px 0 20px; border: 1px solid var(--line); border-radius: 6px }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: 6px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+td { vertical-align: top } td:first-child { white-space: normal; min-width: 8.5em }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back) }
 tr:last-child td { border-bottom: 0 }
-tr.ours td { background: var(--ours); font-weight: 600 }
+tr.ours td { background: var(--ours) } tr.ours td:first-child { font-weight: 600 }
 figure { margin: 16px 0 24px } img { display: block; width: 100%; height: auto; border-radius: 6px }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: 6px }
+figcaption { color: var(--soft); font-size: .9rem; margin-top: 6px; position: sticky; left: 0 }
 @media (max-width: 640px) {
   main { padding: 12px 14px 60px } h1 { font-size: 1.5rem } h2 { margin-top: 36px }
   th, td { padding: 6px 9px }
-  td:first-child { white-space: normal; min-width: 8.5em; max-width: 10em }
-  figure { overflow-x: auto } figure img { min-width: 620px }
+  td:first-child { max-width: 10em }
+  figure { overflow-x: auto } figure img { min-width: 980px }
 }
 """
 
@@ -131,7 +133,7 @@ def html_table(block: Table) -> str:
 def inline(text: str) -> str:
     text = html.escape(text, quote=False)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
+    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text).replace("\n", "<br>")
 
 
 def anchor(text: str) -> str:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
+
+from research import pictures
 
 from .budgets import TOLERANCE
 from .methods import METHODS
@@ -36,6 +35,16 @@ SIZES = {
     "softmax + phi(q) M": ("prefix-memory",),
     "full fine-tuning": ("full",),
     "IA3": ("ia3",),
+}
+# Methods of the figure of learning rates, with colour and marker.
+RATED = {
+    "ntk": (COLOURS["ntk"], "o"),
+    "attention-alone": ("#e59866", "o"),
+    "ntk-published": ("#7d3c98", "v"),
+    "lora-attention": (COLOURS["lora"], "s"),
+    "lora-mlp": ("#2e8b57", "s"),
+    "lora-all": ("#5d9bd1", "s"),
+    "full": (COLOURS["other"], "D"),
 }
 Drawing = Callable[[Results, Path], bool]
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
@@ -62,8 +71,7 @@ def panels(names: Sequence[str], height: float = 3.4) -> tuple[Any, list[tuple[s
 
 
 def save(figure: Any, path: Path) -> bool:
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    pictures.save(figure, path)
     return True
 
 
@@ -144,65 +152,33 @@ def sizes(results: Results, path: Path) -> bool:
 
 def rates(results: Results, path: Path) -> bool:
     """Validation data against the learning rate, a panel for each task."""
-    names = [name for name, own in results.items() if any(len(r.validation) > 1 for r in own.values())]
+    names = [name for name, own in results.items() if any(len(own[m].validation) > 1 for m in RATED if m in own)]
     if not names:
         return False
-    figure, found = panels(names)
+    figure, found = panels(names, height=2.9)
+    shown_once: dict[str, Any] = {}
     for name, axes in found:
-        bests = []
-        for result in in_order(results[name].values()):
-            if METHODS[result.method].tier > 1:
-                continue
+        own, bests = results[name], []
+        task = next(iter(own.values())).task
+        for method, (colour, marker) in RATED.items():
+            scores = own[method].validation if method in own else {}
             points = [
-                (rate, 100 * score["share"] if result.task.has_head else score["loss"])
-                for rate, score in result.validation.items()
-                if score
+                (x, 100 * score["share"] if task.has_head else score["loss"]) for x, score in scores.items() if score
             ]
             if points:
-                bests.append(max(y for _, y in points) if result.task.has_head else min(y for _, y in points))
-                width = 2.2 if result.method == OURS else 1.0
-                axes.plot(*zip(*points, strict=True), color=colour(result.method), linewidth=width, markersize=4,
-                          marker=MARKERS[METHODS[result.method].family])  # fmt: skip
-                axes.annotate(result.method, points[-1], xytext=(4, 0), textcoords="offset points", fontsize=6.5,
-                              annotation_clip=True)  # fmt: skip
-        task = next(iter(results[name].values())).task
-        axes.set(xscale="log", ylabel="accuracy, %" if task.has_head else "loss, nats")
+                bests.append((max if task.has_head else min)(y for _, y in points))
+                line = axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4,
+                                 linewidth=2.2 if method == OURS else 1.2)[0]  # fmt: skip
+                shown_once.setdefault(label(method), line)
+        axes.set(xscale="log", xlabel="learning rate", ylabel="accuracy, %" if task.has_head else "loss, nats")
         if not task.has_head:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:.2g}")
-            axes.yaxis.set_minor_formatter("{x:.2g}")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
             axes.set_ylim(top=2 * max(bests))
         else:  # what fails is below
             spread = max(1.0, max(bests) - min(bests))
             axes.set_ylim(min(bests) - 2 * spread, max(bests) + 0.3 * spread)
-        axes.margins(x=0.2)
-    figure.supxlabel("learning rate", fontsize=10)
-    return save(figure, path)
-
-
-def curves(results: Results, path: Path) -> bool:
-    """Training loss of the methods of tiers 0 and 1, mean over the final seeds."""
-    found_curves = {
-        name: {
-            result.method: curves
-            for result in in_order(own.values())
-            if METHODS[result.method].tier <= 1
-            and (curves := [row["curve"] for row in result.finals.values() if row.get("curve")])
-        }
-        for name, own in results.items()
-    }
-    names = [name for name, own in found_curves.items() if own]
-    if not names:
-        return False
-    figure, found = panels(names)
-    for name, axes in found:
-        for method, own_curves in found_curves[name].items():
-            steps = [step for step, _ in own_curves[0]]
-            losses = np.mean([[loss for _, loss in curve] for curve in own_curves], axis=0)
-            width = 2.2 if method == OURS else 1.0
-            axes.plot(steps, losses, color=colour(method), linewidth=width)
-            axes.annotate(method, (steps[-1], losses[-1]), xytext=(4, 0), textcoords="offset points", fontsize=6.5)
-        axes.set(yscale="log", ylabel="training loss")
-        axes.margins(x=0.15)
-    figure.supxlabel("step", fontsize=10)
+    figure.legend(shown_once.values(), shown_once, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return save(figure, path)

@@ -172,9 +172,6 @@ METHODS: dict[str, Method] = {
         "Taylor features of degree 2", "feature map and r", feature_map="taylor", feature_map_options={"degree": 2},
         only=encodes,  # r = 561 with d = 32, 2,145 with d = 64
     ),
-    "layers-half": ablation("every second layer", "layers", layers=lambda i, count: i % 2 == 1),
-    "layers-upper": ablation("the upper half of the layers", "layers", layers=lambda i, count: i >= count // 2),
-    "layers-lower": ablation("the lower half of the layers", "layers", layers=lambda i, count: i < count // 2),
     "data-unrelated": ablation("calibrated on unrelated data", "calibration data", source="unrelated"),
     "data-noise": ablation("calibrated on random inputs", "calibration data", source="noise"),
     "data-alone": ablation(

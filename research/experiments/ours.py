@@ -35,10 +35,6 @@ def ntk(
     **options: Any,
 ) -> nn.Module:
     """As the library makes it: attached and calibrated."""
-    layers = options.pop("layers", None)
-    if layers is not None:
-        count = len(budgets.geometries(model))
-        options["layers_to_transform"] = [i for i in range(count) if layers(i, count)]
     model = get_peft_model(model, NTKAttentionConfig(**peft_options(context.task), **options))
     batches = batches_from(context, source)
     beside: bool | list[Mapping[str, Any]] = False

@@ -8,6 +8,7 @@ from research.recording import Row, read
 
 from . import develop, figures, positions, tables
 from .document import Block, Figure, Heading, Text, markdown, page
+from .ladder import ladder
 from .plan import is_result
 from .registry import registry
 from .statistics import Result, collect
@@ -71,6 +72,7 @@ def compose(results: dict[str, dict[str, Result]], rows: list[Row], folder: Path
     blocks: list[Block] = [
         Heading(TITLE, 1),
         Text(ABOUT),
+        *ladder(results),
         Heading("In short"),
         Text(
             "Test metric, mean over the seeds; LoRA and the prefixes are each the best of their kind on the test data, "
@@ -97,17 +99,16 @@ def compose(results: dict[str, dict[str, Result]], rows: list[Row], folder: Path
         Heading("Paired differences"),
         Text(
             "Ours minus the other on equal seeds, in the units of the test metric and turned so that positive is "
-            "better. By seeds: 95 % interval of Student's t over the seeds. By items: 95 % interval over the test "
-            "items, each averaged over the seeds."
+            "better. By seeds: 95 % interval of Student's t over the seeds. By items, but for variants and other "
+            "sizes: 95 % interval over the test items, each averaged over the seeds."
         ),
         *tables.paired(results),
     ]
     blocks += [Heading("Learning rates"), Text("On validation data, mean over the seeds; the chosen rate is bold.")]
-    blocks += figure("rates", figures.rates, "Validation data against the learning rate.")
+    blocks += figure("rates", figures.rates, "Validation data against the learning rate, of some methods.")
     blocks += tables.rates(results)
     if ablations := tables.ablations(results):
         blocks += [Heading("Ablations"), Text("Parts of ours, taken away or changed, one at a time."), *ablations]
-    blocks += figure("curves", figures.curves, "Training loss, mean over the seeds.")
     commits = len({row["commit"] for row in rows})
     several = [Text(f"The rows are of {commits} commits.")] if commits > 1 else []
     blocks += [Heading("How it was made"), *several, *tables.provenance(rows)]

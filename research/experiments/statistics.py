@@ -13,6 +13,7 @@ from research.recording import Row
 
 from .methods import METHODS
 from .plan import best_rate, is_result, validation
+from .rows import SETTING
 from .tasks import Task
 from .train import unpacked
 
@@ -85,14 +86,16 @@ def metric(score: dict[str, float]) -> float:
     return score.get("share", score["loss"])
 
 
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of rows with equal settings the last one that is a result."""
+    return list({json.dumps([row.get(name) for name in SETTING]): row for row in rows if is_result(row)}.values())
+
+
 def collect(rows: Iterable[Row], tasks: dict[str, Task]) -> dict[str, dict[str, Result]]:
     """Results by task and method. Of rows with equal settings the last one that is a result counts."""
-    latest: dict[str, Row] = {}
-    for row in filter(is_result, rows):
-        names = ("task", "method", "stage", "learning_rate", "seed", "steps")
-        latest[json.dumps([row.get(name) for name in names])] = row
+    latest = newest(rows)
     found: dict[str, dict[str, Result]] = {}
-    for row in latest.values():
+    for row in latest:
         task = tasks.get(row["task"])
         if task is None or row.get("steps") != task.steps or row["method"] not in METHODS:
             continue
@@ -101,7 +104,7 @@ def collect(rows: Iterable[Row], tasks: dict[str, Task]) -> dict[str, dict[str, 
             result.selected.append(row)
         elif row["stage"] == "time" and "error" not in row:
             result.timed = row
-    for row in latest.values():
+    for row in latest:
         result_ = found.get(row["task"], {}).get(row["method"])
         if row["stage"] != "final" or result_ is None or row["seed"] not in result_.task.final_seeds:
             continue

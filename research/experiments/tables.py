@@ -14,7 +14,7 @@ from .statistics import Result, best_of, difference, same_passages
 from .tasks import Task
 
 OURS = "ntk"
-LORA = ("lora-attention", "lora-mlp", "lora-all", "lora-qv", "rslora-all", "pissa-mlp", "pissa-all")
+LORA = ("lora-attention", "lora-mlp", "lora-all", "lora-qv", "dora", "dora-mlp", "rslora-all", "pissa-mlp", "pissa-all")
 PREFIXES = ("prefix", "prefix-text", "prefix-memory", "prefix-1", "prefix-10", "prefix-100")
 MIB = 2**20
 
@@ -135,7 +135,7 @@ def verdict(results: Results) -> str:
 
 def finished_best(own: dict[str, Result], names: Iterable[str]) -> Result | None:
     """The best of those that have begun, if all of them have run to the end."""
-    begun = [name for name in names if name in own]
+    begun = [name for name in names if name in own and (own[name].selected or own[name].finals)]
     return best_of(own, begun) if all(own[name].complete for name in begun) else None
 
 
@@ -168,7 +168,7 @@ def task(own: dict[str, Result]) -> Table:
         row = result.any_row
         trained = row.get("trainable_parameters")
         equal = " =" if size and trained and abs(trained / size - 1) <= TOLERANCE and result.method != OURS else ""
-        memory = result.timed["peak_memory_bytes"] if result.timed else result.average("peak_memory_bytes")
+        memory = result.timed.get("peak_memory_bytes") if result.timed else result.average("peak_memory_bytes")
         forgetting = result.average("forgetting")
         elsewhere = "" if OURS not in own or same_passages(own[OURS], result) else " ≠"
         seconds = result.average("training_seconds")
@@ -287,10 +287,16 @@ def provenance(rows: list[Row]) -> list[Block]:
     """How many rows were made where, with what."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        found = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-        groups.setdefault((row["hardware"], str(row.get("jobs", 1)), found, row["commit"]), []).append(row)
-    body = [
-        [hardware, jobs, found, commit, str(len(own)), f"{sum(row.get('seconds', 0) for row in own) / 60:,.0f}"]
-        for (hardware, jobs, found, commit), own in groups.items()
-    ]
-    return [Table(["hardware", "side by side", "versions", "commit", "cells", "minutes of cells"], body)]
+        groups.setdefault((row["commit"], row["hardware"], in_lines(row["versions"])), []).append(row)
+    body = []
+    for made, own in groups.items():
+        jobs = sorted({row.get("jobs", 1) for row in own})
+        together = str(jobs[0]) if len(jobs) == 1 else f"{jobs[0]} to {jobs[-1]}"
+        body.append([*made, together, str(len(own)), f"{sum(row.get('seconds', 0) for row in own) / 60:,.0f}"])
+    return [Table(["commit", "hardware", "versions", "side by side", "cells", "minutes of cells"], body)]
+
+
+def in_lines(versions: dict[str, str]) -> str:
+    """Three packages a line."""
+    found = [f"{name} {version}" for name, version in versions.items()]
+    return ",\n".join(", ".join(found[i : i + 3]) for i in range(0, len(found), 3))

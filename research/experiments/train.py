@@ -19,13 +19,12 @@ from research.recording import Row
 from . import assets, develop, positions
 from .method import Context
 from .methods import METHODS
+from .rows import kept
 from .steps import Loss, training_on
 from .tasks import Base, Batch, Score, Task
 
 HEAD_RATE = 5e-3  # of a new classifier, whatever the method's rate is; the method "head" tunes it
-STAGES = ("select", "final", "time")
 REMEMBERS = ("final", develop.STAGE)  # where forgetting is measured
-CURVE_POINTS = 50
 TIMED_STEPS = 40
 CHECK_EVERY = 50  # steps between looks at whether the loss is finite
 
@@ -35,7 +34,7 @@ class Cell:
     """What is run once.
 
     Args:
-        stage: of STAGES; "select" scores on validation data only, "final" on test data as well, "time" is a few
+        stage: of rows.STAGES; "select" scores on validation data only, "final" on test data as well, "time" is a few
             steps, alone. Beside them positions.STAGE and develop.STAGE, whose rows have files of their own.
     """
 
@@ -47,7 +46,7 @@ class Cell:
 
 
 def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
-    """Everything that a row holds but where it was made. A loss that is not finite becomes the row's error."""
+    """What a row holds but where it was made. A loss that is not finite becomes the row's error."""
     started = time.perf_counter()
     torch.manual_seed(cell.seed)
     torch.set_float32_matmul_precision("high")
@@ -58,7 +57,9 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
     with precision(task, device):
         unrelated_before = unrelated_loss_of_base(task, base) if cell.stage in REMEMBERS else None
     model = METHODS[cell.method].build(model, Context(task, base, first)).to(device)
-    row: Row = {**asdict(cell), **sizes(model, task, base)}
+    row: Row = {**asdict(cell), **sizes(model, task)}
+    if cell.stage == "final":
+        row["adapter_bytes"] = adapter_bytes(model, base)
 
     steps = TIMED_STEPS if cell.stage == "time" else task.steps
     losses, times, row["training_seconds"] = [], [], 0.0
@@ -69,14 +70,13 @@ def run_cell(cell: Cell, task: Task, base: Base, device: str) -> Row:
     if cell.stage == "time":
         row["step_milliseconds"] = round(1e3 * sorted(times[steps // 4 :])[len(times[steps // 4 :]) // 2], 3)
     row["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - held_before if device == "cuda" else None
-    row["curve"] = thinned(losses)
     if not all(torch.isfinite(torch.tensor(losses))):
         row["error"] = f"the loss is not finite at step {len(losses)} of {steps}"
     elif cell.stage != "time":
         with precision(task, device):
             row |= scores(cell, task, base, model, unrelated_before)
-    row["seconds"] = round(time.perf_counter() - started, 2)
-    return row
+    row["seconds"] = round(time.perf_counter() - started, 1)
+    return kept(row)
 
 
 def unrelated_loss_of_base(task: Task, base: Base) -> float | None:
@@ -120,16 +120,14 @@ class TrainingData:
         return self.task.loss([self.examples_of(step) for step in range(len(self))])
 
 
-def sizes(model: nn.Module, task: Task, base: Base) -> Row:
+def sizes(model: nn.Module, task: Task) -> Row:
     """What is trained, and on what."""
-    adapter, head = trainable(model)
+    adapter, _ = trainable(model)
     return {
         "steps": task.steps,
         "batch_size": task.batch_size,
         "data_digest": assets.digest(task.data),
         "trainable_parameters": sum(p.numel() for p in adapter),
-        "head_parameters": sum(p.numel() for p in head),
-        "adapter_bytes": adapter_bytes(model, base),
     }
 
 
@@ -156,8 +154,8 @@ def train(
         times.append(clock(device, cell.stage == "time") - begun)
         if step % CHECK_EVERY == 0 and not torch.isfinite(losses[-1]):
             break
-    curve = torch.stack(losses).float().tolist()  # waits for the device
-    return curve, times, round(time.perf_counter() - started, 2)
+    found = torch.stack(losses).float().tolist()  # waits for the device
+    return found, times, round(time.perf_counter() - started, 2)
 
 
 def scores(cell: Cell, task: Task, base: Base, model: nn.Module, unrelated_before: float | None) -> Row:
@@ -250,10 +248,3 @@ def packed(correct: Sequence[bool] | None) -> str | None:
 def unpacked(text: str) -> list[bool]:
     size, digits = text.split(":")
     return [bit == "1" for bit in f"{int(digits, 16):0{int(size)}b}"]
-
-
-def thinned(curve: Sequence[float]) -> list[list[float]]:
-    """[step, mean loss of the steps up to it], at most CURVE_POINTS of them."""
-    width = max(1, -(-len(curve) // CURVE_POINTS))
-    parts = [curve[i : i + width] for i in range(0, len(curve), width)]
-    return [[min((i + 1) * width, len(curve)), round(sum(part) / len(part), 4)] for i, part in enumerate(parts)]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from research.experiments.conversion import methods
@@ -118,7 +119,7 @@ def test_report(folder):
     text = (folder / "README.md").read_text()
     for name in ("accuracy-max", "accuracy-frobenius", "documents", "prefix_tuning"):
         assert f"({name}.png)" in text
-        assert (folder / f"{name}.png").stat().st_size > 10_000
+        assert imread(folder / f"{name}.png").std() > 0.05  # something is drawn
     assert all(name in text for name in METHODS_RUN)
     assert json.loads((folder / "documents.jsonl").read_text().splitlines()[0])["sha256"] in text
 

@@ -16,6 +16,7 @@ from research.experiments.method import Context
 from research.experiments.methods import METHODS
 from research.experiments.ours import adapters
 from research.experiments.registry import registry
+from research.experiments.rows import OF_ITEMS
 from research.experiments.train import Cell, trainable, unpacked
 
 TASKS = ("chain-sum", "sections-16", "fashion-64")
@@ -43,18 +44,12 @@ def test_every_method_runs_on_every_task(rows):
         assert row["trainable_parameters"] > 0 or method in ("head", "zero-shot")
         assert row["adapter_bytes"] > 4 * row["trainable_parameters"] * (0.4 if method == "full" else 1)
         assert math.isfinite(row["forgetting"])
-        assert row["curve"][-1][0] == row["steps"] if METHODS[method].rates else not row["curve"]
         assert math.isfinite(row["test"]["loss"])
-        assert sum(unpacked(row["test_correct"])) / 9 == row["test"]["share"]
+        if METHODS[method].tier <= OF_ITEMS:
+            assert sum(unpacked(row["test_correct"])) / 9 == row["test"]["share"]
     ran = {method for (_, method), row in rows.items() if "error" not in row}
     assert "as-small-heads" not in ran  # none of these has large heads
-    # What is too small for tiny blocks; test_opponents.py builds combinations at four times the size.
-    too_small = {
-        "lora-mlp-quarter",
-        "combined-8-quarter",
-        *(name for name in METHODS if name.startswith("combined-16")),
-    }
-    assert set(METHODS) - ran - {"as-small-heads"} <= too_small
+    assert set(METHODS) - ran - {"as-small-heads"} <= {"lora-mlp-quarter"}  # too small for tiny blocks
 
 
 def test_large_heads_as_small_ones(tasks, worker):
@@ -90,7 +85,6 @@ def test_sizes_are_equal(rows, tasks, worker):
         assert sizes["ntk-quarter"] < sizes["ntk"] < sizes["ntk-4x"]
         assert sizes["full"] > sizes["ntk"]
     assert rows["sections-16", "head"]["trainable_parameters"] == 0
-    assert rows["sections-16", "head"]["head_parameters"] == 32 * 2 + 2
 
 
 def block_of(width: int, *sizes: int) -> tuple[PartSize, ...]:

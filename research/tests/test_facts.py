@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from research.experiments import assets
@@ -87,7 +88,7 @@ def test_report(folder):
     text = (folder / "README.md").read_text()
     for name in (*FACT_METHODS, "**company**", "(facts.png)"):
         assert name in text
-    assert (folder / "facts.png").stat().st_size > 10_000
+    assert imread(folder / "facts.png").std() > 0.05  # something is drawn
     assert json.loads((folder / "facts.jsonl").read_text().splitlines()[0])["sha256"] in text
 
 

@@ -6,7 +6,7 @@ from research.experiments.methods import METHODS
 from research.experiments.plan import best_rate, neighbour, next_cells, pairs
 from research.experiments.registry import registry
 from research.experiments.statistics import Result
-from research.experiments.train import Cell, packed, thinned, training_order, unpacked
+from research.experiments.train import Cell, packed, training_order, unpacked
 
 
 def test_plan():
@@ -64,8 +64,6 @@ def test_small_pieces():
     correct = [True, False, False, True, True, False, True, False, True]
     assert unpacked(packed(correct)) == correct
     assert unpacked(packed([False, False])) == [False, False]
-    assert thinned([1.0] * 7 + [3.0]) == [[i + 1, 3.0 if i == 7 else 1.0] for i in range(8)]
-    assert thinned([2.0] * 120)[-1] == [120, 2.0]
     labels = [0, 1, 1, 0]
     few, all_of_them = registry()["sections-16"], registry()["sections"]
     assert few.few(labels, 1) != few.few(labels, 2)

@@ -1,4 +1,4 @@
-"""NTK-Attention: an infinitely long trainable prefix for transformers, at the cost of none.
+"""NTK-Attention: trainable prefixes of any length for the attention of transformers, in two tensors of fixed size.
 
 Importing the package registers the PEFT method NTK_ATTENTION. Prefixes, caches and texts that exist become adapters in
 `ntk_attention.convert`.

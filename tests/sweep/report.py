@@ -29,7 +29,7 @@ every tensor that trains, the same with activation checkpointing of both kinds, 
 bit), and `calibrate`. What a model lacks, or what changes its own outputs, is not asked of the adapter. The last column
 is no check: how far outputs move, relative to the largest, when all positions grow by 5, for the base model and with a
 random prefix. These rows are of `positions="rotary"`, where phi sees the query after its rotation. What the default
-refuses stands in [running.md](running.md#positions). All figures are in `results/sweep`."""
+refuses stands in [positions](concepts/positions.md). All figures are in `results/sweep`."""
 LONGEST = 300  # characters of a sentence
 
 

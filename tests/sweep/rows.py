@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from research import recording
 
+from .examine import SILENT
+from .subject import UNCLEAR
+
 Row = dict[str, Any]
 COMPARED = ("torch", "transformers", "peft")
 FOLDER = recording.ROOT / "results" / "sweep"
 SOURCES = ("src/ntk_attention", "tests/sweep")
+MADE = ("versions", "sources", "commit")  # what `stamp` says
+READ = ("type", "class", "result", "reason", "adapted", "position_shift", *MADE)
 
 
 def stamp() -> Row:
@@ -40,8 +44,7 @@ def read(path: Path) -> dict[str, Row]:
     rows = {}
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            rows[row["type"]] = row
+            rows |= {row["type"]: row for row in recording.rows_of(line)}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}: expected a row of the sweep, got {line[:40]!r}") from error
@@ -49,11 +52,15 @@ def read(path: Path) -> dict[str, Row]:
 
 
 def write(path: Path, rows: dict[str, Row]) -> None:
-    """Whole or not at all, in the order of the types."""
+    """Whole or not at all, in the order of the types; of what went well no more than docs/models.md reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text("".join(json.dumps(rows[name]) + "\n" for name in sorted(rows)))
-    partial.replace(path)
+    recording.write(path, [shortened(rows[name]) for name in sorted(rows)], MADE)
+
+
+def shortened(row: Row) -> Row:
+    """A row with figures of six digits, and with its checks where something is wrong."""
+    whole = row["result"] in (SILENT, UNCLEAR)
+    return recording.rounded({name: x for name, x in row.items() if whole or name in READ})
 
 
 def merged(paths: Iterable[Path]) -> dict[str, Row]:

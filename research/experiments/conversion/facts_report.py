@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
+from research import pictures
 from research.recording import Row, table
 
 COLOURS = (
@@ -138,7 +139,6 @@ def figure(rows: list[Row]) -> Any:
 
 
 def save(drawn: Any, path: Path, written: list[Path]) -> str:
-    drawn.savefig(path, dpi=150)
-    plt.close(drawn)
+    pictures.save(drawn, path)
     written.append(path)
     return f"![{path.stem}]({path.name})\n"

@@ -6,12 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
 
+from research import pictures
 from research.recording import Row, read, table
 
 from .facts_report import facts
@@ -48,8 +46,7 @@ def provenance(rows: list[Row]) -> str:
 
 
 def save(figure: Any, path: Path, written: list[Path]) -> str:
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    pictures.save(figure, path)
     written.append(path)
     return f"![{path.stem}]({path.name})\n"
 
@@ -77,7 +74,7 @@ def accuracy(rows: list[Row], out: Path, written: list[Path]) -> list[str]:
         for axes in panels[-1]:
             axes.set_xlabel("m")
         for line in panels:
-            line[0].set_ylabel("largest error" if error == "max_error" else "Frobenius norm of the error, relative")
+            line[0].set_ylabel("largest error" if error == "max_error" else "Frobenius norm, relative")
         handles = [plt.Line2D([], [], color=colours[name], label=name) for name in names]
         handles.append(plt.Line2D([], [], color="#333333", linestyle=":", label="a-priori bound"))
         figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)

@@ -32,6 +32,7 @@ from ..ops.exact import LayerPrefix
 from ..progress import Reporter, Silent
 from ..tuner.config import NTKAttentionConfig
 from ..tuner.observation import adapted_layers
+from .card import write_card
 from .data import start_of_text
 from .encoding import encode_all
 from .evaluation import fidelity, logits_of
@@ -92,8 +93,7 @@ def compress(
     Raises:
         ValueError: for unusable settings, sources or folders, before anything is written.
     """
-    reporter = reporter or Silent()
-    started = time.time()
+    reporter, started = reporter or Silent(), time.time()
     config = NTKAttentionConfig(task_type="CAUSAL_LM", **settings.adapter).for_given_prefix()
     check_folder(output, asdict(settings), resume=resume, overwrite=overwrite, name=RECORD)
     check_source(settings)
@@ -134,6 +134,7 @@ def compress(
         "hardware": hardware(),
     }
     write_json(output / RECORD, record | {"after": True})
+    write_card(output)
     shutil.rmtree(work)
     return record
 

@@ -40,6 +40,7 @@ from ..tuner.config import NTKAttentionConfig
 from ..tuner.distributed import gathered, whole
 from ..tuner.observation import adapted_layers
 from ..tuner.routing import CHILD
+from .card import write_card
 from .data import Row, collate
 from .evaluation import figures, mean_loss
 from .hub import check_push, push
@@ -208,6 +209,8 @@ def calibrate_and_train(
     record["seconds"] = time.time() - started
     record |= describe_run(model, trainer, output)
     write_record(record)
+    if processes.is_main_process:
+        write_card(output)
     processes.wait_for_everyone()
     return record
 

@@ -1,4 +1,4 @@
-"""The command line: finetune, compress, evaluate, generate, info, theory."""
+"""The command line: finetune, compress, evaluate, generate, info, card, theory."""
 
 from __future__ import annotations
 
@@ -398,6 +398,20 @@ def tokens_of(text: str, base: str) -> list[int]:
     if not 0 < len(tokens) <= limit:
         raise ValueError(f"--text has {len(tokens)} tokens, the model takes 1 to {limit}")
     return tokens
+
+
+@app.command()
+def card(
+    adapter: Adapter,
+    base_model: Annotated[str | None, typer.Option(help="Its name on the hub, if the adapter names a folder.")] = None,
+    license: Annotated[str | None, typer.Option(help="Of the adapter; that of the base model by default.")] = None,
+) -> None:
+    """Write the model card of an adapter, README.md, anew."""
+    with one_line_errors():
+        from .card import write_card
+
+        base_name(adapter, base_model)
+        console.print(f"written to {write_card(adapter, base_model, license)}", markup=False, soft_wrap=True)
 
 
 @app.command()

