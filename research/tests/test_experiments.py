@@ -82,13 +82,13 @@ def test_sizes_are_equal(rows, tasks, worker):
             if method in sizes and method not in ("ntk-published", "prefix-memory"):
                 assert abs(sizes[method] / full_z - 1) <= budgets.TOLERANCE
         assert sizes["attention-alone"] == full_z
-        assert sizes["ntk-quarter"] < sizes["ntk"] < sizes["ntk-4x"]
+        assert sizes["ntk-quarter"] <= sizes["ntk"] < sizes["ntk-4x"]
         assert sizes["full"] > sizes["ntk"]
     assert rows["sections-16", "head"]["trainable_parameters"] == 0
 
 
 def block_of(width: int, *sizes: int) -> tuple[PartSize, ...]:
-    """The parts of a block whose hidden layer has this size; several, of which the last is the output's, where gated."""
+    """The parts of a block with such layers from its input, and the one to its output."""
     ends = [(width, size) for size in sizes] + [(sizes[0], width)]
     return tuple(PartSize(str(i), *end) for i, end in enumerate(ends))
 

@@ -180,7 +180,7 @@ def test_nothing_is_left_behind(name):
 def test_start_has_no_effect_and_white_inputs():
     """Calibrated on one batch alone: the mean square of every direction of the inputs is the same, of hidden
     activations that of every one, and units are those of the median real token."""
-    model = adapted(init_weights=True)
+    model = adapted(init_weights=True, feed_forward_rank=16)
     seen, sizes = {}, {}
     mlp = model.base_model.model.model.layers[1].mlp
     with model.disable_adapter(), torch.no_grad():
@@ -210,7 +210,7 @@ def test_start_has_no_effect_and_white_inputs():
             sizes[name] = part.coordinates.data_ptr()
         torch.testing.assert_close(square, torch.ones_like(square), rtol=1e-3, atol=0)
     assert len(set(sizes.values())) == 1  # held once
-    again = adapted(init_weights=True)
+    again = adapted(init_weights=True, feed_forward_rank=16)
     calibrate(again, [INPUTS], others=False)
     for name, part in adapters(again)[1].parts.items():  # the same start in every process
         assert torch.equal(part.Z_A, parts[name].Z_A)
@@ -279,7 +279,7 @@ def test_two_active_adapters_against_their_sum():
     model.base_model.set_adapter(["first", "second"])
     expected = logits(model)
     model.base_model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "both")
-    assert model.peft_config["both"].feed_forward_rank == 3 + 3
+    assert model.peft_config["both"].feed_forward_rank == model.peft_config["first"].feed_forward_rank + 3
     model.set_adapter("both")
     assert relative_error(logits(model), expected) < 1e-4
     model.base_model.add_weighted_adapter(["first", "second"], [2.0, 0.0], "twice")

@@ -29,12 +29,6 @@ from tests.tiny import (
     trainable,
 )
 
-
-def block_of(width, hidden):
-    """The parts of a gated block."""
-    return (PartSize("gate", width, hidden), PartSize("up", width, hidden), PartSize("down", hidden, width))
-
-
 FILE = "adapter_model.safetensors"
 
 

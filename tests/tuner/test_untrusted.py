@@ -142,7 +142,7 @@ def infinite(tensors):
     [
         (add, "'base_model.model.model.norm.weight' belongs to no adapter of this model"),
         (resize, r"lm_head.weight is \[65, 32\] in the adapter file, the model needs \[64, 32\]"),
-        (drop, "log_k is missing .1 of 12"),
+        (drop, "log_k is missing .1 of 20"),
         (integers, "has the dtype I64, expected one of F64"),
         (large, "holds 1e.04, at most 80 is expected of a logarithm"),
         (infinite, "holds NaN or infinite values"),

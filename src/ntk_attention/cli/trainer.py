@@ -182,17 +182,24 @@ def load_exact_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def calibration_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The start of a run, coordinates included: what a resumed run must not compute anew."""
-    tensors = exact_tensors(model)
+    tensors, before = exact_tensors(model), None
     for name, module in coordinated(model).items():
-        assert module.coordinates is not None
-        tensors[f"{name}.coordinates"] = module.coordinates.cpu().contiguous()
+        C = module.coordinates
+        assert C is not None
+        same = before is not None and C.shape == before.shape and C.data_ptr() == before.data_ptr()
+        # Empty: those of the part before, which sees the same inputs.
+        tensors[f"{name}.coordinates"] = torch.empty(0) if same else C.cpu().contiguous()
         tensors[f"{name}.unit"] = torch.tensor(module.unit, dtype=torch.float64)
+        before = C
     return tensors
 
 
 def set_calibration(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    before = None
     for name, module in coordinated(model).items():
-        module.set_coordinates(tensors[f"{name}.coordinates"], tensors[f"{name}.unit"].item())
+        own = tensors[f"{name}.coordinates"]
+        module.set_coordinates(own if own.numel() else before, tensors[f"{name}.unit"].item())
+        before = module.coordinates
     load_exact_tensors(model, tensors)
 
 
