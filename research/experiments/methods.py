@@ -125,6 +125,7 @@ METHODS: dict[str, Method] = {
     "calm-outputs": steps("steps of blocks' outputs a third", output_step=1 / 3),
     "bold-outputs": steps("steps of blocks' outputs three times as large", output_step=3.0),
     "calm-inputs": steps("steps of blocks' inputs a tenth", input_step=24.0),
+    "calm-normaliser": steps("steps of log k a third", log_k_step=0.05),
     "beside-blocks": ablation("x^T Z beside the blocks", "feed-forward blocks", feed_forward="beside"),
     "attention-alone": ablation(
         "attention alone, half of it at the start", "feed-forward blocks", settings=HALF, **ATTENTION_ALONE
