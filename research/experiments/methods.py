@@ -120,13 +120,24 @@ METHODS: dict[str, Method] = {
     "lora-mlp-4x": Method(
         "LoRA, MLP, four times the size", "lora", 3, partial(lora, budget=at_4x, pattern=mlp), LORA_RATES
     ),
-    "calm-heads": steps("steps of Z a third", head_step=1 / 3),
-    "calmer-heads": steps("steps of Z a tenth", head_step=1 / 10),
-    "calm-outputs": steps("steps of blocks' outputs a third", output_step=1 / 3),
-    "bold-outputs": steps("steps of blocks' outputs three times as large", output_step=3.0),
-    "calm-inputs": steps("steps of blocks' inputs a tenth", input_step=24.0),
-    "calm-normaliser": steps("steps of log k a third", log_k_step=0.05),
-    "beside-blocks": ablation("x^T Z beside the blocks", "feed-forward blocks", feed_forward="beside"),
+    "outputs-1": steps("steps of blocks' outputs a third", output_step=1.0),
+    "outputs-third": steps("steps of blocks' outputs a ninth", output_step=1 / 3),
+    "calm-heads": steps("steps of blocks' outputs and of Z a third", output_step=1.0, head_step=1 / 3),
+    "calmer-heads": steps("steps of blocks' outputs a third, of Z a tenth", output_step=1.0, head_step=1 / 10),
+    "calm-inputs": steps("steps of blocks' outputs a third, of their inputs a tenth", output_step=1.0, input_step=24.0),
+    "calm-normaliser": steps("steps of blocks' outputs and of log k a third", output_step=1.0, log_k_step=0.05),
+    "beside-blocks": ablation(
+        "x^T Z beside the blocks, its steps a third", "feed-forward blocks", feed_forward="beside",
+        settings=CalibrationSettings(output_step=1.0),
+    ),
+    # The unit of log k is its step over the share: these have that of the default, 0.3.
+    **{
+        f"calm-share-{s}": ablation(
+            f"prefix holds {s} % at the start, steps of log k as far", "share",
+            settings=CalibrationSettings(share=s / 100, log_k_step=0.3 * s / 100),
+        )
+        for s in (5, 15, 25)
+    },
     "attention-alone": ablation(
         "attention alone, half of it at the start", "feed-forward blocks", settings=HALF, **ATTENTION_ALONE
     ),

@@ -58,7 +58,7 @@ class CalibrationSettings:
     last_picture_step: float = 0.1
     head_step: float = 1.0
     input_step: float = 240.0
-    output_step: float = 1.0
+    output_step: float = 3.0
     own_rows: int = 32
     own_length: int = 128
     max_bytes: int = 8 * 2**30

@@ -11,10 +11,11 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 BY_HEAD = (Shard(0),)  # the first dimension of every tensor of a state counts heads
 ON_ALL = (Replicate(),)
+SLICES = (None, "colwise", "colwise_gather_output", "rowwise", "rowwise_split_input")  # whole or one slice, in order
 SPLIT = "rowwise"  # transformers' style of an output projection that gets a part of the heads on each process
 
 
@@ -54,6 +55,41 @@ def spread(
         source: the process whose values all take; None where they have the same.
     """
     return distribute_tensor(x, mesh, placements, src_data_rank=None if x.is_meta else source)
+
+
+def own_slice(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
+    """This process's slice of what all have, as a linear layer is cut; the gradients of all slices come together."""
+    whole = sum_of_gradients(x, mesh)
+    size = -(-whole.shape[dim] // mesh.size())  # the last one may be shorter
+    start = min(mesh.get_local_rank() * size, whole.shape[dim])
+    return whole.narrow(dim, start, min(size, whole.shape[dim] - start))
+
+
+def sum_of_gradients(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """x, which is the same on all processes; its gradient is the sum of theirs."""
+    if not torch.is_grad_enabled():
+        return x
+    return DTensor.from_local(x, mesh, ON_ALL, run_check=False).to_local(grad_placements=[Partial()])
+
+
+def sum_of_parts(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum of the x of all processes; its gradient is the same on all."""
+    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=ON_ALL).to_local()
+
+
+def put_together(x: Tensor, size: int, mesh: DeviceMesh | None) -> Tensor:
+    """x [..., size] of a slice [..., n] on each process; x itself where that is whole."""
+    if mesh is None or x.shape[-1] == size:
+        return x
+    shape = torch.Size((*x.shape[:-1], size))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(x, mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride).full_tensor()
+
+
+def style_of(model: Any, name: str) -> str | None:
+    """How a tensor-parallel model spreads the module of this name; None where each process has all of it."""
+    generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    return next((style for key, style in (model.tp_plan or {}).items() if key == generic), None)
 
 
 def is_partitioned(x: Tensor) -> bool:

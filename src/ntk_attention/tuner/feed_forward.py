@@ -19,9 +19,10 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from .coordinates import Coordinated
-from .distributed import ON_ALL
+from .distributed import ON_ALL, own_slice, sum_of_gradients, sum_of_parts
 from .geometry import PartSize, linear_size, width_of
 
 # Where a block begins and ends, seen from the transformer layer that has it, in the families of transformers.
@@ -187,7 +188,13 @@ class FeedForwardPrefix(Coordinated):
         Z_B.normal_(0.0, 1.0) if visible else Z_B.zero_()
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        """out + x^T Z for every x: [..., in] and [..., out], in the dtype of out."""
+        """out + x^T Z for every x: [..., in] and [..., out], in the dtype of out.
+
+        In a tensor-parallel model either may be this process's slice.
+        """
+        if self.mesh is not None:
+            Z_A, Z_B = self.plain_leading().to(x.dtype), self.scaled_in(x.dtype)
+            return out + (self.unit * on_slices(x, Z_A, Z_B, out.shape[-1], self.mesh)).to(out.dtype)
         Z_A, Z_B = self.kept(x.dtype, lambda: (self.plain_leading().to(x.dtype), self.scaled_in(x.dtype)))
         return added(x, Z_A, Z_B, self.unit, out)
 
@@ -215,6 +222,18 @@ def added(x: Tensor, Z_A: Tensor, Z_B: Tensor, unit: float, out: Tensor) -> Tens
     return (flat + (unit * (hidden @ Z_B)).to(out.dtype)).view(out.shape)
 
 
+def on_slices(x: Tensor, Z_A: Tensor, Z_B: Tensor, out_features: int, mesh: DeviceMesh) -> Tensor:
+    """x Z_A Z_B [..., out_features], where the input or the output of a linear layer may be cut over the processes of
+    a mesh; Z_A [..., in, rank] and Z_B [..., rank, out] are whole on each."""
+    cuts_input, cuts_output = x.shape[-1] < Z_A.shape[-2], out_features < Z_B.shape[-1]
+    hidden = x @ (own_slice(Z_A, -2, mesh) if cuts_input else Z_A)
+    if cuts_input:
+        hidden = sum_of_parts(hidden, mesh)
+    if cuts_output:
+        hidden, Z_B = sum_of_gradients(hidden, mesh), own_slice(Z_B, -1, mesh)
+    return hidden @ Z_B
+
+
 @dataclass(frozen=True)
 class FeedForwardRows:
     """One part per row of a batch: Z_A [A, in, rank], Z_B [A, rank, out], and the place of each row's, or -1."""
@@ -222,6 +241,7 @@ class FeedForwardRows:
     Z_A: Tensor
     Z_B: Tensor
     index: Tensor  # int32 [B]
+    mesh: DeviceMesh | None = None  # of a tensor-parallel model
 
     @classmethod
     def stack(cls, parts: Sequence[FeedForwardPrefix | None], index: Tensor) -> FeedForwardRows:
@@ -230,7 +250,7 @@ class FeedForwardRows:
         rank = max(part.rank for part in own)
         Z_A, Z_B = (own[0].part(name) for name in ("Z_A", "Z_B"))
         A, B = Z_A.new_zeros(len(parts), len(Z_A), rank), Z_B.new_zeros(len(parts), rank, Z_B.shape[1])
-        rows = cls(A, B, index)
+        rows = cls(A, B, index, own[0].mesh)
         for place, part in enumerate(parts):
             if part is not None:
                 rows.put(place, part)
@@ -247,4 +267,6 @@ class FeedForwardRows:
         tokens, as in some families."""
         Z_A, Z_B = (Z.index_select(0, self.index.clamp_min(0)).to(x.dtype) for Z in (self.Z_A, self.Z_B))
         Z_B = Z_B * (self.index >= 0)[:, None, None]
-        return out + (x.reshape(len(self.index), -1, x.shape[-1]) @ Z_A @ Z_B).reshape(out.shape).to(out.dtype)
+        x = x.reshape(len(self.index), -1, x.shape[-1])
+        added = x @ Z_A @ Z_B if self.mesh is None else on_slices(x, Z_A, Z_B, out.shape[-1], self.mesh)
+        return out + added.reshape(out.shape).to(out.dtype)

@@ -11,13 +11,14 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops.reference import Block, phi_input
 from ..ops.rotation import Rotation
 from ..ops.sdpa import HIDDEN
 from .batches import calling, checked_batches, named
 from .calls import during_calls
-from .distributed import device_of
+from .distributed import device_of, put_together
 from .feed_forward import Part
 from .layer import NTKAttentionLayer, input_of
 
@@ -98,7 +99,7 @@ def observe(
                     if name in blocks:
                         for part in layer.parts.values():
                             if part.size.name in layer[adapter_name].parts:
-                                stack.enter_context(showing(part, blocks[name], masks[name]))
+                                stack.enter_context(showing(part, blocks[name], masks[name], layer.mesh))
                 model(**{**options, **batch})
 
 
@@ -142,15 +143,17 @@ def show(
 
 
 @contextmanager
-def showing(part: Part, observer: FeedForwardObserver, mask: Tensor | None) -> Iterator[None]:
-    """Call the observer with every input and output of a part."""
-    name = part.size.name
+def showing(part: Part, observer: FeedForwardObserver, mask: Tensor | None, mesh: DeviceMesh | None) -> Iterator[None]:
+    """Call the observer with every input and output of a part, whole where processes of a mesh have slices."""
+    name, size = part.size.name, part.size
 
     def see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observer.observe_input(name, real_tokens(input_of(args, kwargs), mask))
+        x = put_together(input_of(args, kwargs), size.in_features, mesh)
+        observer.observe_input(name, real_tokens(x, mask))
 
     def see_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        observer.observe_output(name, real_tokens(output if isinstance(output, Tensor) else output[0], mask))
+        out = put_together(output if isinstance(output, Tensor) else output[0], size.out_features, mesh)
+        observer.observe_output(name, real_tokens(out, mask))
 
     with (
         part.first.register_forward_pre_hook(see_input, with_kwargs=True),

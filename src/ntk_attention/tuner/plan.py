@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .adapter import parameter_shapes, settled_ranks
 from .config import NTKAttentionConfig
 from .coverage import Coverage, layers_without
-from .distributed import head_mesh
+from .distributed import SLICES, head_mesh, style_of
 from .feed_forward import FeedForward, feed_forwards
 from .geometry import Geometry, encodes, geometry_of
 from .rotation import Rotary, rotary_of
@@ -105,6 +105,7 @@ def check_plan(plan: AdapterPlan, model: nn.Module, config: NTKAttentionConfig) 
     for name, site in plan.sites.items():
         parameter_shapes(planned, site.geometry)  # refuses states without end
         check_heads(name, site)
+        check_slices(model, site)
     blocks = [name for site in plan.sites.values() if site.block is not None for name in set(site.block.names)]
     check_modules_to_save(model, planned, [*plan.sites, *blocks])
     given, own = config.geometry, plan.settled["geometry"]
@@ -122,6 +123,19 @@ def check_heads(name: str, site: Site) -> None:
             f"{name} has {geometry.num_heads} heads and {geometry.num_kv_heads} KV heads: expected multiples of "
             f"tp_size = {mesh.size()}, since each process holds whole heads"
         )
+
+
+def check_slices(model: Any, site: Site) -> None:
+    """Raise ValueError if a tensor-parallel model cuts a layer of a block in a way that its part cannot follow."""
+    if site.mesh is None or site.block is None:
+        return
+    layers = {part.last for part in site.block.parts if part.size.name}
+    for name, module in model.named_modules():
+        if module in layers and (style := style_of(model, name)) not in SLICES:
+            raise ValueError(
+                f"{name} is spread over processes in the style {style!r}: expected one of "
+                f'{sorted(filter(None, SLICES))}, or an adapter with feed_forward="beside"'
+            )
 
 
 def file_shapes(plan: AdapterPlan, model: nn.Module, config: NTKAttentionConfig) -> dict[str, tuple[int, ...]]:
