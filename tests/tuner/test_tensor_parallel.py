@@ -33,6 +33,7 @@ OPTIONS = {
     "taylor": {"feature_map": "taylor"},  # the only one with k_signed
     "random": {"feature_map": "positive_random", "state_heads": "kv"},
     "rotary": {"positions": "rotary"},
+    "beside": {"feed_forward": "beside"},
 }
 ON_GPUS = torch.cuda.device_count() >= 2
 # What whitening makes of rounding in three large steps is up to 2e-4 of the losses and logits on a CPU. A GPU sums in
@@ -148,6 +149,18 @@ def test_other_sharding_beside_it_is_refused():
     base = tiny()
     base._device_mesh, base._tp_size, base.tp_plan = TwoByTwo(), 2, {"model.layers.*.self_attn.o_proj": "rowwise"}
     with pytest.raises(ValueError, match=r"expected tensor parallelism alone, got \{'fsdp': 2, 'tp': 2\}"):
+        adapted(base)
+
+
+def test_packed_layers_of_a_block_are_refused(monkeypatch):
+    class Two:
+        def size(self):
+            return 2
+
+    monkeypatch.setattr(plan, "head_mesh", lambda model, name: Two())
+    base = tiny()
+    base.tp_plan = {"model.layers.*.mlp.up_proj": "packed_colwise"}
+    with pytest.raises(ValueError, match="mlp.up_proj is spread over processes in the style 'packed_colwise'"):
         adapted(base)
 
 
