@@ -121,9 +121,9 @@ class Packed(torch.nn.Module):
 
 def test_parts_of_odd_blocks():
     block = Squares()
-    assert [part.sees_hidden for part in parts_inside(block, block, ("mlp", "mlp"), 8)] == [False, False, True]
+    assert [part.sees_hidden for part in parts_inside(block, block, ("mlp", "mlp"), 8, "mlp")] == [False, False, True]
     for block in (Routed(), Packed()):
-        assert parts_inside(block, block, ("mlp", "mlp"), 8) == ()
+        assert parts_inside(block, block, ("mlp", "mlp"), 8, "mlp") == ()
 
 
 @pytest.mark.parametrize("placing", ["inside", "beside"])

@@ -160,7 +160,7 @@ def test_packed_layers_of_a_block_are_refused(monkeypatch):
     monkeypatch.setattr(plan, "head_mesh", lambda model, name: Two())
     base = tiny()
     base.tp_plan = {"model.layers.*.mlp.up_proj": "packed_colwise"}
-    with pytest.raises(ValueError, match="mlp.up_proj is spread over processes in the style 'packed_colwise'"):
+    with pytest.raises(ValueError, match=r"mlp\.up_proj is spread over processes in the style 'packed_colwise'"):
         adapted(base)
 
 

@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "rotary": {"positions": "rotary"},
     "published": {"positions": "rotary", "rank": None, "feed_forward_rank": None, "constant_feature": False},
     "kv": {"state_heads": "kv", "rank": 3},
+    "beside": {"feed_forward": "beside"},
     "some_layers": {"layers_to_transform": [1, 2]},
 }
 

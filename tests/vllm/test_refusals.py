@@ -259,15 +259,22 @@ def test_tokens_of_a_prefix(llm: LLM, tmp_path: Path) -> None:
 
 
 def test_a_block_that_vllm_lacks(llm: LLM, manager: Any, model: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    path = save_adapter(model, tmp_path / "a", 0, feed_forward_rank=4)
+    path = save_adapter(model, tmp_path / "a", 0, feed_forward_rank=4, feed_forward="beside")
     monkeypatch.delitem(manager.ntk_attention.blocks, "model.layers.2.self_attn")
     with pytest.raises(AdapterError, match=r"the feed-forward block model\.layers\.2\.mlp cannot be served"):
         load(llm, path)
 
 
+def test_a_layer_that_has_no_lora(llm: LLM, manager: Any, model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    path = save_adapter(model, tmp_path / "a", 0, feed_forward_rank=4)
+    monkeypatch.delitem(manager.modules, "model.layers.2.mlp.down_proj")
+    with pytest.raises(AdapterError, match=r"layers\.2\.mlp\.down_proj cannot be served: .* has no LoRA in a layer of"):
+        load(llm, path)
+
+
 def test_a_block_of_another_form(llm: LLM, manager: Any, model: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """What gives more than a tensor is left alone, and remembered."""
-    path = save_adapter(model, tmp_path / "a", 0, feed_forward_rank=4)
+    path = save_adapter(model, tmp_path / "a", 0, feed_forward_rank=4, feed_forward="beside")
     factors = manager.ntk_attention.blocks["model.layers.1.self_attn"]
     monkeypatch.setattr(factors, "refused", None)
     block, x = torch.nn.Identity(), torch.randn(2, 128)

@@ -47,6 +47,7 @@ class Part:
     first: nn.Module
     last: nn.Module
     size: PartSize
+    layer: str = ""  # the name of the linear layer in the model; none where the part is that of a whole block
     sees_hidden: bool = False  # whether its input is hidden activations of the block, not that of the block
 
 
@@ -104,17 +105,24 @@ def feed_forward_of(model: nn.Module, attention: str, placing: Placing = "inside
                 continue
             if width and width in sizes_of(first) and width in sizes_of(last):
                 around = model.get_submodule(".".join(layer))
-                inside = parts_inside(first, last, place, width) if placing == "inside" else ()
+                start = names[0] if first is last else ".".join(layer)
+                inside = parts_inside(first, last, place, width, start) if placing == "inside" else ()
                 whole = (Part(first, last, PartSize("", width, width)),)
                 return FeedForward(first, last, around, (names[0], names[1]), width, inside or whole)
     return None
 
 
-def parts_inside(first: nn.Module, last: nn.Module, names: tuple[str, str], width: int) -> tuple[Part, ...]:
+def parts_inside(first: nn.Module, last: nn.Module, names: tuple[str, str], width: int, start: str) -> tuple[Part, ...]:
     """The linear layers of a block that is made of them alone; none of another one, such as experts with a router.
 
     All but one, the last, see the block's input [..., D]; that one sees the hidden activations [..., F], which the
     others make, one by one or two at once.
+
+    Args:
+        first, last: the modules of the block, which may be one.
+        names: of both, from the transformer layer; where both are one, the names of parts begin after these.
+        width: D.
+        start: what comes before the name of a part in the model.
     """
     roots = [("", first)] if first is last else list(zip(names, (first, last), strict=True))
     layers: dict[str, nn.Module] = {}
@@ -133,10 +141,8 @@ def parts_inside(first: nn.Module, last: nn.Module, names: tuple[str, str], widt
     hidden = sizes[end][0] or 0
     if any(size not in ((width, hidden), (width, 2 * hidden)) for name, size in sizes.items() if name != end):
         return ()
-    return tuple(
-        Part(layer, layer, PartSize(part_name(name), cast(int, sizes[name][0]), cast(int, sizes[name][1])), name == end)
-        for name, layer in layers.items()
-    )
+    own = {name: PartSize(part_name(name), *cast("tuple[int, int]", size)) for name, size in sizes.items()}
+    return tuple(Part(x, x, own[name], f"{start}.{name}", name == end) for name, x in layers.items())
 
 
 def part_name(layer: str) -> str:

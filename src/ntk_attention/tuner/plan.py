@@ -129,11 +129,10 @@ def check_slices(model: Any, site: Site) -> None:
     """Raise ValueError if a tensor-parallel model cuts a layer of a block in a way that its part cannot follow."""
     if site.mesh is None or site.block is None:
         return
-    layers = {part.last for part in site.block.parts if part.size.name}
-    for name, module in model.named_modules():
-        if module in layers and (style := style_of(model, name)) not in SLICES:
+    for part in site.block.parts:
+        if part.layer and (style := style_of(model, part.layer)) not in SLICES:
             raise ValueError(
-                f"{name} is spread over processes in the style {style!r}: expected one of "
+                f"{part.layer} is spread over processes in the style {style!r}: expected one of "
                 f'{sorted(filter(None, SLICES))}, or an adapter with feed_forward="beside"'
             )
 

@@ -1,4 +1,4 @@
-"""The prefixes of feed-forward blocks in vLLM: what adapters add to the output of a block, by vLLM's LoRA operators."""
+"""Prefixes of feed-forward blocks in vLLM: inside of them by its own LoRA layers, beside them by its operators."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def blocks_of(model: nn.Module, outline: nn.Module, attention: list[str]) -> dic
         attention: names of attention modules.
     """
     modules, theirs = dict(model.named_modules()), dict(outline.named_modules())
-    found = feed_forwards(outline, [name for name in attention if name in theirs])
+    found = feed_forwards(outline, [name for name in attention if name in theirs], "beside")
     return {
         name: (modules[block.names[0]], block.width)
         for name, block in found.items()
@@ -71,7 +71,13 @@ def blocks_of(model: nn.Module, outline: nn.Module, attention: list[str]) -> dic
     }
 
 
-def weights(name: str, prefix: FeedForwardPrefix) -> LoRALayerWeights:
-    """The factors as vLLM carries the weights of one of its layers."""
-    Z_A, Z_B = prefix.plain_leading(), prefix.plain_scaled()
-    return LoRALayerWeights(name, prefix.rank, prefix.rank, Z_A.T.contiguous(), Z_B.T.contiguous())
+def weights(names: list[str], prefix: FeedForwardPrefix) -> dict[str, LoRALayerWeights]:
+    """The factors as vLLM carries the weights of its layers: the part of a linear layer is LoRA of that.
+
+    Args:
+        names: of the layer, or of those that are one after another in its output.
+        prefix: the part.
+    """
+    rank, Z_A, Z_B = prefix.rank, prefix.plain_leading(), prefix.plain_scaled()
+    slices = Z_B.T.contiguous().chunk(len(names))
+    return {n: LoRALayerWeights(n, rank, rank, Z_A.T.contiguous(), B) for n, B in zip(names, slices, strict=True)}

@@ -12,6 +12,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
 
+from ..tuner.feed_forward import FeedForward
 from ..tuner.untrusted import AdapterError
 from . import blocks, slots
 from .attention import PrefixAttention
@@ -94,9 +95,11 @@ class Engine:
             adapter = folder.adapter(name)
             own = f"{name}.{STATES}"
             layers[own] = slots.weights(own, adapter.state(), adapter.positions == "free", self.share(name))
-            if whole := adapter.parts.get(""):
-                own = f"{name}.{BLOCK}"
-                layers[own] = blocks.weights(own, whole)
+            planned = folder.plan.sites[name].block
+            for part in () if planned is None else planned.parts:
+                own = part.layer or f"{name}.{BLOCK}"
+                slices = self.manager.packed_modules.get(own, [own])  # vLLM wants those of a fused layer one by one
+                layers |= blocks.weights(slices, adapter.parts[part.size.name])
         return LoRAModel(request.lora_int_id, self.max_rank, layers)
 
     def share(self, name: str) -> Share:
@@ -117,20 +120,32 @@ class Engine:
             reason = site.refused or (site.refused_free if is_free else None)
             if reason is not None:
                 raise AdapterError(f"{folder.config_file}: {name} cannot be served: {reason}")
-            if planned.block is None:
-                continue
+            if planned.block is not None:
+                self.check_block(folder, name, planned.block)
+
+    def check_block(self, folder: Folder, name: str, block: FeedForward) -> None:
+        """Raise AdapterError if the feed-forward block beside this attention cannot have its prefix here."""
+        layers = [part.layer for part in block.parts if part.layer]
+        with_lora = {*self.manager.modules, *(x for own in self.manager.packed_modules.values() for x in own)}
+        for layer in layers:
+            if layer not in with_lora:
+                raise AdapterError(
+                    f"{folder.config_file}: {layer} cannot be served: vLLM's {type(self.manager.model).__name__} has "
+                    "no LoRA in a layer of this name"
+                )
+        if not layers:
             factors = self.blocks.get(name)
             reason = "vLLM has no such module" if factors is None else factors.refused
             if reason is not None:
                 raise AdapterError(
-                    f"{folder.config_file}: the feed-forward block {planned.block.names[0]} cannot be served: {reason}"
+                    f"{folder.config_file}: the feed-forward block {block.names[0]} cannot be served: {reason}"
                 )
-            rank = folder.config.feed_forward_rank
-            if not isinstance(rank, int) or rank > self.max_rank:
-                raise AdapterError(
-                    f"{folder.config_file}: feed_forward_rank is {rank}, this engine has places for {self.max_rank}: "
-                    "start it with a larger --max-lora-rank"
-                )
+        rank = folder.config.feed_forward_rank
+        if not isinstance(rank, int) or rank > self.max_rank:
+            raise AdapterError(
+                f"{folder.config_file}: feed_forward_rank is {rank}, this engine has places for {self.max_rank}: "
+                "start it with a larger --max-lora-rank"
+            )
 
     def check_prefix_cache(self, request: Any, folder: Folder) -> None:
         """Raise AdapterError if other weights were loaded before that the prefix cache has by the same name.
