@@ -30,6 +30,10 @@ LEGEND = (
     "was measured, with some seeds or all, on other passages than ours. Step: median of the time of one step, alone "
     "on the device. Memory: allocated at the peak of training, weights included. File: the adapter as safetensors."
 )
+EARLIER = (
+    'The rows of NTK-Attention up to Positions are of an earlier default, `positions="rotary"` and '
+    '`feed_forward="beside"`; those of Development are of the present one.'
+)
 BESIDE = (
     "Accuracy on the parts of a test, whose mean is the test metric, and on other data after the same training, mean "
     "over the seeds. The base model's line says how it was before."
@@ -72,6 +76,7 @@ def compose(results: dict[str, dict[str, Result]], rows: list[Row], folder: Path
     blocks: list[Block] = [
         Heading(TITLE, 1),
         Text(ABOUT),
+        Text(EARLIER),
         *ladder(results),
         Heading("In short"),
         Text(

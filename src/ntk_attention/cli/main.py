@@ -115,7 +115,7 @@ def finetune(
     max_new_tokens: MaxNewTokens = 48,
     seed: int = 0,
     feature_map: Annotated[str, typer.Option(help="elu, taylor or positive_random.")] = "elu",
-    rank: Annotated[int | None, typer.Option(help="Rank of Z; an eighth of head_dim by default.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of Z; by default about a quarter of head_dim.")] = None,
     state_heads: Annotated[str, typer.Option(help="One state per 'query' or per 'kv' head.")] = "query",
     positions: Annotated[str, typer.Option(help="Queries without rotary positions, 'free', or 'rotary'.")] = "free",
     report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb, ...: as of transformers.")] = None,
