@@ -79,7 +79,7 @@ def test_methods(folder):
     assert trained["frozen"] == 0
     assert trained["full"] == llama("cpu", tiny=True).num_parameters()
     assert trained["ours"] == trained["ours calibrated"] == 2 * 4 * (9 * 8 + 9)  # layers, heads, Z and k
-    assert trained["ours, blocks too"] == 2 * (4 * (9 * 1 + 1 * 8 + 9) + 2 * 32 * 3)
+    assert trained["ours, blocks too"] == 2 * (4 * (9 * 1 + 1 * 8 + 9) + 3 * (32 + 64))
     assert trained["prefix m=4"] == 4 * 2 * 2 * 2 * 8  # tokens, layers, keys and values, KV heads, d
 
 

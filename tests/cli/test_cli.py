@@ -70,7 +70,7 @@ def test_info(finetuned, tmp_path):
     picture = tmp_path / "shares.png"
     result = invoke("info", finetuned[1], "--text", "some words to look at", "--picture", picture)
     assert result.exit_code == 0, result.output
-    for text in ("attention modules", "784", "as many numbers has 9 tokens", "of the attention, from"):
+    for text in ("attention modules", "784", "as many numbers has 12 tokens", "of the attention, from"):
         assert text in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -56,8 +56,8 @@ def test_it_learns_and_says_so(run):
     assert record["test_items"] == 10
     assert record["steps"] == 20
     assert record == json.loads((folder / RECORD).read_text())
-    heads, d, r, rank, D, in_block = 4, 8, 8 + 1, 8 // 8, 32, 3
-    assert record["trainable_parameters"] == 2 * (heads * (r * rank + rank * d + r) + 2 * D * in_block)
+    heads, d, r, rank, D, hidden, in_block = 4, 8, 8 + 1, 1, 32, 64, 1
+    assert record["trainable_parameters"] == 2 * (heads * (r * rank + rank * d + r) + 3 * (D + hidden) * in_block)
 
 
 def test_the_folder_is_an_ordinary_adapter(run):
