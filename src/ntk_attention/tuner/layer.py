@@ -25,6 +25,7 @@ from .decoding import step_of
 from .distributed import is_partitioned
 from .feed_forward import FeedForward, Part
 from .geometry import Geometry
+from .merging import Merged, check_mergeable, merge
 from .rotation import ROTATION, Rotary
 
 BASE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -61,6 +62,8 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         self.mesh = mesh
         self.encodes = encodes
         self._blocks: dict[str, tuple[FeedForward, list[RemovableHandle]]] = {}  # by the names of their parts
+        self._merged: dict[str, Merged] = {}  # by the names of parts
+        self.merged_adapters: list[str] = []  # whose parts are in the weights of the block
         self._rotary: Rotary | None = None
         self._position_hook: RemovableHandle | None = None
         self.register_load_state_dict_post_hook(share_loaded)
@@ -173,11 +176,72 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
     def prefixes_of(self, name: str) -> list[Callable[[Tensor, Tensor], Tensor]]:
         """What adds to the output of a part of the block in this call, given its input [..., in] and output
         [..., out]."""
+        if self.merged_adapters and name in self._merged:
+            self.check_merged(name)
+            return []
         if CALLS.mixed is not None:
             rows = None if self.rests() else CALLS.mixed.feed_forward_rows.get(self, {}).get(name)
             return [] if rows is None else [rows]
         adapters = cast(list[PrefixAdapter], self.active())
         return [part for adapter in adapters if (part := adapter.parts.get(name)) is not None]
+
+    def check_mergeable(self, names: Sequence[str]) -> bool:
+        """Whether these adapters have parts here; ValueError if one cannot go into its layer's weight."""
+        parts = [part for name, part in self.parts.items() if any(name in self[x].parts for x in names if x in self)]
+        if parts and self.mesh is not None:
+            raise ValueError("parts of feed-forward blocks cannot be merged in a tensor-parallel model")
+        check_mergeable(parts)
+        return bool(parts)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the parts of these adapters, by default the active ones, into the weights of their linear layers.
+
+        Raises:
+            ValueError: if some are there already, or a weight cannot take them.
+        """
+        names = list(adapter_names or self.active_names())
+        self.check_not_merged()
+        if not self.check_mergeable(names):
+            return
+        adapters = self.in_memory(names)
+        self.merged_adapters = names
+        try:
+            for name, part in self.parts.items():
+                if prefixes := [adapter.parts[name] for adapter in adapters if name in adapter.parts]:
+                    self._merged[name] = merge(part, prefixes, safe_merge)
+        except ValueError:
+            self.unmerge()
+            raise
+
+    def unmerge(self) -> None:
+        """Give the linear layers of the block the weights that they had, to the last bit."""
+        for merged in self._merged.values():
+            merged.undo()
+        self._merged.clear()
+        self.merged_adapters = []
+
+    def check_not_merged(self) -> None:
+        """Raise ValueError if the parts of some adapters are in the weights."""
+        if self.merged_adapters:
+            raise ValueError(f"the parts of {self.merged_adapters} are merged already: call unmerge_adapter() first")
+
+    def check_merged(self, name: str) -> None:
+        """Raise ValueError if a call asks for something else than the parts that are in the weights."""
+        merged, active = set(self.merged_adapters), {x for x in self.active_names() if name in self[x].parts}
+        problem = None
+        if CALLS.mixed is not None or self.rests():
+            problem = "rows of other adapters, or the model without them, were asked for"
+        elif active != {x for x in merged if x in self and name in self[x].parts}:
+            problem = f"the active adapters are {sorted(active)}"
+        elif self._merged[name].is_stale:
+            problem = "they were changed since"
+        elif self.training and torch.is_grad_enabled() and any(self[x].trains for x in active):
+            problem = "they do not train there"
+        if problem is not None:
+            raise ValueError(
+                f"parts of the adapters {sorted(merged)} are merged into feed-forward blocks, and {problem}: call "
+                "unmerge_adapter() first"
+            )
 
     def before_attention(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

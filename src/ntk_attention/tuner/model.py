@@ -250,7 +250,7 @@ class NTKAttentionModel(BaseTuner):
         adapters = [name for name in dict.fromkeys(adapters or adapter_names) if name != NO_ADAPTER]
         if unknown := sorted(set(adapters) - set(self.peft_config)):
             raise ValueError(f"adapter_names holds {unknown}, expected names of {sorted(self.peft_config)}")
-        layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+        layers = self._layers()
         hook_heads(self.model, self.peft_config)
         batch = MixedBatch(layers, adapters, adapter_names, frozenset(copies))
         with during_calls(mixed=batch):
@@ -275,7 +275,7 @@ class NTKAttentionModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name {adapter_name!r} already exists")
         self._check_sum(adapters, weights)
-        layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+        layers = self._layers()
         parts = [(name, math.log(w)) for name, w in zip(adapters, weights, strict=True) if w > 0]
         with torch.no_grad():
             sums = {
@@ -325,7 +325,7 @@ class NTKAttentionModel(BaseTuner):
                 f"the adapters {list(adapters)} have prefixes inside of feed-forward blocks and beside them: expected "
                 "the same feed_forward, or feed_forward_rank=None"
             )
-        layers = [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+        layers = self._layers()
         if any(any(name in layer for name in adapters) != all(name in layer for name in adapters) for layer in layers):
             raise ValueError(f"the adapters {list(adapters)} sit on different modules: expected the same")
         if heads := sorted(
@@ -353,8 +353,44 @@ class NTKAttentionModel(BaseTuner):
         inside = f"{CHILD}."
         self.active_adapter = delete_adapter(self.model, adapter_name, inside, NTKAttentionLayer) or []
 
+    def _layers(self) -> list[NTKAttentionLayer]:
+        return [module for module in self.model.modules() if isinstance(module, NTKAttentionLayer)]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put the parts of feed-forward blocks into the weights of their linear layers, where they cost nothing.
+
+        The states stay beside: what they add depends on the query. So does the adapter, which is saved as before. The
+        weights that were there are kept on the CPU, and `unmerge_adapter` brings them back to the last bit. Until then
+        a call that asks for anything else is refused: training, other adapters, rows of several, `disable_adapter`.
+
+        Args:
+            adapter_names: whose parts; None for those of the active adapters.
+            safe_merge: whether a sum that is not finite is refused, with all weights as they were.
+
+        Raises:
+            ValueError: if there are no such parts, some are merged already, or a weight cannot take one: quantised,
+                spread over processes or offloaded ones, and experts, whose prefix is beside the block.
+        """
+        names = list(adapter_names or self.active_adapters)
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(f"there is no adapter {name!r}: expected some of {list(self.peft_config)}")
+        layers = self._layers()
+        for layer in layers:
+            layer.check_not_merged()
+        if not any([layer.check_mergeable(names) for layer in layers]):
+            raise ValueError(f"the adapters {names} have no prefix in a feed-forward block: states are not merged")
+        try:
+            for layer in layers:
+                layer.merge(safe_merge, names)
+        except ValueError:
+            self.unmerge_adapter()
+            raise
+
     def unmerge_adapter(self) -> None:
-        raise ValueError("NTK-Attention adapters are never merged into the base weights: there is nothing to undo")
+        """Take the parts of feed-forward blocks out of the weights again; nothing where none is there."""
+        for layer in self._layers():
+            layer.unmerge()
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
@@ -365,6 +401,7 @@ class NTKAttentionModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
+        self.unmerge_adapter()
         for hook in self._model_hooks:
             hook.remove()
         stop(self.targets, self.model)
