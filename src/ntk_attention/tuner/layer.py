@@ -183,7 +183,12 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             rows = None if self.rests() else CALLS.mixed.feed_forward_rows.get(self, {}).get(name)
             return [] if rows is None else [rows]
         adapters = cast(list[PrefixAdapter], self.active())
-        return [part for adapter in adapters if (part := adapter.parts.get(name)) is not None]
+        found: list[Callable[[Tensor, Tensor], Tensor]] = []
+        for adapter in adapters:  # torch.compile cannot read a name in a comprehension here
+            part = adapter.parts.get(name)
+            if part is not None:
+                found.append(part)
+        return found
 
     def check_mergeable(self, names: Sequence[str]) -> bool:
         """Whether these adapters have parts here; ValueError if one cannot go into its layer's weight."""
