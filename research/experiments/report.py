@@ -31,8 +31,8 @@ LEGEND = (
     "on the device. Memory: allocated at the peak of training, weights included. File: the adapter as safetensors."
 )
 EARLIER = (
-    'The rows of NTK-Attention up to Positions are of an earlier default, `positions="rotary"` and '
-    '`feed_forward="beside"`; those of Development are of the present one.'
+    "The rows of NTK-Attention are of earlier defaults, with `feed_forward='beside'` and, outside of Positions, "
+    "`positions='rotary'`; those of Development are of the present one."
 )
 BESIDE = (
     "Accuracy on the parts of a test, whose mean is the test metric, and on other data after the same training, mean "

@@ -85,6 +85,33 @@ def test_what_else_is_asked_for_is_refused(tmp_path):
     logits(loaded)
 
 
+def test_a_merged_adapter_that_is_deleted():
+    model = adapted().eval()
+    model.add_adapter("other", NTKAttentionConfig(init_weights=False, task_type="CAUSAL_LM"))
+    before = weights(model)
+    model.merge_adapter(["default"])
+    model.delete_adapter("default")
+    assert all(torch.equal(x, before[name]) for name, x in weights(model).items())
+
+
+@torch.no_grad()
+def test_compiled():
+    model = adapted().eval()
+    expected = logits(model)
+    model.merge_adapter()
+    found = torch.compile(model, backend="eager", fullgraph=True)(**INPUTS).logits
+    assert relative_error(found[INPUTS["attention_mask"].bool()], expected) < 1e-5
+
+
+@torch.no_grad()
+def test_float64_stays_exact():
+    model = adapted().eval()
+    model.base_model.to(torch.float64)
+    expected = logits(model)
+    model.merge_adapter()
+    assert relative_error(logits(model), expected) < 1e-13
+
+
 def test_weights_that_cannot_take_a_part():
     with pytest.raises(ValueError, match=r"\['default'\] have no prefix in a feed-forward block"):
         adapted(feed_forward_rank=None).merge_adapter()

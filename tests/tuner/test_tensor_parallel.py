@@ -5,6 +5,7 @@ On two GPUs where there are as many (NCCL), else on the CPU (gloo).
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,10 @@ def use(name, model_folder, folder, processes, rank):
     for low in (False, True):
         loaded = PeftModel.from_pretrained(load(model_folder, processes), folder / name, low_cpu_mem_usage=low)
         found[f"loaded, low_cpu_mem_usage={low}"] = outputs(loaded)
+    rows = adapted(load(model_folder, processes), **OPTIONS[name]).eval()
+    inputs, last = inputs_of(rows), ["__base__"] * (len(INPUTS["input_ids"]) - 1)
+    with torch.no_grad():
+        found["rows"] = rows(**inputs, adapter_names=["default", *last]).logits.cpu()
     random = adapted(load(model_folder, processes), **OPTIONS[name])
     states = random.base_model.model.model.layers[0].self_attn.ntk_states
     found["random"] = [whole(p).cpu() for p in states.parameters()]
@@ -152,25 +157,22 @@ def test_other_sharding_beside_it_is_refused():
         adapted(base)
 
 
-def test_packed_layers_of_a_block_are_refused(monkeypatch):
-    class Two:
-        def size(self):
-            return 2
+def spread_over(monkeypatch, processes):
+    """A base model that is taken for one that so many processes hold."""
+    mesh = SimpleNamespace(size=lambda: processes)
+    monkeypatch.setattr(plan, "head_mesh", lambda model, name: mesh)
+    return tiny()
 
-    monkeypatch.setattr(plan, "head_mesh", lambda model, name: Two())
-    base = tiny()
+
+def test_packed_layers_of_a_block_are_refused(monkeypatch):
+    base = spread_over(monkeypatch, 2)
     base.tp_plan = {"model.layers.*.mlp.up_proj": "packed_colwise"}
     with pytest.raises(ValueError, match=r"mlp\.up_proj is spread over processes in the style 'packed_colwise'"):
         adapted(base)
 
 
 def test_heads_that_do_not_divide_are_refused(monkeypatch):
-    class Three:
-        def size(self):
-            return 3
-
-    monkeypatch.setattr(plan, "head_mesh", lambda model, name: Three())
-    base = tiny()
+    base = spread_over(monkeypatch, 3)
     with pytest.raises(ValueError, match="has 4 heads and 2 KV heads: expected multiples of tp_size = 3"):
         adapted(base)
     assert not any("ntk_states" in name for name in base.state_dict())

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +179,13 @@ class PrefixAdapter(Coordinated):
     def parts(self) -> dict[str, FeedForwardPrefix]:
         """Of the prefix of the feed-forward block, by name; "" is that of a block as a whole."""
         return {} if self.feed_forward is None else parts_by_name(self.feed_forward)
+
+    def part_of_block(self, name: str) -> FeedForwardPrefix | None:
+        """One of `parts`, for every call of its layer: no dictionary is made."""
+        block = self.feed_forward
+        if isinstance(block, nn.ModuleDict):
+            return cast("FeedForwardPrefix | None", block._modules.get(name))
+        return None if name else cast("FeedForwardPrefix | None", block)
 
     @property
     def num_features(self) -> int:

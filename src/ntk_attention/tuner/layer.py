@@ -25,10 +25,8 @@ from .decoding import step_of
 from .distributed import is_partitioned
 from .feed_forward import FeedForward, Part
 from .geometry import Geometry
-from .merging import Merged, check_mergeable, merge
+from .merging import WEIGHT_DTYPES, Merged, check_mergeable, merge
 from .rotation import ROTATION, Rotary
-
-BASE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
@@ -185,13 +183,15 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         adapters = cast(list[PrefixAdapter], self.active())
         found: list[Callable[[Tensor, Tensor], Tensor]] = []
         for adapter in adapters:  # torch.compile cannot read a name in a comprehension here
-            part = adapter.parts.get(name)
+            part = adapter.part_of_block(name)
             if part is not None:
                 found.append(part)
         return found
 
     def check_mergeable(self, names: Sequence[str]) -> bool:
-        """Whether these adapters have parts here; ValueError if one cannot go into its layer's weight."""
+        """Whether these adapters have parts here; ValueError if some are merged, or one cannot go into its weight."""
+        if self.merged_adapters:
+            raise ValueError(f"the parts of {self.merged_adapters} are merged already: call unmerge_adapter() first")
         parts = [part for name, part in self.parts.items() if any(name in self[x].parts for x in names if x in self)]
         if parts and self.mesh is not None:
             raise ValueError("parts of feed-forward blocks cannot be merged in a tensor-parallel model")
@@ -205,7 +205,6 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             ValueError: if some are there already, or a weight cannot take them.
         """
         names = list(adapter_names or self.active_names())
-        self.check_not_merged()
         if not self.check_mergeable(names):
             return
         adapters = self.in_memory(names)
@@ -224,11 +223,6 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
             merged.undo()
         self._merged.clear()
         self.merged_adapters = []
-
-    def check_not_merged(self) -> None:
-        """Raise ValueError if the parts of some adapters are in the weights."""
-        if self.merged_adapters:
-            raise ValueError(f"the parts of {self.merged_adapters} are merged already: call unmerge_adapter() first")
 
     def check_merged(self, name: str) -> None:
         """Raise ValueError if a call asks for something else than the parts that are in the weights."""
@@ -368,7 +362,7 @@ class NTKAttentionLayer(nn.ModuleDict, BaseTunerLayer):
         """Give an adapter the dtype of the base layer."""
         own = set(self.parameters())
         dtypes = (p.dtype for p in self.get_base_layer().parameters() if p not in own)
-        dtype = next((dtype for dtype in dtypes if dtype in BASE_DTYPES), None)
+        dtype = next((dtype for dtype in dtypes if dtype in WEIGHT_DTYPES), None)
         if name in self and dtype is not None:
             self[name].to(dtype)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .feed_forward import FeedForwardPrefix, Part
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class Merged:
 
     weight: nn.Parameter
     before: Tensor  # on the CPU: the way back is exact
-    factors: tuple[tuple[Tensor, int], ...]  # those that went in, and their versions then
+    factors: tuple[tuple[Tensor, int | None], ...]  # that went in, and their versions; None of inference mode's tensors
 
     @property
     def is_stale(self) -> bool:
-        """Whether these were changed since."""
-        return any(tensor._version != version for tensor, version in self.factors)
+        """Whether these were changed since; through `.data` leaves no trace, and torch.compile reads no versions."""
+        if torch.compiler.is_compiling():
+            return False
+        return any(version is not None and x._version != version for x, version in self.factors)
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -42,13 +44,17 @@ def merge(part: Part, prefixes: Sequence[FeedForwardPrefix], check_finite: bool)
         ValueError: if the sum is not finite, and that is to be checked. The weight is as it was then.
     """
     weight: Any = part.last.weight
-    Z = sum(prefix.plain_leading().float() @ prefix.plain_scaled().float() for prefix in prefixes)
-    assert isinstance(Z, Tensor)
-    merged = (weight.float() + (Z if is_transposed(part.last) else Z.mT).to(weight.device)).to(weight.dtype)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    merged = weight.to(exact)
+    for prefix in prefixes:
+        Z = prefix.plain_leading().to(weight.device, exact) @ prefix.plain_scaled().to(weight.device, exact)
+        merged = merged + (Z if is_transposed(part.last) else Z.mT)
+    merged = merged.to(weight.dtype)
     if check_finite and not torch.isfinite(merged).all():
         raise ValueError(f"{part.layer}: the merged weight holds NaN or infinite values")
     factors = [x for prefix in prefixes for x in (prefix.part("Z_A"), prefix.part("Z_B"))]
-    record = Merged(weight, weight.detach().to("cpu", copy=True), tuple((x, x._version) for x in factors))
+    versions = tuple((x, None if x.is_inference() else x._version) for x in factors)
+    record = Merged(weight, weight.detach().to("cpu", copy=True), versions)
     weight.copy_(merged)
     return record
 
@@ -62,11 +68,11 @@ def check_mergeable(parts: Iterable[Part]) -> None:
                 f"the prefix beside a feed-forward block ({type(layer).__name__}) cannot be merged: expected those of "
                 "linear layers"
             )
-        weight = getattr(layer, "weight", None)
+        weight: Any = getattr(layer, "weight", None)
         reason = None
         if isinstance(layer, BaseTunerLayer):
             reason = f"it has other adapters, in a {type(layer).__name__}"
-        elif not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor or weight.dtype not in DTYPES:
+        elif type(getattr(weight, "data", None)) is not Tensor or weight.dtype not in WEIGHT_DTYPES:
             reason = "its weight is quantised or spread over processes"
         elif weight.is_meta:
             reason = "its weight is offloaded"

@@ -348,6 +348,8 @@ class NTKAttentionModel(BaseTuner):
         """As every tuner does it, which would look past modules whose name holds the prefix, and so past ours."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
+        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
+            self.unmerge_adapter()
         del self.peft_config[adapter_name]
         self.made.pop(adapter_name, None)
         inside = f"{CHILD}."
@@ -362,6 +364,7 @@ class NTKAttentionModel(BaseTuner):
         The states stay beside: what they add depends on the query. So does the adapter, which is saved as before. The
         weights that were there are kept on the CPU, and `unmerge_adapter` brings them back to the last bit. Until then
         a call that asks for anything else is refused: training, other adapters, rows of several, `disable_adapter`.
+        Changes of the parameters are noticed, unless they go through `.data`, as PEFT's hotswapping does.
 
         Args:
             adapter_names: whose parts; None for those of the active adapters.
@@ -376,8 +379,6 @@ class NTKAttentionModel(BaseTuner):
             if name not in self.peft_config:
                 raise ValueError(f"there is no adapter {name!r}: expected some of {list(self.peft_config)}")
         layers = self._layers()
-        for layer in layers:
-            layer.check_not_merged()
         if not any([layer.check_mergeable(names) for layer in layers]):
             raise ValueError(f"the adapters {names} have no prefix in a feed-forward block: states are not merged")
         try:
