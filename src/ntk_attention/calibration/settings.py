@@ -36,8 +36,8 @@ class CalibrationSettings:
         last_picture_step: steps of Z in the last layer of an encoder of pictures, relative to those in the first; they
             fall evenly with depth. Against even steps, 1.0, it gains 1.1 +- 0.8 points on clothes. Steps that fall or
             rise with depth were no better with text.
-        head_step: how far a step of Z moves the output of a small head, relative to its size. At the rate of 3e-3 a third
-            was behind on each of five development tasks (one seed, with an `output_step` of 1).
+        head_step: how far a step of Z moves the output of a small head, relative to its size. At the rate of 3e-3 a
+            third was behind on each of five development tasks (one seed, with an `output_step` of 1).
         input_step: how far a step of Z_A of a feed-forward part moves what it makes of a white input of size 1, where
             all inputs agree: the unit of a number is this over how many there are, as steps of Adam add up.
         output_step: how far a step of Z_B moves the output of the part's module, relative to its size; over the root
